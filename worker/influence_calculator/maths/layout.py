@@ -1,0 +1,96 @@
+"""Where each tracked parameter lies: blocks of parameters, and the flat order the public API shows.
+
+A block structure is a partition of PARAMETERS (never of data). Inside a block, and in the flat view
+over all blocks, parameters stand in `named_parameters()` order, each `reshape(-1)`.
+
+Shapes: t examples, P tracked parameters, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Left = dict[str, Tensor]
+"""A test chunk's representation: block -> `[t, width]`."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: str
+    start: int
+    """First column inside the block."""
+    flat_start: int
+    """First column of the flat view."""
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Slots of all tracked parameters, in `named_parameters()` order."""
+
+    slots: tuple[Slot, ...]
+    blocks: tuple[str, ...]
+    """Block names in order; the full block structure has the one block `""`."""
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], structure: Mapping[str, tuple[str, ...]]) -> Layout:
+        """The layout of parameters (name -> shape, in order) under block -> parameter names.
+
+        A parameter that no block names has no slot: it contributes nothing.
+        """
+        block_of = {name: block for block, names in structure.items() for name in names}
+        next_column = dict.fromkeys(structure, 0)
+        slots, flat = [], 0
+        for name, shape in shapes.items():
+            if name not in block_of:
+                continue
+            block = block_of[name]
+            slot = Slot(name, tuple(shape), block, next_column[block], flat)
+            next_column[block] += slot.size
+            flat += slot.size
+            slots.append(slot)
+        return cls(tuple(slots), tuple(structure))
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """block -> P_b."""
+        widths = dict.fromkeys(self.blocks, 0)
+        for slot in self.slots:
+            widths[slot.block] += slot.size
+        return widths
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return sum(self.widths.values())
+
+    def flatten(self, left: Left) -> Tensor:
+        """Per-block `[t, P_b]` as one `[t, P]`."""
+        if len(self.blocks) == 1:
+            return left[self.blocks[0]]
+        columns = [left[s.block][:, s.start : s.start + s.size] for s in self.slots]
+        return torch.cat(columns, dim=1)
+
+    def split(self, flat: Tensor) -> Left:
+        """One `[t, P]` as per-block `[t, P_b]`; the inverse of `flatten`."""
+        if len(self.blocks) == 1:
+            return {self.blocks[0]: flat}
+        pieces: dict[str, list[Tensor]] = {block: [] for block in self.blocks}
+        for slot in self.slots:
+            pieces[slot.block].append(flat[:, slot.flat_start : slot.flat_start + slot.size])
+        return {block: torch.cat(columns, dim=1) for block, columns in pieces.items()}

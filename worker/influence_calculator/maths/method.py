@@ -1,0 +1,193 @@
+"""What a method of influence is: how it is fitted, and the two representations it scores with.
+
+Every method is a pair of representations: `left` of a test chunk and `right` of a training chunk,
+and a score `[t, n]` of the two. Fitting is a sequence of passes over the training data, each a
+map-reduce over contiguous ranges whose partial results are SUMS, so that any driver (a loop, Dask, a
+resumable job) may run it and gets the same bits for the same ranges.
+
+Shapes: t test examples, n training examples of a batch, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from influence_calculator.maths.layout import Layout, Left
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData
+from influence_calculator.maths.shapes import ModelShapes
+
+Sums = dict[str, dict[str, Tensor]]
+"""unit -> name -> partial sum. A *unit* is a layer or block: what can be finished independently."""
+
+FitState = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
+"""pass -> unit -> name -> tensor: all that a fit leaves behind, and all that is needed to resume."""
+
+
+class SolverStatus(IntEnum):
+    """How one right-hand side ended; the value is what the store holds."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    INDEFINITE = 2
+    """CG met `pᵀ(H + λI)p ≤ 0`; the last iterate is kept."""
+    NOT_FINITE = 3
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """How each of t right-hand sides ended."""
+
+    status: Tensor
+    """`[t]` int8, values of `SolverStatus`; over blocks the worst."""
+    iterations: Tensor
+    """`[t]` int32; over blocks the most."""
+    residual: Tensor
+    """`[t]` float64, `‖r‖ / ‖b‖`; over blocks the largest. 0 for a method that solves exactly."""
+
+    @classmethod
+    def exact(cls, t: int) -> SolverReport:
+        """The report of a method without iterations."""
+        return cls(
+            torch.zeros(t, dtype=torch.int8),
+            torch.zeros(t, dtype=torch.int32),
+            torch.zeros(t, dtype=torch.float64),
+        )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A test chunk's left representation and how its solves ended."""
+
+    left: Left
+    report: SolverReport
+
+
+class Part(NamedTuple):
+    """Columns `start` to `start + width` of block `block` of a right representation, `[n, width]`."""
+
+    block: str
+    start: int
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device above the model itself, for the plan."""
+
+    fit: int
+    """Largest pass of the fit, with its sums and one micro-batch."""
+    factors: int
+    """Solving one chunk of test examples, the fit's state included."""
+    capture: int
+    """Differentiating one micro-batch of training examples in the score stage."""
+    factor_row: int
+    """Left representation of one test example."""
+
+
+class FitPass(ABC):
+    """One pass over the training data."""
+
+    name: str
+
+    @abstractmethod
+    def units(self, objective: Objective) -> tuple[str, ...]:
+        """What this pass sums and finishes independently: layers or blocks, in a fixed order."""
+
+    @abstractmethod
+    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+        """Sums over one contiguous range of the training data, batch after batch in order."""
+
+    @abstractmethod
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        """What the fit keeps of one unit, from its sums over all `length` training examples."""
+
+
+class Fitted(ABC):
+    """A fitted method: scores test chunks against training batches."""
+
+    layout: Layout
+
+    @abstractmethod
+    def gradients(self, objective: Objective, batch: Batch) -> Left:
+        """Per-example gradients of `objective` (the method's own, or another loss on the same model)."""
+
+    @abstractmethod
+    def solve(self, gradients: Left) -> Solved:
+        """The left representation of test gradients: `(H + λI)^-1 g` in the method's approximation."""
+
+    @abstractmethod
+    def right(self, batch: Batch) -> Iterator[Part]:
+        """The right representation of a training batch, part by part, so that one lives at a time."""
+
+    def score(self, left: Left, batch: Batch) -> Tensor:
+        """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`."""
+        total: Tensor | None = None
+        for part in self.right(batch):
+            columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
+            product = columns @ part.values.to(columns.dtype).T
+            total = product if total is None else total.add_(product)
+        if total is None:
+            raise ValueError("right representation without parts: no parameter is tracked")
+        return total
+
+
+class Method(ABC):
+    """A method's configuration: frozen, picklable, without tensors."""
+
+    needs_data: bool
+    """Whether solving reads the training data again (iterative solvers)."""
+
+    @abstractmethod
+    def layout(self, objective: Objective) -> Layout:
+        """Blocks and slots of the tracked parameters this method treats."""
+
+    @abstractmethod
+    def passes(self) -> tuple[FitPass, ...]:
+        """The passes over the training data that fit it, in order; none if it needs no fit."""
+
+    @abstractmethod
+    def fitted(self, objective: Objective, state: FitState, data: TrainingData | None) -> Fitted:
+        """The fitted method from a fit's state. `data` is needed if `needs_data`."""
+
+    @abstractmethod
+    def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
+        """Device memory with `micro_batch` examples per forward pass and `rows` test rows solved at once."""
+
+
+def fit(
+    method: Method, objective: Objective, ranges: Iterable[Iterable[IndexedBatch]] | None, data: TrainingData
+) -> FitState:
+    """Fits in this process: the reference for every other driver of the passes.
+
+    `ranges=None` takes the whole of `data` as one range.
+    """
+    state: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for step in method.passes():
+        pieces = [data.batches()] if ranges is None else ranges
+        total: Sums | None = None
+        for piece in pieces:
+            total = add_sums(total, step.accumulate(objective, piece, state))
+        sums = total or {}
+        state[step.name] = {
+            unit: step.finish(unit, sums[unit], data.length, state) for unit in step.units(objective)
+        }
+    return state
+
+
+def add_sums(total: Sums | None, partial: Sums) -> Sums:
+    """`total + partial` in place; the first partial becomes the total."""
+    if total is None:
+        return partial
+    for unit, values in partial.items():
+        for name, value in values.items():
+            total[unit][name].add_(value)
+    return total

@@ -1,0 +1,174 @@
+"""What is differentiated: the loss of one example as a function of the tracked parameters.
+
+Everything above asks an `Objective` for outputs and per-example losses; nothing else calls the
+user's model or loss. A *batch* is a pytree of tensors that share their leading dimension.
+
+Shapes: n examples in a batch, P tracked parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+
+Batch = Any
+"""A pytree (tensor, tuple, list, dict) of tensors that share their leading dimension."""
+
+Loss = Callable[[Any, Batch], Tensor]
+"""`loss(outputs, batch)`: a scalar, reduced over a batch in any way."""
+
+Forward = Callable[[nn.Module, Batch], Any]
+"""`forward(model, batch) -> outputs`: a pytree of tensors, leading dimension n."""
+
+
+class IndexedBatch(NamedTuple):
+    """A batch and the index of its first example in the training set.
+
+    The index keys random draws, so that they do not depend on how the data is cut into batches.
+    """
+
+    start: int
+    batch: Batch
+
+
+class TrainingData(Protocol):
+    """The training set as often as it is asked for, always in the same order."""
+
+    @property
+    def length(self) -> int:
+        """Number of examples."""
+
+    def batches(self) -> Iterator[IndexedBatch]:
+        """One pass over all examples."""
+
+
+def batch_size(batch: Batch) -> int:
+    """The leading dimension that all leaves of `batch` share.
+
+    Raises:
+        ValueError: no tensor in it, or leaves that disagree.
+    """
+    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"batch: expected tensors that share their first dimension, got first dimensions "
+            f"{sorted(sizes)}; return one entry per example in every tensor"
+        )
+    return int(sizes.pop())
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples `start` to `stop` of a batch, as views."""
+    return pytree.tree_map(lambda leaf: leaf[start:stop], batch)
+
+
+def micro_batches(indexed: IndexedBatch, size: int) -> Iterator[IndexedBatch]:
+    """`indexed` cut into pieces of at most `size` examples, in order."""
+    for offset in range(0, batch_size(indexed.batch), size):
+        piece = slice_batch(indexed.batch, offset, offset + size)
+        yield IndexedBatch(indexed.start + offset, piece)
+
+
+class _Forward(nn.Module):
+    """The model with the user's `forward` around it: one module for `functional_call`."""
+
+    def __init__(self, model: nn.Module, call: Forward) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, batch: Batch) -> Any:
+        return self.call(self.model, batch)
+
+
+def _unsqueeze(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), tree)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`ℓ_i(θ) = loss(forward(model, batch[i:i+1]), batch[i:i+1])`.
+
+    The user's reduction applies inside ONE example, so a loss that means and one that sums over the
+    batch are the same objective.
+    """
+
+    model: nn.Module
+    loss: Loss
+    forward: Forward
+    names: tuple[str, ...]
+    """Tracked parameters, in the order of `model.named_parameters()`."""
+    _module: _Forward = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_module", _Forward(self.model, self.forward))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The tracked parameters, detached (they share memory with the model)."""
+        own = dict(self.model.named_parameters())
+        return {name: own[name].detach() for name in self.names}
+
+    def with_loss(self, loss: Loss) -> Objective:
+        """The same model under another loss (a job's `measurement`)."""
+        return replace(self, loss=loss)
+
+    def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Any:
+        """The model's outputs; with `parameters`, these in place of the tracked ones.
+
+        Parameters that are not tracked take no gradient.
+        """
+        values = {f"model.{k}": v.detach() for k, v in self.model.named_parameters()}
+        values |= {f"model.{k}": v for k, v in (parameters or {}).items()}
+        return functional_call(self._module, values, (batch,))
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """Per-example losses `[n]` of outputs that came from `batch`."""
+        try:
+            return vmap(self._one_loss)(outputs, batch)
+        except (RuntimeError, ValueError):
+            # A loss with data-dependent control flow (`.item()`, `if`) cannot be vmapped.
+            n = batch_size(batch)
+            rows = [
+                self._one_loss(
+                    pytree.tree_map(lambda leaf, i=i: leaf[i], outputs),
+                    pytree.tree_map(lambda leaf, i=i: leaf[i], batch),
+                )
+                for i in range(n)
+            ]
+            return torch.stack(rows)
+
+    def losses_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Per-example losses `[n]` at the given parameters."""
+        return self.losses(self.outputs(batch, parameters), batch)
+
+    def _one_loss(self, output: Any, example: Batch) -> Tensor:
+        return self.loss(_unsqueeze(output), _unsqueeze(example)).sum()
+
+
+def xy_objective(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], names: tuple[str, ...] | None = None
+) -> Objective:
+    """The objective of pyDVL's convention: batches are `(x, y)`, the loss is `loss(model(x), y)`."""
+    if names is None:
+        names = tuple(n for n, p in model.named_parameters() if p.requires_grad)
+    return Objective(model, _XYLoss(loss), _forward_x, names)
+
+
+def _forward_x(model: nn.Module, batch: Batch) -> Any:
+    return model(batch[0])
+
+
+@dataclass(frozen=True)
+class _XYLoss:
+    """A class, not a closure: objectives travel to Dask workers by pickle."""
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        return self.loss(outputs, batch[1])

@@ -1,0 +1,29 @@
+"""One region: a group of test rows against one chunk of training examples.
+
+The only place where test and training side meet. The Dask calculator, the sequential one and a job's
+worker call these functions; which micro-batch they take is part of the stored plan.
+
+Shapes: t test rows, n training examples, F... feature dimensions of the training input.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from influence_calculator.maths.layout import Left
+from influence_calculator.maths.method import Fitted
+from influence_calculator.maths.objective import Batch, IndexedBatch, batch_size, micro_batches
+
+
+def influences(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Tensor:
+    """Up-weighting: `z_test · g_train`, `[t, n]`.
+
+    Positive means that the training example helps: removing it raises the test loss by about
+    score / N. Neither negated nor divided by N.
+    """
+    rows = next(iter(left.values()))
+    scores = rows.new_empty(rows.shape[0], batch_size(batch))
+    for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
+        columns = fitted.score(left, piece.batch)
+        scores[:, piece.start : piece.start + columns.shape[1]] = columns
+    return scores

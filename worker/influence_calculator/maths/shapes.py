@@ -1,0 +1,53 @@
+"""The sizes of a model that a plan of work is made from: plain numbers, no tensors.
+
+Measured once by the process that loads the model first (`measure` in `capture`), stored with the
+plan, and read by every `footprint`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer with a weight that hooks capture: activations `[n, S, i]`, output gradients `[n, S, o]`."""
+
+    name: str
+    inputs: int
+    """i: columns of the weight as a matrix (kernel included for convolutions), without the bias."""
+    outputs: int
+    """o."""
+    tokens: int
+    """S: positions per example (1 for a plain Linear, output pixels for Conv2d)."""
+    bias: bool
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Sizes of the tracked part of a model and of one example."""
+
+    parameters: dict[str, tuple[int, ...]]
+    """Tracked parameters in order: name -> shape."""
+    layers: tuple[LayerShape, ...]
+    itemsize: int
+    """Bytes of one parameter element."""
+    model_bytes: int
+    """All parameters and buffers."""
+    activation_bytes: int
+    """Outputs of all leaf modules for ONE example: what a forward pass with gradients keeps alive."""
+    example_bytes: int
+    """One training example as a batch entry."""
+    outputs: int
+    """Elements of the model's outputs for one example."""
+
+    @property
+    def width(self) -> int:
+        """P."""
+        total = 0
+        for shape in self.parameters.values():
+            size = 1
+            for extent in shape:
+                size *= extent
+            total += size
+        return total
