@@ -37,17 +37,17 @@ class InfluenceTask:
 
     model: nn.Module
     loss: Callable[[Any, Batch], Tensor]
-    """`loss(outputs, batch)`: the training loss, reduced in any way; it is applied to one example at a time."""
+    """`loss(outputs, batch)`: the training loss, reduced in any way; applied to one example at a time."""
     train: DataSource
     test: DataSource
     measurement: Callable[[Any, Batch], Tensor] | None = None
-    """Replaces the loss on the test side; then positive means: more weight on the training example lowers it."""
+    """Replaces the loss on the test side; positive then means: more weight on the example lowers it."""
     forward: Callable[[nn.Module, Batch], Any] | None = None
     """`forward(model, batch) -> outputs`; default `model(batch[0])`."""
     parameters: str | None = None
     """Regular expression (search) that selects the tracked parameters; default: all that require grad."""
     annotate: Callable[[Batch, Any], Mapping[str, Tensor]] | None = None
-    """`annotate(batch, outputs) -> {name: one value per example}`: stored as `test_<name>` and `train_<name>`."""
+    """`annotate(batch, outputs) -> {name: one value per example}`, stored as `test_<name>`, `train_<name>`."""
     checkpoints: tuple[Any, ...] = ()
     """Further states of the same model (methods that sum over checkpoints; none of today's)."""
     data_version: str | None = None

@@ -68,7 +68,7 @@ class Layout:
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """block -> P_b."""
+        """P_b of each block."""
         widths = dict.fromkeys(self.blocks, 0)
         for slot in self.slots:
             widths[slot.block] += slot.size

@@ -11,7 +11,7 @@ Shapes: t test examples, n training examples of a batch, P_b parameters of block
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -164,18 +164,17 @@ class Method(ABC):
 
 
 def fit(
-    method: Method, objective: Objective, ranges: Iterable[Iterable[IndexedBatch]] | None, data: TrainingData
+    method: Method, objective: Objective, data: TrainingData, ranges: Sequence[TrainingData] | None = None
 ) -> FitState:
     """Fits in this process: the reference for every other driver of the passes.
 
-    `ranges=None` takes the whole of `data` as one range.
+    `ranges` are contiguous pieces of `data`, whose sums are added in order; default: one piece, all of it.
     """
     state: dict[str, dict[str, dict[str, Tensor]]] = {}
     for step in method.passes():
-        pieces = [data.batches()] if ranges is None else ranges
         total: Sums | None = None
-        for piece in pieces:
-            total = add_sums(total, step.accumulate(objective, piece, state))
+        for piece in ranges or (data,):
+            total = add_sums(total, step.accumulate(objective, piece.batches(), state))
         sums = total or {}
         state[step.name] = {
             unit: step.finish(unit, sums[unit], data.length, state) for unit in step.units(objective)
