@@ -47,7 +47,7 @@ class InfluenceTask:
     parameters: str | None = None
     """Regular expression (search) that selects the tracked parameters; default: all that require grad."""
     annotate: Callable[[Batch, Any], Mapping[str, Tensor]] | None = None
-    """`annotate(batch, outputs) -> {name: one value per example}`, stored as `test_<name>`, `train_<name>`."""
+    """`annotate(batch, outputs) -> {name: one value per example}`, stored as `test_<name>` and `train_…`."""
     checkpoints: tuple[Any, ...] = ()
     """Further states of the same model (methods that sum over checkpoints; none of today's)."""
     data_version: str | None = None
