@@ -1,0 +1,115 @@
+"""The kinds of values that a spec is made of: what each may hold and how long it may be.
+
+Every string, list and map is bounded, because the API server estimates the cost of the CRD's rules
+from these bounds. Pydantic and the standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue, WithJsonSchema
+from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+class SpecModel(BaseModel):
+    """A frozen part of the spec: camelCase in documents, unknown fields refused."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        validate_by_alias=True,
+        validate_by_name=True,
+        use_attribute_docstrings=False,
+    )
+
+
+Integer = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+
+ShortString = Annotated[str, Field(min_length=1, max_length=253)]
+"""Names of Kubernetes objects and the like."""
+LongString = Annotated[str, Field(max_length=4096)]
+Url = Annotated[str, Field(min_length=1, max_length=2048)]
+StringMap = Annotated[
+    dict[Annotated[str, Field(max_length=317)], Annotated[str, Field(max_length=4096)]],
+    Field(max_length=64),
+]
+
+OpenValue = Annotated[JsonValue, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})]
+"""Any JSON value."""
+OpenObject = Annotated[
+    dict[Annotated[str, Field(max_length=253)], JsonValue],
+    Field(max_length=64),
+    WithJsonSchema({"type": "object", "maxProperties": 64, "x-kubernetes-preserve-unknown-fields": True}),
+]
+"""An object whose schema belongs to somebody else: Kubernetes, fsspec or the user's entry point."""
+OpenObjects = Annotated[list[OpenObject], Field(max_length=64)]
+
+_DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
+_QUANTITY = r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([numkMGTPE]?|[KMGTPE]i|[eE][-+]?[0-9]{1,2})$"
+
+
+class Quantity(str):
+    """A Kubernetes quantity: `"16Gi"`, `"500m"`, `"1"`; a number in a document becomes its string."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> Quantity:
+        """Raises ValueError for what Kubernetes would not read as a quantity."""
+        if not re.match(_QUANTITY, text):
+            raise ValueError(f"expected a quantity such as 16Gi, 500m or 1, got {text!r}")
+        return super().__new__(cls, text)
+
+    @property
+    def value(self) -> Fraction:
+        """The exact number."""
+        match = re.match(_QUANTITY, self)
+        assert match, self
+        number, suffix = Fraction(match[1]), match[2]
+        if suffix in _BINARY:
+            return number * 2 ** _BINARY[suffix]
+        exponent = int(suffix[1:]) if suffix[:1] in ("e", "E") and len(suffix) > 1 else _DECIMAL[suffix]
+        return number * Fraction(10) ** exponent
+
+    @property
+    def bytes(self) -> int:
+        """The number as whole bytes, rounded down."""
+        return int(self.value)
+
+    @classmethod
+    def _parse(cls, given: Any) -> Quantity:
+        if isinstance(given, bool) or not isinstance(given, str | int | float):
+            raise PydanticCustomError("quantity", "expected a quantity such as 16Gi, 500m or 1")
+        try:
+            return cls(str(given))
+        except ValueError:
+            raise PydanticCustomError("quantity", "expected a quantity such as 16Gi, 500m or 1") from None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._parse, serialization=core_schema.to_string_ser_schema()
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"x-kubernetes-int-or-string": True, "maxLength": 32, "pattern": _QUANTITY}
+
+
+Quantities = Annotated[dict[Annotated[str, Field(max_length=317)], Quantity], Field(max_length=32)]
+"""Resource name -> quantity."""
+
+
+def refuse(field: str, message: str) -> PydanticCustomError:
+    """The error of a rule between fields: `field` is the dotted camelCase path below the model."""
+    return PydanticCustomError("rule", "{message}", {"message": message, "field": field})

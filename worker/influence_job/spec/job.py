@@ -1,0 +1,303 @@
+"""The InfluenceJob document: what is computed, with what, and where the result goes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from influence_job.spec.fields import (
+    Flag,
+    Integer,
+    LongString,
+    OpenObject,
+    OpenValue,
+    Quantity,
+    ShortString,
+    SpecModel,
+    StringMap,
+    Url,
+    refuse,
+)
+from influence_job.spec.methods import MethodSpec
+from influence_job.spec.pods import PodSettings, WorkersSpec
+
+API_VERSION: Literal["influence-operator.dev/v1alpha1"] = "influence-operator.dev/v1alpha1"
+KIND: Literal["InfluenceJob"] = "InfluenceJob"
+URL_SCHEMES = ("file", "gs", "s3", "memory")
+
+
+class Operation(StrEnum):
+    """What the result is."""
+
+    INFLUENCES = "Influences"
+    """Every training example on every test example."""
+    INFLUENCE_FACTORS = "InfluenceFactors"
+    """(H + λI)^-1 g of the test examples alone."""
+    INFLUENCES_FROM_FACTORS = "InfluencesFromFactors"
+    """Influences, from factors that an earlier job stored."""
+
+
+class Mode(StrEnum):
+    """Which derivative of the training side."""
+
+    UP = "Up"
+    """Up-weighting a training example: one number per pair."""
+    PERTURBATION = "Perturbation"
+    """Moving a training example's input: one number per pair and input feature."""
+
+
+class Device(StrEnum):
+    """Where workers compute."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Precision(StrEnum):
+    """Of forward and backward passes."""
+
+    FLOAT32 = "Float32"
+    """The model's own dtype, float64 too, without shortcuts in products."""
+    TF32 = "TF32"
+    """Products on tensor cores; the same as Float32 on a device without them."""
+    BFLOAT16 = "BFloat16"
+    """Captured in bfloat16, accumulated in float32."""
+
+
+class FactorDtype(StrEnum):
+    """Of influence factors while they wait to be scored."""
+
+    FLOAT32 = "Float32"
+    BFLOAT16 = "BFloat16"
+
+
+class OnExisting(StrEnum):
+    """What a new job does with a store that is there."""
+
+    RESUME = "Resume"
+    """Go on where it stopped, if it was made from the same inputs."""
+    OVERWRITE = "Overwrite"
+    """Delete it once the task has loaded."""
+    FAIL = "Fail"
+
+
+class Verify(StrEnum):
+    """Which stored regions are read back at the end."""
+
+    ALL = "All"
+    SAMPLE = "Sample"
+    NONE = "None"
+
+
+class CleanupPolicy(StrEnum):
+    """What is deleted when a job has ended."""
+
+    WORKERS = "Workers"
+    """Cluster, Secret and policies; the driver's Job stays for its logs."""
+    ALL = "All"
+    NONE = "None"
+
+
+class ObjectReference(SpecModel):
+    """An object in the job's namespace."""
+
+    name: ShortString = Field(description="Its name.")
+
+
+class SourceSpec(SpecModel):
+    """Code that is not in the image."""
+
+    config_map: ObjectReference = Field(
+        description="ConfigMap whose keys are Python files; they are copied when an attempt starts."
+    )
+
+
+class TaskSpec(SpecModel):
+    """The user's code: a function that returns a trained model and its data."""
+
+    entrypoint: Annotated[
+        str,
+        Field(max_length=512, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"),
+    ] = Field(description='"module:function"; the function returns an InfluenceTask.')
+    arguments: Annotated[dict[Annotated[str, Field(max_length=128)], OpenValue], Field(max_length=64)] = (
+        Field(default_factory=dict, description="Keyword arguments of the function. Default none.")
+    )
+    source: SourceSpec | None = Field(None, description="Where the module comes from. Default: the image.")
+
+
+ChunkLength = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+
+
+class ChunksSpec(SpecModel):
+    """The grid of the result, in examples."""
+
+    test: ChunkLength | None = Field(None, description="Test examples per chunk, at least 1.")
+    train: ChunkLength | None = Field(None, description="Training examples per chunk, at least 1.")
+
+
+def _check_scheme(url: str) -> str:
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme not in URL_SCHEMES:
+        raise refuse("", f"expected a path or a url that starts with gs://, s3:// or file://, got {url!r}")
+    return url
+
+
+class OutputSpec(SpecModel):
+    """Where the result goes: one Zarr group."""
+
+    url: Url = Field(description="A path, gs://bucket/name.zarr or s3://bucket/name.zarr.")
+    on_existing: OnExisting = Field(
+        OnExisting.RESUME, description="Resume | Overwrite | Fail: what to do with a store that is there."
+    )
+    dense: Flag = Field(
+        True, description="Store every score. Default true; false keeps only the top k and the statistics."
+    )
+    top_k: Annotated[Integer, Field(ge=1, le=10_000)] = Field(
+        100, description="Most helpful and most harmful training examples kept per test example. Default 100."
+    )
+    verify: Verify = Field(
+        Verify.SAMPLE, description="All | Sample | None: stored regions read back at the end. Default Sample."
+    )
+    max_bytes: Quantity = Field(
+        Quantity("1Ti"), description="The plan refuses a larger result. Bytes; default 1Ti."
+    )
+    allow_mixed_hardware: Flag = Field(
+        False, description="Resume on another CPU or GPU model: results then agree, but not bit for bit."
+    )
+    storage_options: OpenObject = Field(
+        default_factory=dict, description="Keyword arguments of the fsspec filesystem. No secrets here."
+    )
+    credentials_secret_ref: ObjectReference | None = Field(
+        None, description="Secret with the storage's credentials. Default none: workload identity."
+    )
+
+    _scheme = field_validator("url")(_check_scheme)
+
+
+class FactorsSpec(SpecModel):
+    """Factors of an earlier job."""
+
+    url: Url = Field(description="Store of an InfluenceFactors job.")
+
+    _scheme = field_validator("url")(_check_scheme)
+
+
+Seconds = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+
+
+class InfluenceJobSpec(SpecModel):
+    """The spec. What determines the numbers is immutable once the job exists."""
+
+    task: TaskSpec = Field(description="The user's model and data.")
+    operation: Operation = Field(
+        Operation.INFLUENCES,
+        description="Influences | InfluenceFactors | InfluencesFromFactors. Default Influences.",
+    )
+    mode: Mode = Field(Mode.UP, description="Up | Perturbation. Default Up.")
+    method: MethodSpec = Field(description="How (H + λI)^-1 is applied: name and parameters.")
+    device: Device | None = Field(
+        None, description="cuda | cpu. Default: cuda when workers ask for a GPU resource, else cpu."
+    )
+    precision: Precision = Field(Precision.FLOAT32, description="Float32 | TF32 | BFloat16. Default Float32.")
+    factor_dtype: FactorDtype | None = Field(
+        None, description="Float32 | BFloat16. Default: the parameters' dtype, float32 for half precision."
+    )
+    chunks: ChunksSpec | None = Field(None, description="The result's grid. Default: chosen by the plan.")
+    output: OutputSpec = Field(description="Where the result goes.")
+    factors: FactorsSpec | None = Field(None, description="For InfluencesFromFactors, and only for it.")
+    image: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="Container image of driver, scheduler and workers. Default: the chart's."
+    )
+    workers: WorkersSpec = Field(default_factory=WorkersSpec, description="The Dask workers.")
+    driver: PodSettings = Field(default_factory=PodSettings, description="The driver's pod.")
+    scheduler: PodSettings = Field(default_factory=PodSettings, description="The Dask scheduler's pod.")
+    pod_defaults: PodSettings = Field(
+        default_factory=PodSettings,
+        description="Defaults of all three; driver and scheduler never inherit GPU limits.",
+    )
+    suspend: Flag = Field(False, description="Stop and keep what is done. Default false.")
+    backoff_limit: Annotated[Integer, Field(ge=0, le=1000)] = Field(
+        3, description="Counted failures before the job is Failed. Default 3."
+    )
+    active_deadline_seconds: Seconds | None = Field(
+        None, description="Running time summed over attempts and resumes, in seconds. Default none."
+    )
+    startup_deadline_seconds: Seconds = Field(
+        3600, description="Seconds until driver and workers must have come; suspended time excluded."
+    )
+    progress_deadline_seconds: Seconds = Field(
+        3600, description="Seconds without a finished region while a worker is ready: a counted failure."
+    )
+    cleanup_policy: CleanupPolicy = Field(
+        CleanupPolicy.WORKERS,
+        description="Workers | All | None: what is deleted at the end. Default Workers.",
+    )
+    ttl_seconds_after_finished: Annotated[Integer, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None,
+        description="Seconds after which the finished InfluenceJob is deleted. Default never. GitOps tools "
+        "create it again.",
+    )
+    managed_by: ShortString | None = Field(
+        None, description="Name of another controller that runs this job; ours then does nothing."
+    )
+
+    @model_validator(mode="after")
+    def _operation_fits(self) -> InfluenceJobSpec:
+        reads_factors = self.operation is Operation.INFLUENCES_FROM_FACTORS
+        if reads_factors and self.factors is None:
+            raise refuse(
+                "factors", "expected {url: store of an InfluenceFactors job} for InfluencesFromFactors"
+            )
+        if not reads_factors and self.factors is not None:
+            raise refuse(
+                "factors",
+                f"only for operation InfluencesFromFactors, got {self.operation}; remove it or change it",
+            )
+        only_factors = self.operation is Operation.INFLUENCE_FACTORS
+        if only_factors and self.mode is Mode.PERTURBATION:
+            raise refuse(
+                "mode",
+                "expected Up: factors are the same in both modes; Perturbation is for Influences and "
+                "InfluencesFromFactors",
+            )
+        if not self.output.dense and (only_factors or self.mode is Mode.PERTURBATION):
+            what = "factors" if only_factors else "perturbations"
+            raise refuse("output.dense", f"expected true: {what} have no top k, so nothing would be stored")
+        return self
+
+    @property
+    def worker_limits(self) -> dict[str, Quantity]:
+        """Resource limits of a worker: its own before those of `podDefaults`."""
+        return {**self.pod_defaults.resources.limits, **self.workers.resources.limits}
+
+    @property
+    def resolved_device(self) -> Device:
+        """`device`, else cuda when workers ask for a GPU resource, else cpu."""
+        if self.device is not None:
+            return self.device
+        gpus = [q for name, q in self.worker_limits.items() if name.endswith("/gpu")]
+        return Device.CUDA if any(quantity.value > 0 for quantity in gpus) else Device.CPU
+
+
+class Metadata(SpecModel):
+    """The part of Kubernetes' metadata that a job reads; the rest is left alone."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$")] = Field(
+        description="At most 40 lower-case letters, digits and dashes, no dots: children's names extend it."
+    )
+    namespace: ShortString | None = Field(None, description="Namespace; ignored on this machine.")
+    labels: StringMap = Field(default_factory=dict, description="Labels.")
+    annotations: dict[str, LongString] = Field(default_factory=dict, description="Annotations.")
+
+
+class InfluenceJob(SpecModel):
+    """A whole manifest."""
+
+    api_version: Literal["influence-operator.dev/v1alpha1"] = Field(description="The API's version.")
+    kind: Literal["InfluenceJob"] = Field(description="InfluenceJob.")
+    metadata: Metadata = Field(description="Name and namespace.")
+    spec: InfluenceJobSpec = Field(description="What to compute.")

@@ -1,0 +1,185 @@
+"""The methods a job may name, with their parameters: a union that `name` decides.
+
+The values become those of `influence_calculator.maths` unchanged; this module knows no torch.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
+
+
+class BlockStructure(StrEnum):
+    """How the tracked parameters are divided; the curvature between two blocks counts as zero."""
+
+    FULL = "Full"
+    """One block of all parameters."""
+    LAYER_WISE = "LayerWise"
+    """One block per direct child of the model."""
+    PARAMETER_WISE = "ParameterWise"
+    """One block per parameter."""
+    CUSTOM = "Custom"
+    """The blocks of `customBlocks`."""
+
+
+class SecondOrder(StrEnum):
+    """The curvature H."""
+
+    HESSIAN = "Hessian"
+    EMPIRICAL_FISHER = "EmpiricalFisher"
+    """Mean of g gᵀ at the true labels."""
+    GENERALIZED_GAUSS_NEWTON = "GeneralizedGaussNewton"
+    """Mean of Jᵀ (∇²_f loss) J: positive semi-definite, the true Fisher for cross-entropy."""
+
+
+class Expectation(StrEnum):
+    """Whose gradients EK-FAC averages."""
+
+    SAMPLED = "Sampled"
+    """Drawn from the model's outputs."""
+    EXACT = "Exact"
+    """Summed over the outputs: a backward pass per output, so for small heads."""
+    EMPIRICAL = "Empirical"
+    """At the true labels."""
+
+
+class Unsupported(StrEnum):
+    """What EK-FAC does with a layer it has no formula for."""
+
+    REFUSE = "Refuse"
+    DIAGONAL = "Diagonal"
+    """Mean of g² on the diagonal."""
+    EXCLUDE = "Exclude"
+    """The layer contributes 0."""
+
+
+CustomBlocks = Annotated[
+    dict[
+        Annotated[str, Field(max_length=253)],
+        Annotated[list[ShortString], Field(min_length=1, max_length=4096)],
+    ],
+    Field(min_length=1, max_length=1024),
+]
+RegularizationByBlock = Annotated[
+    dict[Annotated[str, Field(max_length=253)], Annotated[Number, Field(ge=0)]],
+    Field(min_length=1, max_length=1024),
+]
+
+
+class JacobiSpec(SpecModel):
+    """The diagonal of H + λI, estimated from random products."""
+
+    name: Literal["Jacobi"]
+    samples: Annotated[Integer, Field(ge=1, le=10_000)] = Field(
+        1, description="Random vectors that estimate the diagonal; default 1."
+    )
+
+
+class NystroemSpec(SpecModel):
+    """A low-rank approximation of H."""
+
+    name: Literal["Nystroem"]
+    rank: Annotated[Integer, Field(ge=1, le=100_000)] = Field(description="Rank of the approximation.")
+
+
+PreconditionerSpec = Annotated[JacobiSpec | NystroemSpec, Field(discriminator="name")]
+
+
+class _SolverSpec(SpecModel):
+    """What methods that solve with H itself share."""
+
+    regularization: Annotated[Number, Field(ge=0)] = Field(
+        description="λ, added to the diagonal of H. No default: 0.01 is a start; 0 needs an invertible H."
+    )
+    relative: Flag = Field(
+        False, description="λ of block b becomes regularization · tr(H_b)/dim_b. Default false."
+    )
+    regularization_by_block: RegularizationByBlock | None = Field(
+        None, description="λ per block name; must cover every block and then replaces `regularization`."
+    )
+    blocks: BlockStructure = Field(
+        BlockStructure.FULL,
+        description="Full | LayerWise | ParameterWise | Custom: partition of the parameters. Default Full.",
+    )
+    custom_blocks: CustomBlocks | None = Field(
+        None,
+        description="Block name -> parameter names, for blocks: Custom. Parameters left out contribute 0.",
+    )
+    second_order: SecondOrder = Field(
+        SecondOrder.HESSIAN,
+        description="Hessian | EmpiricalFisher | GeneralizedGaussNewton. Default Hessian; a network that is "
+        "not at a minimum has an indefinite one: GeneralizedGaussNewton never is.",
+    )
+
+    @model_validator(mode="after")
+    def _blocks_fit_together(self) -> _SolverSpec:
+        custom = self.blocks is BlockStructure.CUSTOM
+        if custom and self.custom_blocks is None:
+            raise refuse("customBlocks", "expected block names with parameter names, for blocks is Custom")
+        if not custom and self.custom_blocks is not None:
+            raise refuse(
+                "customBlocks", f"only for blocks: Custom, but blocks is {self.blocks}; set it or remove this"
+            )
+        if self.relative and self.regularization_by_block is not None:
+            raise refuse("relative", "not together with regularizationByBlock; remove one of them")
+        return self
+
+
+class DirectSpec(_SolverSpec):
+    """Forms H, P × P numbers, and factorizes it: exact, for up to some ten thousand parameters."""
+
+    name: Literal["Direct"]
+
+
+class CgSpec(_SolverSpec):
+    """Conjugate gradients with products by H: exact up to `rtol`, reads the training set per iteration."""
+
+    name: Literal["Cg"]
+    rtol: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        1e-4, description="A right-hand side b has converged at ‖r‖ ≤ max(rtol·‖b‖, atol). Default 1e-4."
+    )
+    atol: Annotated[Number, Field(ge=0)] = Field(
+        0.0,
+        description="Absolute part of that bound. Default 0: larger ones answer 0 for confident examples.",
+    )
+    maxiter: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="Iterations at most; default 10 times the number of parameters."
+    )
+    simultaneous: Flag = Field(
+        True, description="Solve all test examples of a chunk at once, sharing each pass. Default true."
+    )
+    preconditioner: PreconditionerSpec | None = Field(
+        None, description="{name: Jacobi, samples: 1} or {name: Nystroem, rank: 10}; default none."
+    )
+
+
+class EkfacSpec(SpecModel):
+    """Eigenvalue-corrected Kronecker factors: two passes over the training set, scales to large models."""
+
+    name: Literal["Ekfac"]
+    regularization: Annotated[Number, Field(gt=0)] = Field(
+        description="λ, added to the eigenvalues; above 0. No default: 0.01 is a start."
+    )
+    update_diagonal: Flag = Field(
+        True,
+        description="Fit the eigenvalues to per-example gradients (EK-FAC). Default true; false is KFAC.",
+    )
+    expectation: Expectation = Field(
+        Expectation.SAMPLED,
+        description="Sampled | Exact | Empirical: whose gradients are averaged. Default Sampled.",
+    )
+    samples: Annotated[Integer, Field(ge=1, le=1000)] = Field(
+        1, description="Draws per example and token, for Sampled. Default 1."
+    )
+    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Keys the draws. Default 0.")
+    unsupported: Unsupported = Field(
+        Unsupported.REFUSE,
+        description="Refuse | Diagonal | Exclude: layers without a formula. Default Refuse, naming them.",
+    )
+
+
+MethodSpec = Annotated[DirectSpec | CgSpec | EkfacSpec, Field(discriminator="name")]
