@@ -297,7 +297,7 @@ class Metadata(SpecModel):
 class InfluenceJob(SpecModel):
     """A whole manifest."""
 
-    api_version: Literal["influence-operator.dev/v1alpha1"] = Field(description="The API's version.")
-    kind: Literal["InfluenceJob"] = Field(description="InfluenceJob.")
+    api_version: Literal["influence-operator.dev/v1alpha1"] = Field(description="influence-operator.dev/v1alpha1")
+    kind: Literal["InfluenceJob"] = Field(description="InfluenceJob")
     metadata: Metadata = Field(description="Name and namespace.")
     spec: InfluenceJobSpec = Field(description="What to compute.")
