@@ -297,7 +297,9 @@ class Metadata(SpecModel):
 class InfluenceJob(SpecModel):
     """A whole manifest."""
 
-    api_version: Literal["influence-operator.dev/v1alpha1"] = Field(description="influence-operator.dev/v1alpha1")
+    api_version: Literal["influence-operator.dev/v1alpha1"] = Field(
+        description="influence-operator.dev/v1alpha1"
+    )
     kind: Literal["InfluenceJob"] = Field(description="InfluenceJob")
     metadata: Metadata = Field(description="Name and namespace.")
     spec: InfluenceJobSpec = Field(description="What to compute.")

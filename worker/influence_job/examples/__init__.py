@@ -1,0 +1,1 @@
+"""Entry points of jobs that run as they are, on data that is installed with them."""
