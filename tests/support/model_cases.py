@@ -1,0 +1,153 @@
+"""Models that tests run on, as data: a small trained model, its loss, a training and a test set.
+
+Every case is deterministic and takes milliseconds. Models with a nonlinearity are trained to near a
+minimum, where the Hessian is nearly positive, and remembered, so that a suite trains each once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Data = tuple[Tensor, Tensor]
+
+TRAIN, TEST = 23, 7
+"""Sizes without a common divisor, so that last batches are short."""
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One model with its data, in float64."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    """The model before training."""
+    loss: Loss
+    features: tuple[int, ...]
+    """Shape of one input."""
+    classes: int | None
+    """Number of labels; None for targets that are real vectors of `targets` entries."""
+    targets: int = 1
+    steps: int = 200
+    """Steps of LBFGS."""
+    penalty: float = 3e-3
+    """Weight decay during training only: keeps separable data from infinite weights."""
+    captured: bool = True
+    """Whether every layer is one that hooks capture (Linear, Conv2d)."""
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def data(self, count: int, seed: int) -> Data:
+        """Inputs and targets; a fixed linear map with noise gives the targets."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, *self.features, generator=generator, dtype=torch.float64)
+        width = self.classes or self.targets
+        weight = torch.randn(
+            x[0].numel(), width, generator=torch.Generator().manual_seed(99), dtype=torch.float64
+        )
+        noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
+        signal = x.reshape(count, -1) @ weight / x[0].numel() ** 0.5 + 0.5 * noise
+        return x, signal.argmax(1) if self.classes else signal
+
+    def train(self) -> Data:
+        return self.data(TRAIN, seed=1)
+
+    def test(self) -> Data:
+        return self.data(TEST, seed=2)
+
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """A fresh copy of the trained model."""
+        return copy.deepcopy(_trained(self)).to(dtype)
+
+
+@cache
+def _trained(case: ModelCase) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = case.build().double()
+    x, y = case.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=case.steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        decay = sum(((p**2).sum() for p in parameters), torch.zeros(()))
+        value = case.loss(model(x), y) + case.penalty / 2 * decay
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    return model.eval()
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3))
+
+
+def _frozen_mlp() -> nn.Module:
+    model = _mlp()
+    model[0].requires_grad_(False)
+    return model
+
+
+def _conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(6, 3)
+    )
+
+
+def _conv2d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
+def _conv3d() -> nn.Module:
+    return nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+
+
+LINEAR = ModelCase("linear regression", lambda: nn.Linear(4, 2), F.mse_loss, (4,), None, targets=2)
+LOGISTIC = ModelCase("logistic regression", lambda: nn.Linear(4, 3), F.cross_entropy, (4,), 3)
+MLP = ModelCase("mlp", _mlp, F.cross_entropy, (4,), 3)
+MLP_REGRESSION = ModelCase(
+    "mlp regression",
+    lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)),
+    F.mse_loss,
+    (4,),
+    None,
+    targets=2,
+)
+FROZEN = ModelCase("mlp with a frozen layer", _frozen_mlp, F.cross_entropy, (4,), 3)
+CONV1D = ModelCase("conv1d", _conv1d, F.cross_entropy, (2, 7), 3, captured=False)
+CONV2D = ModelCase("conv2d", _conv2d, F.cross_entropy, (2, 6, 6), 3)
+CONV3D = ModelCase("conv3d", _conv3d, F.cross_entropy, (1, 3, 3, 3), 3, captured=False)
+
+CASES = (LINEAR, LOGISTIC, MLP, MLP_REGRESSION, FROZEN, CONV1D, CONV2D, CONV3D)
+CAPTURED_CASES = tuple(case for case in CASES if case.captured)
+
+
+def linear_regression_curvature(x: Tensor, targets: int) -> Tensor:
+    """`nn.Linear` with a bias under mean squared error: `(2/d) I ⊗ E[x̃ x̃ᵀ]`, the weights' columns first."""
+    n, features = x.shape
+    inputs = torch.cat([x, torch.ones(n, 1, dtype=x.dtype)], 1)
+    moment = 2 / targets * inputs.T @ inputs / n
+    curvature = torch.zeros(targets * (features + 1), targets * (features + 1), dtype=x.dtype)
+    for output in range(targets):
+        weight = torch.arange(output * features, (output + 1) * features)
+        own = torch.cat([weight, torch.tensor([targets * features + output])])
+        curvature[own[:, None], own] = moment
+    return curvature
