@@ -1,0 +1,49 @@
+# `make run` does the main job, `make test` runs the tests; both set up what they need in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# One intra-op thread per process: the tests and the benchmarks bring their own processes.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv run test test-unit lint format bench clean
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## .venv with everything installed, at the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[worker,s3]' --group dev
+	@touch $@
+
+run: $(STAMP) ## the influences of 1400 handwritten digits on 300 others, then what they say
+	$(BIN)/influence run examples/digits.yaml --output digits.zarr
+	$(BIN)/influence show digits.zarr
+
+test: $(STAMP) ## every test that needs no accelerator
+	$(BIN)/python -m pytest
+
+test-unit: $(STAMP) ## the tests that start no processes
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+lint: $(STAMP) ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP) ## put the code into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what `make` made
+	rm -rf $(VENV) digits.zarr .mypy_cache .ruff_cache .pytest_cache
