@@ -1,0 +1,214 @@
+"""Who may write to a store: one driver at a time, by epochs.
+
+A driver claims a store by creating `ledger/epoch-<n>`, which nothing ever replaces or deletes; whoever
+holds the highest epoch is the writer. An older driver finds the higher epoch before its next flush and
+stops. What a claim says decides which segments of the ledger count: after a claim that overwrites,
+those of earlier epochs never do, even while their objects still exist.
+
+    inspect   what is there, before anything is written
+    claim     become the writer
+    delete_previous   the deletion that an overwriting claim announced, once the job is sure to start
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from influence_job.errors import InfrastructureError, PermanentError, Reason
+from influence_job.storage.arrays import OURS, forget, read_attributes
+from influence_job.storage.store import Store
+
+RESUME, OVERWRITE, FAIL = "Resume", "Overwrite", "Fail"
+"""`output.onExisting`."""
+
+_EPOCH = re.compile(r"ledger/epoch-(\d+)")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a driver writes when it takes a store."""
+
+    job_uid: str
+    attempt: int
+    pod: str
+    """Where it runs: a pod's name, or a host's."""
+    on_existing: str
+    """`Resume`, `Overwrite` or `Fail`: what the job asks for; it decides in a UID's first claim only."""
+    overwrites: bool = False
+    """Set by `claim`: nothing that earlier epochs did counts any more."""
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    nonce: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Makes the content unique, so that a claim whose answer was lost is recognized as our own."""
+
+
+@dataclass(frozen=True)
+class Existing:
+    """What is at a URL that may be claimed: nothing, or a store of ours."""
+
+    claims: Mapping[int, Claim]
+    """By epoch."""
+    attributes: Mapping[str, Any]
+    """Root attributes; empty if there are none, or if they no longer count."""
+    must_delete: bool
+    """An Overwrite claimed the store and its deletion has not ended: what is there does not count."""
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is there that counts."""
+        return not self.attributes and (self.must_delete or not self.claims)
+
+    @property
+    def finished(self) -> bool:
+        """The driver that completed the store has said so."""
+        return self.attributes.get(OURS, {}).get("finished") is True
+
+    def effective(self, job_uid: str, on_existing: str) -> str:
+        """What `onExisting` means for this UID now: after its first claim every attempt resumes."""
+        return RESUME if any(c.job_uid == job_uid for c in self.claims.values()) else on_existing
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A claim that was won."""
+
+    number: int
+    claim: Claim
+    resumes: bool
+    """This UID has claimed the store before."""
+    previous: Mapping[int, Claim]
+    """Earlier claims by epoch."""
+    counts_from: int
+    """Segments of the ledger count from this epoch on."""
+    must_delete: bool
+    """`delete_previous` is still to be done, after Loading and before anything is written."""
+
+
+def inspect(store: Store) -> Existing:
+    """What is at the URL. Writes nothing.
+
+    Raises:
+        PermanentError: something that is not ours.
+    """
+    claims = _claims(store)
+    attributes = read_attributes(store)
+    if not claims and OURS not in attributes:
+        _require_nothing(store)
+    must_delete = _must_delete(store, _counts_from(claims))
+    return Existing(claims, {} if must_delete else attributes, must_delete)
+
+
+def claim(store: Store, wanted: Claim) -> Epoch:
+    """Becomes the writer: creates the next epoch.
+
+    Raises:
+        PermanentError: `onExisting: Fail`, and another job's store is there (also when it came meanwhile).
+    """
+    if wanted.on_existing not in (RESUME, OVERWRITE, FAIL):
+        raise ValueError(f"on_existing: expected Resume, Overwrite or Fail, got {wanted.on_existing!r}")
+    while True:
+        existing = inspect(store)
+        mode = existing.effective(wanted.job_uid, wanted.on_existing)
+        if mode == FAIL and (existing.claims or existing.attributes):
+            raise PermanentError(
+                Reason.STORE_EXISTS,
+                f"{store.url}: output.onExisting is Fail and a store is there; choose another output.url, or "
+                f"Resume or Overwrite",
+            )
+        number = max(existing.claims, default=0) + 1
+        made = Claim(**asdict(wanted) | {"overwrites": mode == OVERWRITE})
+        if store.create_json(_epoch_path(number), asdict(made)):
+            claims = {**existing.claims, number: made}
+            counts_from = _counts_from(claims)
+            return Epoch(
+                number=number,
+                claim=made,
+                resumes=any(c.job_uid == made.job_uid for c in existing.claims.values()),
+                previous=existing.claims,
+                counts_from=counts_from,
+                must_delete=_must_delete(store, counts_from),
+            )
+
+
+def check_epoch(store: Store, epoch: Epoch) -> None:
+    """Proves that no later claim exists. Epochs have no gaps, so one read of the next one tells.
+
+    Raises:
+        InfrastructureError: a later attempt of this job writes now.
+        PermanentError: another job does.
+    """
+    latest: tuple[int, Claim] | None = None
+    number = epoch.number + 1
+    while (data := store.get(_epoch_path(number))) is not None:
+        latest = number, _parse(data)
+        number += 1
+    if latest is None:
+        return
+    number, other = latest
+    if other.job_uid == epoch.claim.job_uid:
+        raise InfrastructureError(
+            Reason.SUPERSEDED,
+            f"{store.url}: attempt {other.attempt} of this job took the store over (epoch {number})",
+        )
+    raise PermanentError(
+        Reason.STORE_CLAIMED,
+        f"{store.url}: job {other.job_uid or 'unknown'} on {other.pod or 'an unknown host'} took the store over "
+        f"at {other.time} (epoch {number}); two jobs cannot write to one output.url",
+    )
+
+
+def delete_previous(store: Store, epoch: Epoch) -> None:
+    """Deletes all that is there but the claims, if an overwriting claim asked for it and it is not done."""
+    if not epoch.must_delete:
+        return
+    check_epoch(store, epoch)
+    store.delete_prefix("", keep=lambda path: _EPOCH.fullmatch(path) is not None)
+    forget(store)
+    store.put(_deleted_path(epoch.counts_from), b"")
+
+
+def _claims(store: Store) -> dict[int, Claim]:
+    found = [path for path in store.list("ledger/epoch-") if _EPOCH.fullmatch(path)]
+    return {
+        int(path.rpartition("-")[2]): _parse(data or b"") for path, data in sorted(store.get_many(found))
+    }
+
+
+def _parse(data: bytes) -> Claim:
+    """The claim; one that cannot be read (a file system lost it half way) is a job's we do not know."""
+    try:
+        return Claim(**json.loads(data))
+    except (ValueError, TypeError):
+        return Claim("", 0, "", RESUME, time="an unknown time", nonce="")
+
+
+def _counts_from(claims: Mapping[int, Claim]) -> int:
+    return max((number for number, made in claims.items() if made.overwrites), default=1)
+
+
+def _must_delete(store: Store, counts_from: int) -> bool:
+    """An overwriting epoch without the object that ends its deletion. Epoch 1 found nothing."""
+    return counts_from > 1 and store.get(_deleted_path(counts_from)) is None
+
+
+def _require_nothing(store: Store) -> None:
+    found = store.first_path()
+    if found is not None:
+        raise PermanentError(
+            Reason.STORE_EXISTS,
+            f"{store.url}: expected a store of an earlier job or nothing, found {found!r}, which no job wrote; "
+            f"choose another output.url (nothing was changed)",
+        )
+
+
+def _epoch_path(number: int) -> str:
+    return f"ledger/epoch-{number}"
+
+
+def _deleted_path(number: int) -> str:
+    return f"ledger/deleted-before-{number}"

@@ -1,0 +1,108 @@
+"""A store in a folder of this machine's file systems.
+
+Every object is written under a passing name in its own folder and then renamed, so that a process
+killed at any moment leaves the old content or the new. `create` does not go through fsspec, which
+checks and then writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from influence_job.storage.backend import OWN_PREFIX, Backend, is_passing
+
+_WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class LocalFiles(Backend):
+    """Objects are files below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return (self._root / path).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def write(self, path: str, data: bytes) -> None:
+        target = self._root / path
+        passing = _write_passing(target, data)
+        try:
+            passing.replace(target)
+        except OSError:
+            passing.unlink(missing_ok=True)
+            raise
+
+    def create(self, path: str, data: bytes) -> None:
+        target = self._root / path
+        passing = _write_passing(target, data)
+        try:
+            os.link(passing, target)
+        except OSError as error:
+            if error.errno not in _WITHOUT_HARD_LINKS:
+                raise
+            _write_new(target, data)
+        finally:
+            passing.unlink(missing_ok=True)
+
+    def names(self, prefix: str) -> list[str]:
+        folder = prefix.rpartition("/")[0]
+        found = (path.relative_to(self._root).as_posix() for path in _files(self._root / folder))
+        return sorted(name for name in found if name.startswith(prefix) and not is_passing(name))
+
+    def first_name(self) -> str | None:
+        found = (path.relative_to(self._root).as_posix() for path in _files(self._root))
+        return next((name for name in found if not is_passing(name)), None)
+
+    def remove(self, path: str) -> None:
+        target = self._root / path
+        target.unlink(missing_ok=True)
+        for folder in target.parents:  # empty folders would look like broken arrays to zarr
+            if folder == self._root:
+                return
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _write_passing(target: Path, data: bytes) -> Path:
+    passing = target.with_name(f"{OWN_PREFIX}{uuid.uuid4().hex}")
+    try:
+        _write_new(passing, data)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_new(passing, data)
+    except OSError:
+        passing.unlink(missing_ok=True)
+        raise
+    return passing
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Writes a file that must not exist. The mode leaves the permissions to the umask."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder; a folder that vanishes meanwhile, or never was, holds none."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path))
+        else:
+            yield Path(entry.path)

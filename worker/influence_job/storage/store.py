@@ -1,0 +1,186 @@
+"""The place where one job's results lie: whole objects under paths, on files or in a bucket.
+
+Used by the driver and by every worker; each process opens its own from URL and options. A `Store`
+knows nothing of arrays or ledgers: it gives atomic whole-object operations, with retries, and with
+errors that say what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from influence_job.errors import PermanentError, Reason
+from influence_job.storage.backend import OWN_PREFIX, Backend
+from influence_job.storage.local_files import LocalFiles
+from influence_job.storage.objects import PROTOCOLS, Objects
+from influence_job.storage.retry import Retry
+
+THREADS = 16
+"""Requests in flight when many objects are read or deleted: their latency is what costs."""
+
+T = TypeVar("T")
+
+
+class Store:
+    """Objects under one URL. Thread-safe; pickles as its URL and options."""
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any], backend: Backend) -> None:
+        self.url = url
+        self.storage_options = dict(storage_options)
+        self._backend = backend
+        self._retry = Retry(url)
+
+    @classmethod
+    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Store:
+        """The store at a path, `file://`, `gs://`, `s3://` (or `memory://`) URL. Writes nothing.
+
+        Raises:
+            PermanentError: a scheme that is not supported, or whose library is not installed.
+        """
+        options = dict(storage_options or {})
+        protocol, separator, rest = url.partition("://")
+        if not separator or protocol == "file":
+            path = Path(unquote(rest) if separator else url).expanduser().absolute()
+            return cls(str(path), options, LocalFiles(path))
+        if protocol not in PROTOCOLS:
+            raise PermanentError(
+                Reason.INVALID_SPEC,
+                f"output.url: expected a path or one of file, gs, s3, got {url!r}; other storage can be mounted "
+                f"as a file system",
+            )
+        url = url.rstrip("/")
+        backend: Backend = Retry(url).call("opening", lambda: Objects(protocol, rest, options))
+        return cls(url, options, backend)
+
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[str, dict[str, Any]]]:
+        return Store.open, (self.url, self.storage_options)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get(self, path: str) -> bytes | None:
+        """The object's content, None if there is none."""
+        return self._retry.call(f"reading {path}", lambda: self._backend.read(path))
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes or replaces the object, as a whole."""
+        self._retry.call(f"writing {path}", lambda: self._backend.write(path, data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Writes the object unless there is one; whether it is now this one.
+
+        A try that ended in an error may have written it nevertheless. When a later try then finds an
+        object, the contents are compared: they must be unique to the caller.
+        """
+        tries = 0
+
+        def attempt() -> bool:
+            nonlocal tries
+            tries += 1
+            try:
+                self._backend.create(path, data)
+            except FileExistsError:
+                return tries > 1 and self._backend.read(path) == data
+            return True
+
+        return self._retry.call(f"creating {path}", attempt)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Sorted paths that start with `prefix`, as the storage knows them now."""
+        return self._retry.call(f"listing {prefix or 'it'}", lambda: self._backend.names(prefix))
+
+    def first_path(self) -> str | None:
+        """Any one object or folder there, None when there is nothing."""
+        return self._retry.call("listing it", self._backend.first_name)
+
+    def delete(self, path: str) -> None:
+        """Removes the object if there is one."""
+        self._retry.call(f"deleting {path}", lambda: self._backend.remove(path))
+
+    def delete_prefix(self, prefix: str, keep: Callable[[str], bool] = lambda _: False) -> None:
+        """Removes all objects whose paths start with `prefix`, but those that `keep` names."""
+        doomed = (path for path in self.list(prefix) if not keep(path))
+        for _ in _in_order(self.delete, doomed):
+            pass
+
+    def get_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Paths with their contents, in the order given; many requests at once, few contents held."""
+        return _in_order(lambda path: (path, self.get(path)), paths)
+
+    def get_json(self, path: str) -> Any:
+        """The parsed object, None if there is none.
+
+        Raises:
+            PermanentError: it is no JSON.
+        """
+        data = self.get(path)
+        if data is None:
+            return None
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise PermanentError(
+                Reason.STORE_CORRUPT,
+                f"{self.url}/{path}: expected JSON, got {data[:40]!r}; restore the object, or choose another "
+                f"output.url",
+            ) from error
+
+    def put_json(self, path: str, document: Any) -> None:
+        """Writes or replaces a JSON document."""
+        self.put(path, to_json(document))
+
+    def create_json(self, path: str, document: Any) -> bool:
+        """`create` of a JSON document."""
+        return self.create(path, to_json(document))
+
+    def probe(self) -> None:
+        """Proves that objects can be written, read and deleted.
+
+        Raises:
+            PermanentError: they cannot, and no retry would help.
+            InfrastructureError: the storage does not answer.
+        """
+        path, data = f"{OWN_PREFIX}probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        self.put(path, data)
+        found = self.get(path)
+        self.delete(path)
+        if found != data:
+            raise PermanentError(
+                Reason.STORE_UNREACHABLE,
+                f"{self.url}: an object that was just written reads differently; storage without "
+                f"read-after-write consistency cannot hold a store",
+            )
+
+    def close(self) -> None:
+        """Ends connections. The store must not be used afterwards."""
+        self._backend.close()
+
+
+def to_json(document: Any) -> bytes:
+    """JSON as we store it: readable, keys in the order given, NaN as zarr writes it."""
+    return json.dumps(document, indent=1).encode()
+
+
+def _in_order(function: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """Results in order; at most twice `THREADS` are held at any time."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        window: deque[Future[T]] = deque()
+        for path in paths:
+            window.append(pool.submit(function, path))
+            if len(window) >= 2 * THREADS:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
