@@ -1,0 +1,216 @@
+"""The plan as a document: sizes in, grid out, and the arithmetic of its indices.
+
+A region, one group of test chunks × one training chunk, is one chunk of the result.
+
+Symbols: T test examples, N training examples, R fit ranges, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import Field
+
+from influence_calculator.maths.shapes import ModelShapes
+from influence_job.plan.memory import MIB, StageMemory
+from influence_job.spec import Mode, Operation, SpecModel
+
+FACTOR_CHUNK_BYTES = 32 * MIB
+
+
+class Sizes(SpecModel):
+    """What a worker measured of model and data."""
+
+    test: int = Field(ge=1, description="T, test examples.")
+    train: int = Field(ge=1, description="N, training examples.")
+    shapes: ModelShapes = Field(description="Sizes of the tracked part of the model.")
+    feature_shape: tuple[int, ...] = Field(
+        (), description="One training input's shape; () unless Perturbation."
+    )
+    dtype: str = Field("float32", description="Of the result: float32 or float64.")
+    blocks: dict[str, int] = Field(description="Block name -> parameters.")
+    test_example_bytes: int = Field(0, ge=0, description="One test example as a batch entry.")
+
+
+class ResultArray(SpecModel):
+    """One array of the result, as the store holds it."""
+
+    path: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    block: str | None = None
+    """The block of parameters, of factors."""
+
+
+class Plan(SpecModel):
+    """The plan. Indices of regions run over training chunks first, then over groups."""
+
+    operation: Operation
+    mode: Mode
+    test: int = Field(description="T")
+    train: int = Field(description="N")
+    test_chunk: int = Field(description="Test examples per chunk.")
+    train_chunk: int = Field(description="Training examples per chunk.")
+    group_chunks: int = Field(description="Test chunks per group.")
+    fit_ranges: int = Field(description="R, contiguous ranges that a fit pass is divided into; from N alone.")
+    micro_batch: int = Field(description="Examples per forward pass, at most.")
+    dtype: str = Field(description="Of the result.")
+    feature_shape: tuple[int, ...] = ()
+    blocks: dict[str, int] = Field(description="Block name -> columns of its factors.")
+    dense: bool = True
+    top_k: int = 100
+    fit_passes: int = Field(description="Passes over the training set that fit the method.")
+    solves_with_data: bool = Field(description="Whether each iteration of each test chunk is a pass as well.")
+    memory: dict[str, StageMemory] = Field(description="Stage -> bytes per worker.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that the store keeps."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Plan:
+        """The inverse of `to_json`."""
+        return cls.model_validate(document)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether training examples are scored; otherwise factors are the result."""
+        return self.operation is not Operation.INFLUENCE_FACTORS
+
+    @property
+    def test_chunks(self) -> int:
+        return -(-self.test // self.test_chunk)
+
+    @property
+    def train_chunks(self) -> int:
+        return -(-self.train // self.train_chunk)
+
+    @property
+    def group_rows(self) -> int:
+        """Test examples of a group; the last one may have fewer."""
+        return min(self.group_chunks * self.test_chunk, self.test)
+
+    @property
+    def groups(self) -> int:
+        """G: passes over the training set that scoring takes; 0 if nothing is scored."""
+        return -(-self.test // self.group_rows) if self.has_scores else 0
+
+    @property
+    def regions(self) -> int:
+        return self.groups * self.train_chunks
+
+    def region(self, group: int, chunk: int) -> int:
+        """Index of the region of a group and a training chunk."""
+        _require_inside("group", group, self.groups)
+        _require_inside("training chunk", chunk, self.train_chunks)
+        return group * self.train_chunks + chunk
+
+    def unravel(self, region: int) -> tuple[int, int]:
+        """Group and training chunk of a region: the inverse of `region`."""
+        _require_inside("region", region, self.regions)
+        return divmod(region, self.train_chunks)
+
+    def group_range(self, group: int) -> tuple[int, int]:
+        """Test examples `start` to `stop` of a group."""
+        return _cut(group, self.group_rows, self.test, "group")
+
+    def test_range(self, chunk: int) -> tuple[int, int]:
+        """Test examples `start` to `stop` of a test chunk."""
+        return _cut(chunk, self.test_chunk, self.test, "test chunk")
+
+    def train_range(self, chunk: int) -> tuple[int, int]:
+        """Training examples `start` to `stop` of a training chunk."""
+        return _cut(chunk, self.train_chunk, self.train, "training chunk")
+
+    def fit_range(self, index: int) -> tuple[int, int]:
+        """Training examples `start` to `stop` of a fit range; lengths differ by one at most."""
+        _require_inside("fit range", index, self.fit_ranges)
+        return index * self.train // self.fit_ranges, (index + 1) * self.train // self.fit_ranges
+
+    @property
+    def itemsize(self) -> int:
+        return 8 if self.dtype == "float64" else 4
+
+    def factor_columns(self, block: int) -> int:
+        """Columns per chunk of the factors of block number `block`."""
+        width = list(self.blocks.values())[block]
+        return max(1, min(width, FACTOR_CHUNK_BYTES // (min(self.test_chunk, self.test) * self.itemsize)))
+
+    @property
+    def arrays(self) -> tuple[ResultArray, ...]:
+        """The arrays that are the result."""
+        if not self.has_scores:
+            return tuple(self._factor_array(i, block) for i, block in enumerate(self.blocks))
+        if not self.dense:
+            return ()
+        return (
+            ResultArray(
+                path="influences", dims=self.result_dims, shape=self.result_shape, chunks=self.result_chunks
+            ),
+        )
+
+    def _factor_array(self, number: int, block: str) -> ResultArray:
+        return ResultArray(
+            path=f"factors/{number}",
+            dims=("test", "column"),
+            shape=(self.test, self.blocks[block]),
+            chunks=(min(self.test_chunk, self.test), self.factor_columns(number)),
+            block=block,
+        )
+
+    @property
+    def result_dims(self) -> tuple[str, ...]:
+        if not self.has_scores:
+            return ("test", "column")
+        return ("test", "train", *(f"feature_{i}" for i in range(len(self.feature_shape))))
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Of the matrix, stored or not; of factors over all blocks."""
+        if not self.has_scores:
+            return (self.test, sum(self.blocks.values()))
+        return (self.test, self.train, *self.feature_shape)
+
+    @property
+    def result_chunks(self) -> tuple[int, ...]:
+        """Of the matrix: one region."""
+        return (self.group_rows, min(self.train_chunk, self.train), *self.feature_shape)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of the result as an array."""
+        return math.prod(self.result_shape) * self.itemsize
+
+    @property
+    def factor_bytes(self) -> int:
+        """Of the factors of all test examples, in the store."""
+        return self.test * sum(self.blocks.values()) * self.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        """What stays: the array, or without it the top k (indices and scores of both ends)."""
+        if self.dense or not self.has_scores:
+            return self.matrix_bytes
+        return self.test * 2 * min(self.top_k, self.train) * (8 + self.itemsize)
+
+    @property
+    def training_passes(self) -> int:
+        """Passes over the training set, without those of an iterative solver."""
+        return self.fit_passes + self.groups
+
+    @property
+    def passes_per_iteration(self) -> int:
+        """Further passes for each iteration of an iterative solver."""
+        return self.test_chunks if self.solves_with_data else 0
+
+
+def _require_inside(what: str, index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise IndexError(f"{what} {index}: expected 0 to {count - 1}")
+
+
+def _cut(index: int, length: int, total: int, what: str) -> tuple[int, int]:
+    _require_inside(what, index, -(-total // length))
+    return index * length, min((index + 1) * length, total)

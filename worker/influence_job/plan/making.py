@@ -1,0 +1,224 @@
+"""From spec and sizes to a plan: chunks, groups, ranges and micro-batches. Pure.
+
+Explicit chunks win; the rest follows from the device budget and from how large a stored object should be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from influence_calculator.maths.method import Method
+from influence_job.errors import PermanentError, Reason
+from influence_job.plan import memory
+from influence_job.plan.document import Plan, Sizes
+from influence_job.plan.memory import MIB, StageMemory
+from influence_job.spec import InfluenceJobSpec, Mode, Operation
+
+REGION_BYTES = 32 * MIB
+"""Aimed at when chunks are absent: few enough objects, and little lost with a worker."""
+LEAST_REGIONS = 32
+"""Or as many as there are training examples: progress that can be seen, work for every worker."""
+COLUMN_BYTES = {Mode.UP: 1 * MIB, Mode.PERTURBATION: 8 * MIB}
+"""Of one training example in a region: bounds the rows of a group, so that a chunk holds several columns."""
+READ_BYTES = 64 * MIB
+"""Of the training examples of one chunk; two chunks are in memory at once."""
+LARGEST_TEST_CHUNK = 256
+FACTOR_TASKS = 16
+"""Chunks that the test examples are divided into when there are enough of them."""
+RANGE_EXAMPLES, MOST_RANGES = 128, 32
+"""A fit range holds at least so many training examples, and there are at most so many ranges: each leaves
+its partial sums in the store."""
+
+
+def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
+    """The plan of a job.
+
+    Raises:
+        PermanentError: PlanImpossible, for a result above `output.maxBytes` or work that does not fit.
+    """
+    fits = spec.operation is not Operation.INFLUENCES_FROM_FACTORS
+    micro_batch = memory.choose_micro_batch(spec, method, sizes.shapes, fits=fits)
+    region_bytes = _region_bytes(spec, method, sizes, micro_batch)
+    most_rows = _most_rows(spec, method, sizes, micro_batch, region_bytes)
+    test_chunk = _test_chunk(spec, method, sizes, micro_batch, most_rows)
+    test_chunks = -(-sizes.test // test_chunk)
+    groups = -(-test_chunks // max(1, min(most_rows, _column_rows(spec, sizes)) // test_chunk))
+    group_chunks = -(-test_chunks // groups)
+    group_rows = min(group_chunks * test_chunk, sizes.test)
+    passes = len(method.passes()) if fits else 0
+    plan = Plan(
+        operation=spec.operation,
+        mode=spec.mode,
+        test=sizes.test,
+        train=sizes.train,
+        test_chunk=test_chunk,
+        train_chunk=_train_chunk(spec, sizes, group_rows, micro_batch, region_bytes),
+        group_chunks=group_chunks,
+        fit_ranges=min(MOST_RANGES, -(-sizes.train // RANGE_EXAMPLES)),
+        micro_batch=micro_batch,
+        dtype=sizes.dtype,
+        feature_shape=sizes.feature_shape,
+        blocks=sizes.blocks,
+        dense=spec.output.dense,
+        top_k=spec.output.top_k,
+        fit_passes=passes,
+        solves_with_data=method.needs_data and fits,
+        memory={},
+    )
+    _refuse_large_result(spec, plan)
+    plan = plan.model_copy(update={"memory": _stages(spec, method, sizes, plan)})
+    _refuse_large_stage(spec, plan)
+    return plan
+
+
+def _itemsize(sizes: Sizes) -> int:
+    return 8 if sizes.dtype == "float64" else 4
+
+
+def _resident(method: Method, sizes: Sizes) -> int:
+    """Model and fit, which stay on the device while test and training examples come and go."""
+    return sizes.shapes.model_bytes + method.footprint(sizes.shapes, 1, 1).factors
+
+
+def _factor_row(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> int:
+    footprint = method.footprint(sizes.shapes, 1, 1)
+    return max(1, memory.factor_row_bytes(spec, footprint, sizes.shapes, _itemsize(sizes)))
+
+
+def _column_rows(spec: InfluenceJobSpec, sizes: Sizes) -> int:
+    pair = math.prod(sizes.feature_shape) * _itemsize(sizes)
+    return max(1, COLUMN_BYTES[spec.mode] // pair)
+
+
+def _used(method: Method, sizes: Sizes, micro_batch: int) -> int:
+    """What scoring holds besides factors and region."""
+    return _resident(method, sizes) + method.footprint(sizes.shapes, micro_batch, 1).capture
+
+
+def _region_bytes(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
+    """The size of region to aim at: smaller where the budget is small."""
+    free = memory.device_budget(spec) - _used(method, sizes, micro_batch)
+    return min(REGION_BYTES, max(1, free // 8))
+
+
+def _most_rows(
+    spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, region_bytes: int
+) -> int:
+    """Test rows whose factors fit: (budget − model, fit, capture and region) / bytes of a row."""
+    used = _used(method, sizes, micro_batch)
+    row = _factor_row(spec, method, sizes) * memory.factor_copies(spec)
+    free = memory.device_budget(spec) - used - region_bytes
+    if free < row:
+        raise memory.impossible(
+            spec,
+            f"model, fit and one micro-batch need {memory.in_words(used)} and the factors of one test "
+            f"example {memory.in_words(row)}",
+        )
+    return free // row
+
+
+def _test_chunk(
+    spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, most_rows: int
+) -> int:
+    """As given, or the largest power of two that leaves `FACTOR_TASKS` chunks and fits."""
+    budget = memory.device_budget(spec) - sizes.shapes.model_bytes
+
+    def fits(rows: int) -> bool:
+        return rows <= most_rows and method.footprint(sizes.shapes, micro_batch, rows).factors <= budget
+
+    if spec.chunks is not None and spec.chunks.test is not None:
+        rows = min(spec.chunks.test, sizes.test)
+        if not fits(rows):
+            limit = _largest_power(1, most_rows, fits)
+            raise memory.impossible(
+                spec,
+                f"chunks.test: solving {rows} test examples at once does not fit",
+                f", or set {limit} or less",
+            )
+        return spec.chunks.test
+    wanted = min(
+        LARGEST_TEST_CHUNK, max(8, sizes.test // FACTOR_TASKS), sizes.test, _column_rows(spec, sizes)
+    )
+    return _largest_power(1, wanted, fits)
+
+
+def _largest_power(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest power of two up to `most` that fits; `least` if none does."""
+    size = 2 ** int(math.log2(max(least, most)))
+    while size > least and not fits(size):
+        size //= 2
+    return size
+
+
+def _train_chunk(
+    spec: InfluenceJobSpec, sizes: Sizes, group_rows: int, micro_batch: int, region_bytes: int
+) -> int:
+    """As given, or what makes regions of `region_bytes`, at least `LEAST_REGIONS`, of whole micro-batches."""
+    if spec.chunks is not None and spec.chunks.train is not None:
+        return spec.chunks.train
+    column = group_rows * math.prod(sizes.feature_shape) * _itemsize(sizes)
+    groups = -(-sizes.test // group_rows)
+    by_size = region_bytes // column
+    by_reading = READ_BYTES // max(1, sizes.shapes.example_bytes)
+    by_count = sizes.train // -(-LEAST_REGIONS // groups)
+    chunk = max(1, min(by_size, by_reading, by_count, sizes.train))
+    return chunk - chunk % micro_batch if chunk > micro_batch else chunk
+
+
+def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) -> dict[str, StageMemory]:
+    """Bytes per worker of each stage that computes."""
+    shapes = sizes.shapes
+    footprint = method.footprint(shapes, plan.micro_batch, min(plan.test_chunk, plan.test))
+    on_host = memory.factor_copies(spec) > 1
+    reads = 2 * min(plan.train_chunk, plan.train) * shapes.example_bytes
+    tests = min(plan.test_chunk, plan.test) * sizes.test_example_bytes
+    scratch = 0
+
+    def stage(device: int, host: int) -> StageMemory:
+        return StageMemory(device=device, host=host + (device if on_host else 0), scratch=scratch)
+
+    stages = {"Loading": stage(shapes.model_bytes, shapes.model_bytes)}
+    if plan.fit_passes:
+        scratch += (plan.fit_ranges + plan.fit_passes) * method.footprint(shapes, 1, 1).fit
+        stages["Fitting"] = stage(shapes.model_bytes + footprint.fit, reads)
+    if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        scratch += plan.factor_bytes if plan.has_scores else 0
+        chunk_factors = min(plan.test_chunk, plan.test) * sum(plan.blocks.values()) * plan.itemsize
+        stages["Factors"] = stage(shapes.model_bytes + footprint.factors, tests + chunk_factors)
+    if plan.has_scores:
+        region = math.prod(plan.result_chunks) * plan.itemsize
+        group = plan.group_rows * _factor_row(spec, method, sizes)
+        device = _resident(method, sizes) + footprint.capture + group + region
+        stages["Scores"] = stage(device, reads + 2 * region + group)
+    return stages
+
+
+def _refuse_large_result(spec: InfluenceJobSpec, plan: Plan) -> None:
+    limit = spec.output.max_bytes.bytes
+    if plan.result_bytes <= limit:
+        return
+    shape = " × ".join(str(extent) for extent in plan.result_shape)
+    if plan.has_scores and spec.mode is Mode.UP:
+        cure = "set output.dense: false, which keeps the top k and the statistics, or raise output.maxBytes"
+    else:
+        cure = "take fewer test examples, track fewer parameters, or raise output.maxBytes"
+    raise PermanentError(
+        Reason.PLAN_IMPOSSIBLE,
+        f"spec.output.maxBytes: expected a result of at most {spec.output.max_bytes} ({limit} bytes), got "
+        f"{shape} of {plan.dtype} = {memory.in_words(plan.result_bytes)} ({plan.result_bytes} bytes); {cure}",
+    )
+
+
+def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
+    budget = memory.device_budget(spec)
+    for name, stage in plan.memory.items():
+        if stage.device <= budget:
+            continue
+        need = f"stage {name} needs {memory.in_words(stage.device)}"
+        if name == "Scores":
+            rows, columns = plan.result_chunks[:2]
+            raise memory.impossible(
+                spec, f"{need} for regions of {rows} × {columns} examples", ", or set smaller chunks"
+            )
+        raise memory.impossible(spec, need)
