@@ -32,7 +32,15 @@ CONTRACT_VERSION = 1
 """Raised when a reader of the previous version would misread the store."""
 GROUPS = ("factors", "fit", "ledger", "partials")
 """Folders of the root that hold no arrays of their own; declared so that zarr knows what they are."""
-_SEALED = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs", "dimension_names")
+_SEALED = (
+    "shape",
+    "data_type",
+    "chunk_grid",
+    "chunk_key_encoding",
+    "fill_value",
+    "codecs",
+    "dimension_names",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ class ArrayInfo:
 
     def extent(self, index: Sequence[int]) -> tuple[int, ...]:
         """The shape of one chunk's part inside the array."""
-        if len(index) != len(self.shape) or not all(0 <= i < g for i, g in zip(index, self.grid, strict=True)):
+        if len(index) != len(self.shape) or not all(
+            0 <= i < g for i, g in zip(index, self.grid, strict=True)
+        ):
             raise ValueError(f"chunk index: expected one inside the grid {self.grid}, got {tuple(index)}")
         parts = zip(index, self.shape, self.chunks, strict=True)
         return tuple(min(chunk, extent - i * chunk) for i, extent, chunk in parts)
@@ -136,7 +146,8 @@ def write_chunk(store: Store, path: str, chunk_index: Sequence[int], block: np.n
     extent = info.extent(chunk_index)
     if block.shape != extent or block.dtype != info.dtype:
         raise ValueError(
-            f"{path}: chunk {tuple(chunk_index)}: expected {info.dtype} {extent}, got {block.dtype} {block.shape}"
+            f"{path}: chunk {tuple(chunk_index)}: expected {info.dtype} {extent}, "
+            f"got {block.dtype} {block.shape}"
         )
     block = np.ascontiguousarray(block)
     padded = block
@@ -242,12 +253,10 @@ def _chunk_path(path: str, index: Sequence[int]) -> str:
 
 def _bytes(block: np.ndarray[Any, Any]) -> memoryview:
     little = block.astype(block.dtype.newbyteorder("<"), copy=False)
-    return memoryview(little.reshape(-1).view(np.uint8))
+    return little.reshape(-1).view(np.uint8).data
 
 
-def _read(
-    store: Store, path: str, info: ArrayInfo, index: Sequence[int]
-) -> np.ndarray[Any, Any] | None:
+def _read(store: Store, path: str, info: ArrayInfo, index: Sequence[int]) -> np.ndarray[Any, Any] | None:
     info.extent(index)
     data = store.get(_chunk_path(path, index))
     return None if data is None else _decode(store, path, info, index, data)
@@ -283,7 +292,9 @@ def _parse(store: Store, path: str, document: Mapping[str, Any]) -> ArrayInfo:
             attributes={name: value for name, value in attributes.items() if name != OURS},
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _corrupt(store, f"{path}/zarr.json", f"no array metadata as a job writes it: {error}") from error
+        raise _corrupt(
+            store, f"{path}/zarr.json", f"no array metadata as a job writes it: {error}"
+        ) from error
 
 
 def _seal(document: Mapping[str, Any]) -> str:

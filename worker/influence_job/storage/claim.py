@@ -84,7 +84,7 @@ class Epoch:
     previous: Mapping[int, Claim]
     """Earlier claims by epoch."""
     counts_from: int
-    """Segments of the ledger count from this epoch on."""
+    """Segments of the ledger count from this epoch on; 0 if none ever overwrote."""
     must_delete: bool
     """`delete_previous` is still to be done, after Loading and before anything is written."""
 
@@ -157,8 +157,8 @@ def check_epoch(store: Store, epoch: Epoch) -> None:
         )
     raise PermanentError(
         Reason.STORE_CLAIMED,
-        f"{store.url}: job {other.job_uid or 'unknown'} on {other.pod or 'an unknown host'} took the store over "
-        f"at {other.time} (epoch {number}); two jobs cannot write to one output.url",
+        f"{store.url}: job {other.job_uid or 'unknown'} on {other.pod or 'an unknown host'} took the store "
+        f"over at {other.time} (epoch {number}); two jobs cannot write to one output.url",
     )
 
 
@@ -174,9 +174,7 @@ def delete_previous(store: Store, epoch: Epoch) -> None:
 
 def _claims(store: Store) -> dict[int, Claim]:
     found = [path for path in store.list("ledger/epoch-") if _EPOCH.fullmatch(path)]
-    return {
-        int(path.rpartition("-")[2]): _parse(data or b"") for path, data in sorted(store.get_many(found))
-    }
+    return {int(path.rpartition("-")[2]): _parse(data or b"") for path, data in sorted(store.get_many(found))}
 
 
 def _parse(data: bytes) -> Claim:
@@ -188,12 +186,12 @@ def _parse(data: bytes) -> Claim:
 
 
 def _counts_from(claims: Mapping[int, Claim]) -> int:
-    return max((number for number, made in claims.items() if made.overwrites), default=1)
+    return max((number for number, made in claims.items() if made.overwrites), default=0)
 
 
 def _must_delete(store: Store, counts_from: int) -> bool:
-    """An overwriting epoch without the object that ends its deletion. Epoch 1 found nothing."""
-    return counts_from > 1 and store.get(_deleted_path(counts_from)) is None
+    """An overwriting epoch without the object that ends its deletion."""
+    return counts_from > 0 and store.get(_deleted_path(counts_from)) is None
 
 
 def _require_nothing(store: Store) -> None:
@@ -201,8 +199,8 @@ def _require_nothing(store: Store) -> None:
     if found is not None:
         raise PermanentError(
             Reason.STORE_EXISTS,
-            f"{store.url}: expected a store of an earlier job or nothing, found {found!r}, which no job wrote; "
-            f"choose another output.url (nothing was changed)",
+            f"{store.url}: expected a store of an earlier job or nothing, found {found!r}, which no job "
+            f"wrote; choose another output.url (nothing was changed)",
         )
 
 

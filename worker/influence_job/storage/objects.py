@@ -72,13 +72,14 @@ def _google(options: dict[str, Any]) -> Any:
     from fsspec.asyn import sync
     from gcsfs.core import GCSFileSystem
 
-    class OneTry(GCSFileSystem):  # type: ignore[misc]
+    class OneTry(GCSFileSystem):
         """gcsfs that asks once: `Retry` decides on the next try, and sees every answer."""
 
         _request = GCSFileSystem._request.__wrapped__
 
         def end(self) -> None:
-            session, self._session = self._session, None
+            session = self._session
+            self._session: Any = None
             if session is not None:
                 sync(self.loop, session.close, timeout=5)
 
@@ -96,7 +97,7 @@ def _s3(options: dict[str, Any]) -> Any:
             "output.url: s3:// needs s3fs, which is not installed; install influence-operator[s3]",
         ) from error
 
-    class OneTry(S3FileSystem):  # type: ignore[misc]
+    class OneTry(S3FileSystem):
         """s3fs that asks once, for the same reason."""
 
         retries = 1
@@ -113,7 +114,7 @@ def _s3(options: dict[str, Any]) -> Any:
 def _memory(options: dict[str, Any]) -> Any:
     from fsspec.implementations.memory import MemoryFileSystem
 
-    class Memory(MemoryFileSystem):  # type: ignore[misc]
+    class Memory(MemoryFileSystem):
         """fsspec's memory, whose create-only write is made atomic."""
 
         _one_at_a_time = threading.Lock()

@@ -1,6 +1,6 @@
 """Small immutable objects of named numpy arrays: segments of the ledger, partial results of sinks.
 
-    b"INFLREC1"  length of the header (8 bytes)  header (JSON)  arrays, C order, little-endian  crc32c
+b"INFLREC1"  length of the header (8 bytes)  header (JSON)  arrays, C order, little-endian  crc32c
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ class Verdict(Enum):
     """What an error of a storage system means; the value of a permanent one says what to do."""
 
     TRANSIENT = "try again"
-    UNAUTHORIZED = "log in: give credentials that are valid (output.credentialsSecretRef, or the environment's)"
+    UNAUTHORIZED = (
+        "log in: give credentials that are valid (output.credentialsSecretRef, or the environment's)"
+    )
     DENIED = "grant this identity read, write and delete there, or choose another output.url"
     MISSING = "create the bucket (or mount the volume), or correct output.url"
     FULL = "free space or raise the quota there; what is stored so far is kept"
@@ -174,8 +176,8 @@ class Retry:
         if verdict is Verdict.TRANSIENT:
             raise InfrastructureError(
                 Reason.STORE_UNREACHABLE,
-                f"{self._url}: {action} failed for {self._limit:g} s: {_words(error)}; run the job again when "
-                f"the storage answers, it resumes",
+                f"{self._url}: {action} failed for {self._limit:g} s: {_words(error)}; run the job again "
+                f"when the storage answers, it resumes",
             ) from error
         reason = Reason.STORE_EXISTS if verdict is Verdict.NOT_A_FOLDER else Reason.STORE_UNREACHABLE
         raise PermanentError(reason, f"{self._url}: {action}: {_words(error)}; {verdict.value}") from error

@@ -52,8 +52,8 @@ class Store:
         if protocol not in PROTOCOLS:
             raise PermanentError(
                 Reason.INVALID_SPEC,
-                f"output.url: expected a path or one of file, gs, s3, got {url!r}; other storage can be mounted "
-                f"as a file system",
+                f"output.url: expected a path or one of file, gs, s3, got {url!r}; other storage can be "
+                f"mounted as a file system",
             )
         url = url.rstrip("/")
         backend: Backend = Retry(url).call("opening", lambda: Objects(protocol, rest, options))
