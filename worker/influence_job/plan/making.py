@@ -121,7 +121,7 @@ def _most_rows(
 def _test_chunk(
     spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, most_rows: int
 ) -> int:
-    """As given, or the largest power of two that leaves `FACTOR_TASKS` chunks and fits."""
+    """As given, or what leaves `FACTOR_TASKS` chunks, fits, and divides a group evenly."""
     budget = memory.device_budget(spec) - sizes.shapes.model_bytes
 
     def fits(rows: int) -> bool:
@@ -140,7 +140,13 @@ def _test_chunk(
     wanted = min(
         LARGEST_TEST_CHUNK, max(8, sizes.test // FACTOR_TASKS), sizes.test, _column_rows(spec, sizes)
     )
-    return _largest_power(1, wanted, fits)
+    if most_rows >= sizes.test:
+        return _largest_power(1, wanted, fits)
+    # Several groups: chunks that fill a group leave no memory unused.
+    pieces = -(-most_rows // wanted)
+    while most_rows // pieces > 1 and not fits(most_rows // pieces):
+        pieces += 1
+    return most_rows // pieces
 
 
 def _largest_power(least: int, most: int, fits: Callable[[int], bool]) -> int:
