@@ -8,7 +8,7 @@ Shapes: t examples, P tracked parameters, P_b parameters of block b.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,6 +79,10 @@ class Layout:
         """P."""
         return sum(self.widths.values())
 
+    def slots_of(self, block: str) -> tuple[Slot, ...]:
+        """The parameters of one block, in order of their columns."""
+        return tuple(slot for slot in self.slots if slot.block == block)
+
     def flatten(self, left: Left) -> Tensor:
         """Per-block `[t, P_b]` as one `[t, P]`."""
         if len(self.blocks) == 1:
@@ -94,3 +98,17 @@ class Layout:
         for slot in self.slots:
             pieces[slot.block].append(flat[:, slot.flat_start : slot.flat_start + slot.size])
         return {block: torch.cat(columns, dim=1) for block, columns in pieces.items()}
+
+
+def tensors_of(columns: Tensor, slots: Iterable[Slot], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Columns `[q, P_b]` as one `[q, *shape]` per parameter."""
+    q = columns.shape[0]
+    return {
+        slot.name: columns[:, slot.start : slot.start + slot.size].to(dtype).reshape(q, *slot.shape)
+        for slot in slots
+    }
+
+
+def columns_of(tensors: Mapping[str, Tensor], slots: Iterable[Slot], dtype: torch.dtype) -> Tensor:
+    """One `[q, *shape]` per parameter as columns `[q, P_b]`; the inverse of `tensors_of`."""
+    return torch.cat([tensors[slot.name].flatten(1).to(dtype) for slot in slots], dim=1)

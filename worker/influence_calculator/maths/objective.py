@@ -131,6 +131,8 @@ class Objective:
         """Per-example losses `[n]` of outputs that came from `batch`."""
         try:
             return vmap(self._one_loss)(outputs, batch)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError):
             # A loss with data-dependent control flow (`.item()`, `if`) cannot be vmapped.
             n = batch_size(batch)
@@ -146,6 +148,11 @@ class Objective:
     def losses_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Per-example losses `[n]` at the given parameters."""
         return self.losses(self.outputs(batch, parameters), batch)
+
+    def example_loss(self, parameters: Mapping[str, Tensor], example: Batch) -> Tensor:
+        """`ℓ_i(θ)` of one example, given without its batch dimension."""
+        batch = _unsqueeze(example)
+        return self.loss(self.outputs(batch, parameters), batch).sum()
 
     def _one_loss(self, output: Any, example: Batch) -> Tensor:
         return self.loss(_unsqueeze(output), _unsqueeze(example)).sum()

@@ -1,0 +1,111 @@
+"""What the methods share that score in the space of gradients: `left = (H + λI)^-1 g`, `right = g`.
+
+They differ in how they solve one block; blocks are solved one after another.
+
+Shapes: t test examples, n training examples, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from influence_calculator.maths.gradients import collected, per_sample_gradients
+from influence_calculator.maths.layout import Layout, Left
+from influence_calculator.maths.method import FitState, Fitted, Part, Solved, SolverReport, SolverStatus
+from influence_calculator.maths.objective import Batch, Objective, batch_size
+
+
+class GradientFitted(Fitted):
+    """A fitted method whose right representation is the gradient itself."""
+
+    def __init__(self, layout: Layout, objective: Objective) -> None:
+        self.layout = layout
+        self.objective = objective
+
+    def gradients(self, objective: Objective, batch: Batch) -> Left:
+        like = next(iter(objective.parameters().values()))
+        parts = per_sample_gradients(objective, batch, self.layout)
+        return collected(parts, self.layout, batch_size(batch), like)
+
+    def right(self, batch: Batch) -> Iterator[Part]:
+        yield from per_sample_gradients(self.objective, batch, self.layout)
+
+
+class BlockSolver(Protocol):
+    """Solves one block for rows that are all finite."""
+
+    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
+        """`(H_b + λ_b I)^-1` of every row of `[t, P_b]`, and how each ended."""
+
+
+class BlockwiseFitted(GradientFitted):
+    """Solves every block on its own; a row that is not finite stays the only one concerned."""
+
+    def __init__(self, layout: Layout, objective: Objective, solvers: Mapping[str, BlockSolver]) -> None:
+        super().__init__(layout, objective)
+        self.solvers = solvers
+
+    def solve(self, gradients: Left) -> Solved:
+        left, reports = {}, []
+        for block in self.layout.blocks:
+            left[block], report = solve_finite_rows(self.solvers[block], gradients[block])
+            reports.append(report)
+        return Solved(left, worst(reports))
+
+
+def solve_finite_rows(solver: BlockSolver, rows: Tensor) -> tuple[Tensor, SolverReport]:
+    """Solves the rows that are finite; the others answer NaN with status NOT_FINITE."""
+    finite = torch.isfinite(rows).all(dim=1)
+    if finite.all():
+        return solver.solve(rows)
+    places = finite.nonzero().squeeze(1)
+    solved, own = solver.solve(rows[places])
+    left = torch.full_like(rows, torch.nan)
+    left[places] = solved.to(left.dtype)
+    report = not_finite(rows.shape[0])
+    on_host = places.cpu()
+    for whole, part in zip(
+        (report.status, report.iterations, report.residual),
+        (own.status, own.iterations, own.residual),
+        strict=True,
+    ):
+        whole[on_host] = part
+    return left, report
+
+
+def not_finite(t: int) -> SolverReport:
+    """The report of t right-hand sides that are not finite."""
+    return SolverReport(
+        torch.full((t,), SolverStatus.NOT_FINITE, dtype=torch.int8),
+        torch.zeros(t, dtype=torch.int32),
+        torch.full((t,), torch.nan, dtype=torch.float64),
+    )
+
+
+def worst(reports: list[SolverReport]) -> SolverReport:
+    """Per right-hand side over blocks: the worst status, the most iterations, the largest residual."""
+    return SolverReport(
+        torch.stack([report.status for report in reports]).amax(0),
+        torch.stack([report.iterations for report in reports]).amax(0),
+        torch.stack([report.residual for report in reports]).amax(0),
+    )
+
+
+def fitted_tensor(state: FitState, step: str, unit: str, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One tensor of a fit's state.
+
+    Raises:
+        ValueError: it is missing or has another shape; names pass, block and tensor.
+    """
+    found = state.get(step, {}).get(unit, {}).get(name)
+    if found is None or tuple(found.shape) != shape:
+        raise ValueError(
+            f"fit state: expected {name!r} {list(shape)} of block {unit!r} in pass {step!r}, got "
+            f"{'nothing' if found is None else list(found.shape)}; fit the method first, or give the state "
+            "of a fit with the same method, model and blocks"
+        )
+    return found

@@ -1,0 +1,85 @@
+"""Gradients of one example each, `∇θ ℓ_i`, of a whole batch at once.
+
+Every method that works in the space of gradients takes its representations from here.
+
+Shapes: n examples of a batch, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.layout import Layout, Left, Slot
+from influence_calculator.maths.method import Part
+from influence_calculator.maths.objective import Batch, Objective, batch_size
+
+
+def per_sample_gradients(objective: Objective, batch: Batch, layout: Layout) -> Iterator[Part]:
+    """Gradients `[n, numel]` of each example by each parameter that has a slot, part by part.
+
+    Exact whatever the batching: an example's gradient is that of a batch of one.
+    """
+    slots = {slot.name: slot for slot in layout.slots}
+    remaining = tuple(slots)
+    for name, values in vmapped_gradients(objective, batch, remaining):
+        yield _part(slots[name], values)
+
+
+def vmapped_gradients(
+    objective: Objective, batch: Batch, names: tuple[str, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """Gradients by `torch.func`, for parameters of any layer; all of them live at once."""
+    if not names:
+        return
+    own = objective.parameters()
+    parameters = {name: own[name] for name in names}
+    try:
+        gradients = vmap(grad(objective.example_loss), in_dims=(None, 0))(parameters, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        # Control flow that depends on data (`.item()`, `if`) cannot be vmapped: one example at a time.
+        gradients = _one_by_one(objective, parameters, batch)
+    for name in names:
+        yield name, gradients.pop(name).flatten(1)
+
+
+def _one_by_one(objective: Objective, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
+    for i in range(batch_size(batch)):
+        example = pytree.tree_map(lambda leaf, i=i: leaf[i], batch)
+        loss = objective.example_loss(leaves, example)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        for name, row in zip(leaves, found, strict=True):
+            rows[name].append(row)
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def collected(parts: Iterator[Part], layout: Layout, rows: int, like: Tensor) -> Left:
+    """Parts as one `[n, P_b]` per block, on the device of `like`, in its accumulation dtype."""
+    dtype = accumulation_dtype(like.dtype)
+    left = {b: torch.zeros(rows, w, dtype=dtype, device=like.device) for b, w in layout.widths.items()}
+    for part in parts:
+        left[part.block][:, part.start : part.start + part.values.shape[1]] = part.values
+    return left
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and factors of values of `dtype` are kept in: float32 for half precision, else itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def model_dtype(objective: Objective) -> torch.dtype:
+    """The dtype that factors and curvature of this model are kept in."""
+    value = next(iter(objective.parameters().values()))
+    return accumulation_dtype(value.dtype)
+
+
+def _part(slot: Slot, values: Tensor) -> Part:
+    return Part(slot.block, slot.start, values)

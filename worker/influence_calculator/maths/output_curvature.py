@@ -1,0 +1,104 @@
+"""The loss's second derivative by the model's outputs, `∇²_f ℓ_i`, made positive semi-definite.
+
+Shapes: n examples, d floating-point output elements of one example.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import hessian, vmap
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.gradients import accumulation_dtype
+from influence_calculator.maths.objective import Batch, Objective, batch_size
+
+MOST_OUTPUTS = 4096
+"""Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
+
+
+class OutputCurvature(NamedTuple):
+    """`clip(∇²_f ℓ_i)` of every example of a batch."""
+
+    matrices: Tensor
+    """`[n, d, d]`."""
+    clipped: int
+    """How many negative eigenvalues were taken as 0 (those within rounding of 0 not counted)."""
+
+
+def float_outputs(outputs: Any) -> Tensor:
+    """All floating-point outputs as `[n, d]`."""
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _is_float(leaf)]
+    if not leaves:
+        raise ValueError(
+            "outputs of forward: expected at least one floating-point tensor, got none; return the logits"
+        )
+    return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], dim=1)
+
+
+def output_curvature(objective: Objective, batch: Batch) -> OutputCurvature:
+    """`clip(∇²_f ℓ_i)` over all model outputs f of each example."""
+    with torch.no_grad():
+        outputs = objective.outputs(batch)
+    flat = float_outputs(outputs)
+    if flat.shape[1] > MOST_OUTPUTS:
+        raise ValueError(
+            f"second_order_mode: generalized_gauss_newton expects at most {MOST_OUTPUTS} output elements per "
+            f"example, got {flat.shape[1]}; use empirical_fisher, or EK-FAC"
+        )
+    second = _second_derivatives(objective, outputs, flat, batch)
+    second = second.to(accumulation_dtype(second.dtype))
+    eigenvalues, vectors = torch.linalg.eigh((second + second.mT) / 2)
+    # A softmax leaves errors of ε next to probabilities of 1, however small its curvature is.
+    scale = eigenvalues.abs().amax(dim=1, keepdim=True).clamp(min=1)
+    rounding = flat.shape[1] * torch.finfo(eigenvalues.dtype).eps * scale
+    clipped = int((eigenvalues < -rounding).sum())
+    matrices = (vectors * eigenvalues.clamp(min=0)[:, None, :]) @ vectors.mT
+    return OutputCurvature(matrices, clipped)
+
+
+def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
+    def loss(values: Tensor, output: Any, example: Batch) -> Tensor:
+        return objective.loss(_unsqueezed(_with_floats(output, values)), _unsqueezed(example)).sum()
+
+    try:
+        return vmap(hessian(loss))(flat, outputs, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        # Control flow that depends on data cannot be vmapped; double backward takes any loss.
+        return torch.stack(
+            [
+                torch.autograd.functional.hessian(
+                    lambda f, i=i: loss(f, _at(outputs, i), _at(batch, i)), flat[i].detach()
+                )
+                for i in range(batch_size(batch))
+            ]
+        )
+
+
+def _with_floats(output: Any, values: Tensor) -> Any:
+    """One example's output with its floating-point elements replaced by `values`, `[d]`."""
+    leaves, structure = pytree.tree_flatten(output)
+    start, replaced = 0, []
+    for leaf in leaves:
+        if _is_float(leaf):
+            replaced.append(values[start : start + leaf.numel()].reshape(leaf.shape))
+            start += leaf.numel()
+        else:
+            replaced.append(leaf)
+    return pytree.tree_unflatten(replaced, structure)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _at(tree: Any, index: int) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[index], tree)
+
+
+def _unsqueezed(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), tree)
