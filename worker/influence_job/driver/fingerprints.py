@@ -1,0 +1,77 @@
+"""What determines a job's numbers, as the nested document that stores are compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from influence_job import entrypoint
+from influence_job.errors import PermanentError, Reason
+from influence_job.numerics import NUMERICS_VERSION
+from influence_job.spec import InfluenceJobSpec
+from influence_job.storage.fingerprint import differences
+from influence_job.worker.loading import Loaded
+
+SOURCE_CURE = "use another output.url, or output.onExisting: Overwrite to throw away what is stored"
+
+
+def of_spec(spec: InfluenceJobSpec) -> dict[str, Any]:
+    """The part that is known without the model."""
+    return _known(
+        {
+            "numericsVersion": NUMERICS_VERSION,
+            "operation": str(spec.operation),
+            "mode": str(spec.mode),
+            "method": spec.method.model_dump(mode="json", by_alias=True),
+            "device": str(spec.resolved_device),
+            "precision": str(spec.precision),
+            "factorDtype": str(spec.factor_dtype),
+            "task": {
+                "entrypoint": spec.task.entrypoint,
+                "arguments": spec.task.arguments,
+                "source": entrypoint.source_digest(spec.task.entrypoint),
+            },
+            "factors": None if spec.factors is None else spec.factors.url,
+        }
+    )
+
+
+def _known(value: Any) -> Any:
+    """`value` with None as a word: to a fingerprint None is what is not known yet, and is not compared."""
+    if isinstance(value, dict):
+        return {name: _known(item) for name, item in value.items()}
+    return "none" if value is None else value
+
+
+def with_model(partial: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
+    """The whole of it, once a worker has loaded the model and the data."""
+    data = _known({"train": loaded.train_identity, "test": loaded.test_identity})
+    return {**partial, "model": loaded.model_digest, "data": data}
+
+
+def chunk_differences(spec: InfluenceJobSpec, stored_plan: dict[str, Any] | None) -> list[str]:
+    """Explicit chunks that differ from the stored plan's; chunks that nobody gave are not compared."""
+    if stored_plan is None or spec.chunks is None:
+        return []
+    found = []
+    for side in ("test", "train"):
+        asked = getattr(spec.chunks, side)
+        kept = stored_plan[f"{side}Chunk"]
+        if asked is not None and asked != kept:
+            found.append(f"chunks.{side}: the store was made with {kept}, this job says {asked}")
+    return found
+
+
+def refuse_differences(
+    url: str, stored: dict[str, Any] | None, given: dict[str, Any], more: list[str]
+) -> None:
+    """Refuses to mix two jobs in one store.
+
+    Raises:
+        PermanentError: STORE_MISMATCH, with every difference.
+    """
+    found = (differences(stored, given) if stored is not None else []) + more
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        raise PermanentError(
+            Reason.STORE_MISMATCH, f"output.url: {url} holds the result of another job:{lines}\n{SOURCE_CURE}"
+        )

@@ -1,0 +1,109 @@
+"""The arrays of a result and what is noted at the root of its store, when a job begins and when it ends."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from influence_job.plan import Plan
+from influence_job.spec import InfluenceJob, InfluenceJobSpec, Operation
+from influence_job.storage import arrays, sink_arrays
+from influence_job.storage.claim import Epoch
+from influence_job.storage.ledger import Ledger
+from influence_job.storage.provenance import provenance
+from influence_job.storage.store import Store
+from influence_job.worker import factors, scores
+from influence_job.worker.loading import Loaded
+
+SOLVER_ARRAYS = {"solver_status": "int8", "solver_iterations": "int32", "solver_residual": "float64"}
+NOT_YET = -1
+"""What integers hold where nothing is computed yet; floats hold NaN."""
+
+
+def create(
+    store: Store,
+    epoch: Epoch,
+    job: InfluenceJob,
+    plan: Plan,
+    loaded: Loaded,
+    fingerprint: dict[str, Any],
+) -> None:
+    """Creates every array, filled with NaN, then notes the job: that note is what makes it begun."""
+    for name, dtype in loaded.annotations.items():
+        side = name.split("_", 1)[0]
+        length, chunk = (plan.test, plan.test_chunk) if side == "test" else (plan.train, plan.train_chunk)
+        _create_vector(store, name, length, chunk, np.dtype(dtype), side)
+    if job.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        _create_factors(store, plan)
+    if job.spec.operation is not Operation.INFLUENCE_FACTORS:
+        if plan.dense:
+            coordinates = {"coordinates": " ".join(sorted(loaded.annotations))}
+            arrays.create_array(
+                store,
+                scores.INFLUENCES,
+                plan.result_shape,
+                plan.result_chunks,
+                np.dtype(plan.dtype),
+                plan.result_dims,
+                coordinates,
+            )
+        sink_arrays.create_sink_arrays(store, plan.test, plan.train, plan.group_rows, plan.top_k, plan.dtype)
+    arrays.update_attributes(
+        store,
+        {
+            arrays.OURS: {
+                "jobUid": epoch.claim.job_uid,
+                "epoch": epoch.number,
+                "name": job.metadata.name,
+                "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
+                "fingerprint": fingerprint,
+                "plan": plan.to_json(),
+                "provenance": provenance(loaded.environment),
+            }
+        },
+    )
+
+
+def _create_factors(store: Store, plan: Plan) -> None:
+    for number, (block, width) in enumerate(plan.blocks.items()):
+        arrays.create_array(
+            store,
+            factors.factor_path(number),
+            (plan.test, width),
+            (plan.test_chunk, plan.factor_columns(number)),
+            np.dtype(plan.dtype),
+            ("test", f"column_{number}"),
+            {"block": block},
+        )
+    for name, dtype in SOLVER_ARRAYS.items():
+        _create_vector(store, name, plan.test, plan.test_chunk, np.dtype(dtype), "test")
+
+
+def _create_vector(store: Store, name: str, length: int, chunk: int, dtype: np.dtype[Any], dim: str) -> None:
+    fill = NOT_YET if dtype.kind == "i" else None
+    arrays.create_array(store, name, (length,), (chunk,), dtype, (dim,), fill_value=fill)
+
+
+def complete(store: Store, ledger: Ledger, plan: Plan, spec: InfluenceJobSpec) -> dict[str, object]:
+    """Compacts the ledger, notes the result at the root, and returns that note."""
+    kind, total = (
+        (factors.KIND, plan.test_chunks)
+        if spec.operation is Operation.INFLUENCE_FACTORS
+        else (scores.KIND, plan.regions)
+    )
+    state = hashlib.blake2b(digest_size=16)
+    for index in range(total):
+        state.update(ledger.row(kind, index).digest.encode())
+    result: dict[str, object] = {
+        "url": store.url,
+        "shape": list(plan.result_shape),
+        "dtype": plan.dtype,
+        "bytes": plan.result_bytes,
+        "digest": state.hexdigest(),
+    }
+    ledger.compact()
+    sink_arrays.delete_partials(store)
+    arrays.update_attributes(store, {arrays.OURS: {"finished": True, "result": result}})
+    return result

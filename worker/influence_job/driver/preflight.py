@@ -1,0 +1,65 @@
+"""The Preflight stage: everything that can be known, or refused, before a worker is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from influence_job import entrypoint
+from influence_job.driver import fingerprints
+from influence_job.identity import JobIdentity
+from influence_job.spec import InfluenceJobSpec
+from influence_job.storage.arrays import OURS
+from influence_job.storage.claim import OVERWRITE, Claim, Epoch, claim, inspect
+from influence_job.storage.ledger import Ledger
+from influence_job.storage.store import Store
+
+
+@dataclass
+class Opened:
+    """A store that is ours to write to."""
+
+    store: Store
+    epoch: Epoch
+    ledger: Ledger
+    fingerprint: dict[str, Any]
+    """What is known without the model."""
+    record: dict[str, Any]
+    """What an earlier job noted at the root (fingerprint, plan, ...), as far as it still counts."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier job got as far as creating the arrays."""
+        return "fingerprint" in self.record
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier job completed the result."""
+        return self.record.get("finished") is True
+
+
+def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
+    """Imports the entry point, probes the output, compares what is known, and claims the store.
+
+    Raises:
+        PermanentError: the task, the output or what it holds does not allow this job.
+    """
+    entrypoint.find(spec.task.entrypoint)
+    fingerprint = fingerprints.of_spec(spec)
+    store = Store.open(spec.output.url, spec.output.storage_options)
+    existing = inspect(store)
+    store.probe()
+    record = dict(existing.attributes.get(OURS, {}))
+    if existing.effective(identity.uid, str(spec.output.on_existing)) == OVERWRITE:
+        record = {}
+    fingerprints.refuse_differences(
+        store.url,
+        record.get("fingerprint"),
+        fingerprint,
+        fingerprints.chunk_differences(spec, record.get("plan")),
+    )
+    wanted = Claim(identity.uid, identity.attempt, identity.pod, str(spec.output.on_existing))
+    epoch = claim(store, wanted)
+    ledger = Ledger(store, epoch)
+    ledger.load()
+    return Opened(store, epoch, ledger, fingerprint, record)

@@ -1,0 +1,125 @@
+"""One attempt of one job, from Preflight to the finished store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from distributed import Client
+
+from influence_job.driver import fingerprints, layout
+from influence_job.driver.preflight import Opened, preflight
+from influence_job.driver.reporting import ProgressTracker
+from influence_job.driver.stages import Stages
+from influence_job.driver.submission import Submitter, ended_with
+from influence_job.errors import JobError, PermanentError, Reason
+from influence_job.identity import JobIdentity
+from influence_job.methods import build as build_method
+from influence_job.plan import Plan, make_plan
+from influence_job.progress import Progress, Stage
+from influence_job.spec import InfluenceJob
+from influence_job.storage.claim import delete_previous
+from influence_job.worker.loading import Loaded, load, save_model
+from influence_job.worker.session import WorkerContext
+
+
+def run(
+    job: InfluenceJob,
+    identity: JobIdentity,
+    connect: Callable[[], Client],
+    tracker: ProgressTracker,
+    stop: threading.Event | None = None,
+    trust_finished: bool = False,
+) -> Progress:
+    """Runs the job and returns its last progress document.
+
+    Args:
+        job: the manifest.
+        identity: UID, attempt and pod, as the claim on the store records them.
+        connect: connects to the scheduler; called again when it is lost.
+        tracker: the progress document, which others serve or draw.
+        stop: set by a signal handler; the ledger is flushed and the run ends with exit code 75.
+        trust_finished: end a finished job without comparing its model and data, which needs a worker.
+
+    Raises:
+        JobError: with the reason and the exit code.
+    """
+    try:
+        _attempt(job, identity, connect, tracker, stop or threading.Event(), trust_finished)
+    except BaseException as error:
+        tracker.fail(ended_with(error))
+        raise
+    return tracker.snapshot()
+
+
+def _attempt(
+    job: InfluenceJob,
+    identity: JobIdentity,
+    connect: Callable[[], Client],
+    tracker: ProgressTracker,
+    stop: threading.Event,
+    trust_finished: bool,
+) -> None:
+    tracker.enter(Stage.PREFLIGHT)
+    opened = preflight(job.spec, identity)
+    try:
+        if opened.finished and trust_finished:
+            tracker.warn("the store is finished; compared without loading the model")
+            tracker.finish(opened.record["result"])
+            return
+        tracker.update(workers_needed=True)
+        submitter = Submitter(connect, opened.ledger, tracker, stop)
+        try:
+            _compute(job, identity, opened, submitter, tracker)
+        except BaseException:
+            # What is known is kept, whatever ended the attempt; what ended it is what is told.
+            with suppress(JobError):
+                opened.ledger.flush()
+            raise
+        finally:
+            submitter.close()
+    finally:
+        opened.store.close()
+
+
+def _compute(
+    job: InfluenceJob, identity: JobIdentity, opened: Opened, submitter: Submitter, tracker: ProgressTracker
+) -> None:
+    opened.ledger.check_epoch()
+    tracker.enter(Stage.LOADING)
+    context = WorkerContext(job.spec, identity, opened.epoch.number)
+    loaded: Loaded = submitter.call(load, context)
+    fingerprint = fingerprints.with_model(opened.fingerprint, loaded)
+    fingerprints.refuse_differences(opened.store.url, opened.record.get("fingerprint"), fingerprint, [])
+    _refuse_other_hardware(job, opened, loaded)
+    plan = _plan(job, opened, loaded)
+    if not opened.begun:
+        delete_previous(opened.store, opened.epoch)
+        layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint)
+    submitter.call(save_model, context)
+    context = replace(context, plan=plan)
+    Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
+    tracker.finish(layout.complete(opened.store, opened.ledger, plan, job.spec))
+
+
+def _plan(job: InfluenceJob, opened: Opened, loaded: Loaded) -> Plan:
+    """The stored plan as it stands, or a new one."""
+    stored: dict[str, Any] | None = opened.record.get("plan")
+    if stored is not None:
+        return Plan.from_json(stored)
+    return make_plan(job.spec, build_method(job.spec.method), loaded.sizes)
+
+
+def _refuse_other_hardware(job: InfluenceJob, opened: Opened, loaded: Loaded) -> None:
+    """Rows of another numerical environment and new ones do not mix, unless the spec says so."""
+    others = set(opened.ledger.environments()) - {loaded.environment}
+    if others and not job.spec.output.allow_mixed_hardware:
+        raise PermanentError(
+            Reason.STORE_MISMATCH,
+            f"output.url: {opened.store.url} was begun on {sorted(others)}, this worker is "
+            f"{loaded.environment!r}: the results would not be equal bit for bit; use the same "
+            f"hardware and image, or set output.allowMixedHardware: true",
+        )

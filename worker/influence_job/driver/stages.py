@@ -1,0 +1,242 @@
+"""The stages after loading, each as work for the submitter: what is left of it is what the ledger lacks."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from influence_job.driver.preflight import Opened
+from influence_job.driver.reporting import ProgressTracker
+from influence_job.driver.submission import Submitter, Work
+from influence_job.errors import PermanentError, Reason
+from influence_job.plan import Plan
+from influence_job.progress import Stage
+from influence_job.spec import InfluenceJobSpec, Mode, Operation, Verify
+from influence_job.storage import arrays
+from influence_job.worker import closing, factors, fitting, scores
+from influence_job.worker.fit_state import partial_prefix, range_kind, unit_kind
+from influence_job.worker.loading import Loaded
+from influence_job.worker.session import WorkerContext, data_changed
+
+RUN_REGIONS = 64
+"""Most regions in one Dask task: long enough that scheduling costs nothing, short enough to spread."""
+VERIFY_ROUNDS = 3
+
+
+@dataclass
+class Stages:
+    """One attempt's stages from Fitting to Verifying."""
+
+    spec: InfluenceJobSpec
+    plan: Plan
+    context: WorkerContext
+    opened: Opened
+    loaded: Loaded
+    submitter: Submitter
+    tracker: ProgressTracker
+    _solver: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """All stages in order; a stage that is done already costs a look at the ledger."""
+        if self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+            self.fit()
+            self.factors()
+        if self.spec.operation is not Operation.INFLUENCE_FACTORS:
+            self.scores()
+        self.verify()
+
+    def fit(self) -> None:
+        """Every pass: partial sums over ranges, then its units."""
+        self._enter(Stage.FITTING)
+        for step, units in self.loaded.units.items():
+            if len(self._missing(unit_kind(step), units)):
+                self._rows(range_kind(step), self.plan.fit_ranges, fitting.fit_range, step)
+                self._check_passes_agree(step)
+                self._rows(unit_kind(step), units, fitting.fit_unit, step)
+            self.opened.store.delete_prefix(partial_prefix(step))
+
+    def factors(self) -> None:
+        """One left representation per test chunk."""
+        self._enter(Stage.FACTORS)
+        self._solver = dict.fromkeys(("CONVERGED", "MAX_ITERATIONS", "INDEFINITE", "NOT_FINITE"), 0)
+        self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors)
+        self._count_solver()
+
+    def scores(self) -> None:
+        """Every region, group by group, and each group's merge when its regions are there."""
+        self._enter(Stage.SCORES)
+        total = self.plan.regions + self.plan.groups
+        self.tracker.start_counting(self._scored(), total)
+        self.submitter.run(self._region_work(), on_row=lambda: self.tracker.count(self._scored()))
+        self._check_inputs()
+        merges = self._work(closing.MERGE_KIND, self.plan.groups, closing.merge)
+        self.submitter.run(merges, on_row=lambda: self.tracker.count(self._scored()))
+
+    def verify(self) -> None:
+        """Reads regions back; those that differ from the ledger's digests are computed again.
+
+        Raises:
+            PermanentError: STORE_CORRUPT when regions still differ after being computed again.
+        """
+        self._enter(Stage.VERIFYING)
+        if self.opened.finished:
+            return
+        sample = self._sample()
+        for _ in range(VERIFY_ROUNDS):
+            bad = self._differing(sample)
+            if not bad:
+                return
+            self.tracker.warn(
+                f"{len(bad)} regions differed from their digests and are computed again: {bad[:10]}"
+            )
+            self.opened.ledger.forget(scores.KIND, bad)
+            self.opened.ledger.forget(closing.MERGE_KIND, sorted({self.plan.unravel(i)[0] for i in bad}))
+            self.scores()
+            self._enter(Stage.VERIFYING)
+            sample = np.asarray(bad)
+        raise PermanentError(
+            Reason.STORE_CORRUPT,
+            f"output.url: regions {bad[:10]} of {self.opened.store.url} read back other than they were "
+            f"written, {VERIFY_ROUNDS} times; the storage does not keep what it is given",
+        )
+
+    # -- what is left ---------------------------------------------------------------------------
+
+    def _enter(self, stage: Stage) -> None:
+        self.opened.ledger.check_epoch()
+        self.tracker.enter(stage)
+
+    def _missing(self, kind: str, total: int) -> np.ndarray:
+        return self.opened.ledger.missing(kind, total)
+
+    def _rows(self, kind: str, total: int, function: object, *leading: object) -> None:
+        """Computes what is missing of `total` rows, one per task, and counts it as progress."""
+        count = self.opened.ledger.count
+        self.tracker.start_counting(count(kind), total)
+        self.submitter.run(
+            self._work(kind, total, function, *leading), on_row=lambda: self.tracker.count(count(kind))
+        )
+
+    def _work(self, kind: str, total: int, function: object, *leading: object) -> Iterator[Work]:
+        for index in self._missing(kind, total).tolist():
+            yield Work(
+                kind,
+                (index,),
+                function,  # type: ignore[arg-type]
+                lambda left: (self.context, *leading, left[0]),
+                f"{kind} {index}",
+            )
+
+    def _scored(self) -> int:
+        ledger = self.opened.ledger
+        return ledger.count(scores.KIND) + ledger.count(closing.MERGE_KIND)
+
+    def _region_work(self) -> Iterator[Work]:
+        """Runs of consecutive missing regions, never across a group."""
+        missing = self._missing(scores.KIND, self.plan.regions)
+        run = max(1, min(RUN_REGIONS, math.ceil(len(missing) / (4 * max(1, self.submitter.workers())))))
+        for group in range(self.plan.groups):
+            first = self.plan.region(group, 0)
+            inside = missing[(missing >= first) & (missing < first + self.plan.train_chunks)]
+            for start in range(0, len(inside), run):
+                indices = tuple(int(i) for i in inside[start : start + run])
+                yield Work(
+                    scores.KIND, indices, scores.compute_regions, self._region_arguments, f"group {group}"
+                )
+
+    def _region_arguments(self, left: tuple[int, ...]) -> tuple[object, ...]:
+        pairs = [self.plan.unravel(index) for index in left]
+        return self.context, pairs[0][0], [chunk for _, chunk in pairs]
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check_passes_agree(self, step: str) -> None:
+        """Every pass read the same ranges: their digests must be the same as the first pass's."""
+        first = next(iter(self.loaded.units))
+        for index in range(self.plan.fit_ranges):
+            inputs = {self.opened.ledger.row(range_kind(name), index).inputs for name in (first, step)}
+            if len(inputs) > 1:
+                raise data_changed("train", *self.plan.fit_range(index))
+
+    def _check_inputs(self) -> None:
+        """Each group read the same training chunks, and they are what the fit read."""
+        plan, ledger = self.plan, self.opened.ledger
+        chunk_inputs: list[str] = []
+        for chunk in range(plan.train_chunks):
+            seen = {ledger.row(scores.KIND, plan.region(g, chunk)).inputs for g in range(plan.groups)}
+            if len(seen) > 1:
+                raise data_changed("train", *plan.train_range(chunk))
+            chunk_inputs.append(seen.pop())
+        for step in self.loaded.units:
+            for index in range(plan.fit_ranges):
+                if not ledger.has(range_kind(step), index):
+                    continue
+                expected = ledger.row(range_kind(step), index).inputs
+                start, stop = plan.fit_range(index)
+                chunks = range(start // plan.train_chunk, math.ceil(stop / plan.train_chunk))
+                state = hashlib.blake2b(digest_size=16)
+                for chunk in chunks:
+                    state.update(chunk_inputs[chunk].encode())
+                if expected != state.hexdigest():
+                    raise data_changed("train", start, stop)
+
+    def _count_solver(self) -> None:
+        """Solver counts over all test rows, those of earlier attempts included."""
+        status = arrays.read_array(self.opened.store, "solver_status")
+        counts = {name: int((status == value).sum()) for value, name in enumerate(self._solver)}
+        self.tracker.solver(counts)
+        failed = {name: n for name, n in counts.items() if n and name != "CONVERGED"}
+        if failed:
+            self.tracker.warn(
+                "some test rows were not solved to tolerance: "
+                + ", ".join(f"{n} {name.lower()}" for name, n in failed.items())
+                + "; see solver_status in the store, raise maxiter or regularization"
+            )
+
+    def _sample(self) -> np.ndarray:
+        """The regions that are read back: all, or evenly spaced ones."""
+        total = self.plan.regions if self.spec.operation is not Operation.INFLUENCE_FACTORS else 0
+        if self.spec.output.verify is Verify.NONE:
+            return np.empty(0, int)
+        if self.spec.output.verify is Verify.ALL:
+            return np.arange(total)
+        return (
+            np.unique(np.linspace(0, total - 1, min(total, max(16, total // 100))).astype(int))
+            if total
+            else np.empty(0, int)
+        )
+
+    def _differing(self, sample: np.ndarray) -> list[int]:
+        bad: list[int] = []
+        ledger = self.opened.ledger
+        batches = [
+            sample[start : start + RUN_REGIONS].tolist() for start in range(0, len(sample), RUN_REGIONS)
+        ]
+        self.tracker.start_counting(0, len(sample))
+
+        def note(_: Work, value: list[int]) -> None:
+            bad.extend(value)
+
+        works = [
+            Work(
+                closing.VERIFY_KIND,
+                tuple(batch),
+                closing.verify,
+                lambda left: (self.context, list(left), [ledger.row(scores.KIND, i).digest for i in left]),
+                "verifying",
+            )
+            for batch in batches
+        ]
+        self.submitter.on_value = note
+        self.submitter.run(works)
+        self.tracker.count(len(sample))
+        return sorted(set(bad))
+
+
+def perturbs(spec: InfluenceJobSpec) -> bool:
+    """Whether the result has the training input's feature dimensions."""
+    return spec.mode is Mode.PERTURBATION

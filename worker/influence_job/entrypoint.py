@@ -1,0 +1,162 @@
+"""From `module:function` to a checked `InfluenceTask`.
+
+The driver only imports (`find`); a worker calls (`build`). What the user's code raises is told with the
+entry point's name and the exception's last line; the traceback is kept as the cause.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from influence_calculator.maths.objective import Objective
+from influence_job.data import check_source
+from influence_job.errors import PermanentError, Reason
+from influence_job.task import InfluenceTask
+
+FIELD = "spec.task.entrypoint"
+
+
+def find(entrypoint: str) -> Callable[..., Any]:
+    """Imports the module and returns the function.
+
+    Raises:
+        PermanentError: no such module, no such function, or the module raises when imported.
+    """
+    module_name, _, function_name = entrypoint.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise PermanentError(
+                Reason.INVALID_TASK,
+                f"{FIELD}: no module named {error.name!r}; it is searched for in the working directory and "
+                f"in the installed packages: install it, set PYTHONPATH, or correct {entrypoint!r}",
+            ) from error
+        raise _import_failed(module_name, error) from error
+    except Exception as error:
+        raise _import_failed(module_name, error) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [
+            n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__
+        ]
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"{FIELD}: module {module_name!r} has no function {function_name!r}; it has {sorted(names)}",
+        )
+    return function
+
+
+def _import_failed(module_name: str, error: Exception) -> PermanentError:
+    return PermanentError(
+        Reason.INVALID_TASK, f"{FIELD}: importing {module_name!r} raised {type(error).__name__}: {error}"
+    )
+
+
+def source_digest(entrypoint: str) -> str:
+    """Digest of the file that the entry point's module was loaded from."""
+    module = sys.modules[find(entrypoint).__module__]
+    path = getattr(module, "__file__", None)
+    content = Path(path).read_bytes() if path else entrypoint.encode()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def build(entrypoint: str, arguments: Mapping[str, Any]) -> InfluenceTask:
+    """Calls the entry point and checks what it returned.
+
+    Raises:
+        PermanentError: the call raised, or returned something that is no InfluenceTask.
+    """
+    function = find(entrypoint)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"spec.task.arguments: {entrypoint}{inspect.signature(function)} cannot be called with "
+            f"{sorted(arguments)}: {error}",
+        ) from error
+    try:
+        task = function(**arguments)
+    except PermanentError:
+        raise
+    except Exception as error:
+        raise PermanentError(
+            Reason.INVALID_TASK, f"{FIELD}: {entrypoint} raised {type(error).__name__}: {error}"
+        ) from error
+    return check_task(task, entrypoint)
+
+
+def check_task(task: Any, entrypoint: str) -> InfluenceTask:
+    """`task` if all its parts are what they must be."""
+    if not isinstance(task, InfluenceTask):
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"{FIELD}: {entrypoint} must return an influence_job.task.InfluenceTask, got "
+            f"{type(task).__name__}",
+        )
+    if not isinstance(task.model, nn.Module):
+        raise _wrong("model", "a torch.nn.Module", task.model)
+    for name in ("loss", "measurement", "forward", "annotate"):
+        value = getattr(task, name)
+        if not callable(value) and (value is not None or name == "loss"):
+            raise _wrong(name, "a function", value)
+    if task.checkpoints:
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            "InfluenceTask.checkpoints: no method of this version sums over checkpoints; leave it empty",
+        )
+    check_source(task.train, "train")
+    check_source(task.test, "test")
+    return task
+
+
+def _wrong(field: str, expected: str, got: Any) -> PermanentError:
+    return PermanentError(
+        Reason.INVALID_TASK, f"InfluenceTask.{field}: expected {expected}, got {type(got).__name__}"
+    )
+
+
+def objective_of(task: InfluenceTask) -> Objective:
+    """The training objective of a task, with the parameters that its `parameters` selects."""
+    names = tuple(name for name, value in task.model.named_parameters() if value.requires_grad)
+    if task.parameters is not None:
+        try:
+            pattern = re.compile(task.parameters)
+        except re.error as error:
+            raise PermanentError(
+                Reason.INVALID_TASK,
+                f"InfluenceTask.parameters: {task.parameters!r} is no regular expression: {error}",
+            ) from error
+        chosen = tuple(name for name in names if pattern.search(name))
+        if not chosen:
+            raise PermanentError(
+                Reason.INVALID_TASK,
+                f"InfluenceTask.parameters: {task.parameters!r} matches none of {list(names)[:20]}",
+            )
+        names = chosen
+    if not names:
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            "InfluenceTask.model: no parameter requires grad, so there is nothing to trace",
+        )
+    return Objective(task.model, task.loss, task.forward or _first_element, names)
+
+
+def _first_element(model: nn.Module, batch: Any) -> Any:
+    if not isinstance(batch, tuple | list):
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"InfluenceTask.forward: batches are {type(batch).__name__}s, for which `model(batch[0])` has no "
+            f"meaning; give forward(model, batch)",
+        )
+    return model(batch[0])

@@ -1,0 +1,121 @@
+"""A job on this machine: a Dask cluster of one-thread processes, the same driver as in a cluster.
+
+`run_local` is what `influence run` calls. Global Dask settings stay as they are: what this cluster needs
+is set while it starts, and only there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import dask
+from distributed import Client, LocalCluster
+
+from influence_job.driver.reporting import ProgressTracker
+from influence_job.driver.run import run
+from influence_job.driver.submission import ALLOWED_DEATHS
+from influence_job.identity import JobIdentity
+from influence_job.progress import Progress
+from influence_job.server import serving
+from influence_job.spec import Device, InfluenceJob
+from influence_job.worker.environment import THREAD_SETTINGS
+
+SETTINGS = {
+    "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
+    # Memory is planned; a worker that spilled or paused would only hide a wrong plan.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": False,
+    "distributed.comm.timeouts.connect": "60s",
+}
+
+
+def run_local(
+    job: InfluenceJob,
+    *,
+    workers: int | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    progress_port: int | None = None,
+    metrics_port: int | None = None,
+) -> Progress:
+    """Runs `job` on this machine and returns its last progress document.
+
+    Args:
+        job: the manifest.
+        workers: processes; default one per GPU for `device: cuda`, else one per core this process may use.
+        on_progress: called with a new document at most ten times a second, from any thread.
+        progress_port: serves `/progress` and `/healthz` on 127.0.0.1.
+        metrics_port: serves `/metrics` on 127.0.0.1.
+
+    Raises:
+        JobError: with the reason and the exit code.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    identity = JobIdentity.local()
+    tracker = ProgressTracker(identity, on_progress)
+    count = workers or _default_workers(job)
+    with (
+        serving(tracker.snapshot, "127.0.0.1", progress_port, metrics_port),
+        stop_on_sigterm() as stop,
+        _cluster(count) as connect,
+    ):
+        return run(job, identity, connect, tracker, stop)
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; the driver then flushes the ledger and exits with 75, never 0."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _cluster(workers: int) -> Iterator[Callable[[], Client]]:
+    """A function that connects to a local cluster, which is started when first needed."""
+    started: list[LocalCluster] = []
+
+    def connect() -> Client:
+        if not started:
+            started.append(_start(workers))
+        return Client(started[0], set_as_default=False)
+
+    try:
+        yield connect
+    finally:
+        for cluster in started:
+            cluster.close(timeout=10)
+
+
+def _start(workers: int) -> LocalCluster:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    with dask.config.set(SETTINGS):
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,
+            dashboard_address=None,
+            env={**THREAD_SETTINGS, "PYTHONPATH": path},
+        )
+
+
+def _default_workers(job: InfluenceJob) -> int:
+    if job.spec.resolved_device is Device.CUDA:
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    return len(os.sched_getaffinity(0))

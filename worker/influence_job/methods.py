@@ -1,0 +1,82 @@
+"""From a method as the spec names it to the method of the calculator."""
+
+from __future__ import annotations
+
+import re
+from functools import singledispatch
+
+from influence_calculator.maths.cg import Cg
+from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.preconditioners import Jacobi, Nystroem, Preconditioner
+
+from influence_calculator.maths.blocks import BlockMode, BlockStructure, Regularization, Relative
+from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.direct import Direct
+from influence_calculator.maths.method import Method
+from influence_job.spec import CgSpec, DirectSpec, EkfacSpec, JacobiSpec, NystroemSpec, PreconditionerSpec
+
+
+@singledispatch
+def build(spec: object) -> Method:
+    """The calculator's method with the spec's values."""
+    raise TypeError(f"expected a method's spec, got {type(spec).__name__}")
+
+
+@build.register
+def _direct(spec: DirectSpec) -> Method:
+    return Direct(
+        regularization=_regularization(spec), blocks=_blocks(spec), second_order=_second_order(spec)
+    )
+
+
+@build.register
+def _cg(spec: CgSpec) -> Method:
+    return Cg(
+        regularization=_regularization(spec),
+        blocks=_blocks(spec),
+        second_order=_second_order(spec),
+        rtol=spec.rtol,
+        atol=spec.atol,
+        maxiter=spec.maxiter,
+        simultaneous=spec.simultaneous,
+        preconditioner=_preconditioner(spec.preconditioner),
+    )
+
+
+@build.register
+def _ekfac(spec: EkfacSpec) -> Method:
+    return Ekfac(
+        regularization=spec.regularization,
+        update_diagonal=spec.update_diagonal,
+        expectation=_snake(spec.expectation),
+        samples=spec.samples,
+        seed=spec.seed,
+        unsupported=_snake(spec.unsupported),
+    )
+
+
+def _regularization(spec: DirectSpec | CgSpec) -> Regularization:
+    if spec.regularization_by_block is not None:
+        return dict(spec.regularization_by_block)
+    return Relative(spec.regularization) if spec.relative else spec.regularization
+
+
+def _blocks(spec: DirectSpec | CgSpec) -> BlockStructure:
+    if spec.custom_blocks is not None:
+        return {block: tuple(names) for block, names in spec.custom_blocks.items()}
+    return BlockMode(_snake(spec.blocks))
+
+
+def _second_order(spec: DirectSpec | CgSpec) -> SecondOrderMode:
+    return SecondOrderMode(_snake(spec.second_order))
+
+
+def _preconditioner(spec: PreconditionerSpec | None) -> Preconditioner | None:
+    if isinstance(spec, JacobiSpec):
+        return Jacobi(spec.samples)
+    return Nystroem(spec.rank) if isinstance(spec, NystroemSpec) else None
+
+
+def _snake(word: str) -> str:
+    """The calculator's spelling of a spec's word: `LayerWise` is `layer_wise`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(word)).lower()

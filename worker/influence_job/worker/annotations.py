@@ -1,0 +1,47 @@
+"""What a task says of its examples (`annotate`), as coordinates `test_<name>` and `train_<name>`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_job.errors import PermanentError, Reason
+from influence_job.storage import arrays
+from influence_job.task import InfluenceTask
+from influence_job.worker.session import Session
+
+
+def annotate(task: InfluenceTask, objective: Objective, batch: Batch) -> dict[str, np.ndarray]:
+    """The task's annotations of a batch, checked; empty without `annotate`.
+
+    Raises:
+        PermanentError: not a mapping, or not one number per example.
+    """
+    if task.annotate is None:
+        return {}
+    with torch.no_grad():
+        values = task.annotate(batch, objective.outputs(batch))
+    count = batch_size(batch)
+    return {str(name): _column(str(name), value, count) for name, value in dict(values).items()}
+
+
+def _column(name: str, value: Any, count: int) -> np.ndarray:
+    column = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if column.shape != (count,) or column.dtype.kind not in "biuf" or not name.isidentifier():
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"InfluenceTask.annotate: {name!r}: expected an identifier with one number per example, shape "
+            f"({count},), got shape {column.shape} of {column.dtype}",
+        )
+    # Integers of every kind become int64, in which -1 says that nothing is computed yet.
+    return column if column.dtype.kind == "f" else column.astype(np.int64)
+
+
+def write_annotations(own: Session, side: str, chunk: int, batch: Batch) -> None:
+    """Writes one chunk of every coordinate of a side."""
+    for name, column in annotate(own.task, own.objective, batch).items():
+        arrays.write_chunk(own.store, f"{side}_{name}", (chunk,), column)

@@ -1,0 +1,39 @@
+"""The numerical environment of a worker process: what must be equal for results to be equal bit for bit."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+THREAD_SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # Fixed code paths inside MKL whatever the load of the machine.
+    "MKL_CBWR": "AUTO",
+    # cuBLAS is deterministic only with a workspace of its own per stream.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+"""Environment variables that must stand before torch is imported; set for every worker process."""
+
+
+def make_deterministic(tf32: bool) -> None:
+    """One intra-op thread and deterministic algorithms, for this process."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = False
+
+
+def describe(device: torch.device) -> str:
+    """One line that stands in every ledger row: torch, the library below it, and the processor."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"torch {torch.__version__}; cuda {torch.version.cuda}; {name}; deterministic"
+    capability = torch.backends.cpu.get_cpu_capability()
+    blas = "mkl" if torch.backends.mkl.is_available() else "openblas"
+    return (
+        f"torch {torch.__version__}; {blas} {os.environ.get('MKL_CBWR', '')}; cpu {capability}; "
+        f"{torch.get_num_threads()} thread"
+    )

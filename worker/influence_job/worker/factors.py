@@ -1,0 +1,130 @@
+"""The Factors stage on a worker: the left representation of one chunk of test examples, into the store."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_calculator.maths.layout import Left
+from influence_calculator.maths.method import Solved, SolverStatus
+from influence_calculator.maths.objective import IndexedBatch, micro_batches
+from influence_job.errors import PermanentError, Reason
+from influence_job.storage import arrays
+from influence_job.storage.ledger import Row
+from influence_job.worker.annotations import write_annotations
+from influence_job.worker.outcome import Outcome
+from influence_job.worker.session import Session, WorkerContext, session
+
+KIND = "factors"
+
+
+def factor_path(block: int) -> str:
+    """The array of one block's factors, dimensions test and column."""
+    return f"factors/{block}"
+
+
+def compute_factors(context: WorkerContext, index: int) -> Outcome:
+    """Solves one chunk of test examples and stores factors, coordinates and how each solve ended."""
+    outcome = Outcome()
+
+    def work() -> None:
+        own = session(context)
+        start, stop = own.plan.test_range(index)
+        batch, inputs = own.read("test", start, stop)
+        write_annotations(own, "test", index, batch)
+        gradients = _gradients(own, IndexedBatch(start, batch))
+        _require_finite(gradients, start)
+        solved = own.fitted.solve(gradients)
+        digest = _store(own, index, solved)
+        outcome.value = _counts(solved)
+        outcome.report(Row(KIND, index, digest, inputs, own.environment))
+
+    outcome.attempt(KIND, index, f"factors of test chunk {index}", work)
+    return outcome
+
+
+def load_group(own: Session, group: int) -> Left:
+    """The factors of one group of test chunks, from the store onto the device."""
+    start, stop = own.plan.group_range(group)
+    loaded: Left = {}
+    for number, block in enumerate(own.layout.blocks):
+        # Memory that torch allocated: the alignment of foreign memory changes bits.
+        rows = torch.empty(stop - start, own.layout.widths[block], dtype=own.result_dtype)
+        _read_rows(own, factor_path(number), start, stop, rows)
+        loaded[block] = rows.to(own.device)
+    return loaded
+
+
+def _read_rows(own: Session, path: str, start: int, stop: int, into: Tensor) -> None:
+    """Copies rows `start` to `stop` of a factor array, which may be another job's, chunk by chunk."""
+    info = arrays.array_info(own.factor_store, path)
+    height, width = info.chunks
+    for i in range(start // height, -(-stop // height)):
+        for j in range(info.grid[1]):
+            chunk = torch.from_numpy(arrays.read_chunk(own.factor_store, path, (i, j)))
+            first = max(start, i * height)
+            rows = chunk[first - i * height : stop - i * height]
+            into[first - start : first - start + len(rows), j * width : j * width + chunk.shape[1]] = rows
+
+
+def _gradients(own: Session, indexed: IndexedBatch) -> Left:
+    pieces = [
+        own.fitted.gradients(own.test_objective, piece.batch)
+        for piece in micro_batches(indexed, own.plan.micro_batch)
+    ]
+    return {block: torch.cat([piece[block] for piece in pieces]) for block in own.layout.blocks}
+
+
+def _require_finite(gradients: Left, start: int) -> None:
+    for gradient in gradients.values():
+        bad = ~torch.isfinite(gradient).all(dim=1)
+        if bad.any():
+            index = start + int(bad.nonzero()[0])
+            raise not_finite("test", index)
+
+
+def not_finite(side: str, index: int) -> PermanentError:
+    """The error for an example whose gradient is NaN or infinite."""
+    return PermanentError(
+        Reason.NOT_FINITE,
+        f"{side} example {index}: its gradient is not finite; look for NaN or infinity in the "
+        f"example, a logarithm or division by zero in the loss, or overflow in half precision, and mend or "
+        f"drop the example",
+    )
+
+
+def _store(own: Session, index: int, solved: Solved) -> str:
+    """Writes the factor chunks and the solver's report; the digest covers all of them."""
+    state = hashlib.blake2b(digest_size=16)
+    for number, block in enumerate(own.layout.blocks):
+        values = as_array(solved.left[block])
+        width = own.plan.factor_columns(number)
+        for column, first in enumerate(range(0, values.shape[1], width)):
+            piece = values[:, first : first + width]
+            digest = arrays.write_chunk(own.store, factor_path(number), (index, column), piece)
+            state.update(digest.encode())
+    report = solved.report
+    columns = {
+        "solver_status": report.status,
+        "solver_iterations": report.iterations,
+        "solver_residual": report.residual,
+    }
+    for name, values_of_rows in columns.items():
+        digest = arrays.write_chunk(own.store, name, (index,), as_array(values_of_rows))
+        state.update(digest.encode())
+    return state.hexdigest()
+
+
+def _counts(solved: Solved) -> dict[str, int]:
+    status = solved.report.status
+    return {member.name: int((status == member.value).sum()) for member in SolverStatus}
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A tensor as the store holds it: half precision becomes float32."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.detach().cpu().contiguous().numpy()

@@ -1,0 +1,100 @@
+"""A fit in the store: `fit/<pass>/<unit>` when finished, `fit/<pass>/partial/<range>/<unit>` before.
+
+Both are tensor files. The reader is what every later stage starts from; nothing is recomputed from data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_calculator.maths.method import FitPass, FitState, Method, Sums
+from influence_calculator.maths.objective import Objective
+from influence_job.errors import PermanentError, Reason
+from influence_job.storage.store import Store
+from influence_job.worker import tensor_file
+
+
+def range_kind(step: str) -> str:
+    """The ledger kind of a pass's ranges."""
+    return f"fit/{step}/range"
+
+
+def unit_kind(step: str) -> str:
+    """The ledger kind of a pass's units."""
+    return f"fit/{step}/unit"
+
+
+def partial_prefix(step: str) -> str:
+    """Where a pass keeps its partial sums until its units are finished."""
+    return f"fit/{step}/partial/"
+
+
+def partial_path(step: str, index: int, unit: int) -> str:
+    """One unit's partial sums over one range."""
+    return f"{partial_prefix(step)}{index}/{unit}"
+
+
+def unit_path(step: str, unit: int) -> str:
+    """What a pass leaves of one unit."""
+    return f"fit/{step}/{unit}"
+
+
+def read_tensors(store: Store, path: str, device: torch.device) -> dict[str, Tensor]:
+    """One tensor file on `device`.
+
+    Raises:
+        PermanentError: STORE_CORRUPT if it is missing or damaged.
+    """
+    data = store.get(path)
+    if data is None:
+        raise PermanentError(
+            Reason.STORE_CORRUPT,
+            f"{store.url}: {path} is missing although the ledger holds it; set output.onExisting: Overwrite",
+        )
+    return {name: t.to(device) for name, t in tensor_file.unpack(data, f"{store.url}/{path}").items()}
+
+
+@dataclass(frozen=True)
+class FitReader:
+    """Reads the passes of a method that are finished."""
+
+    store: Store
+    method: Method
+    objective: Objective
+
+    def state(self, device: torch.device, before: str | None = None) -> FitState:
+        """Pass -> unit -> name -> tensor, of all passes, or of those before pass `before`."""
+        state: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for step in self.method.passes():
+            if step.name == before:
+                break
+            units = step.units(self.objective)
+            state[step.name] = {
+                unit: read_tensors(self.store, unit_path(step.name, i), device)
+                for i, unit in enumerate(units)
+            }
+        return state
+
+    def sums(self, step: FitPass, unit: int, ranges: int, device: torch.device) -> dict[str, Tensor]:
+        """The partial sums of one unit, added in the order of their ranges."""
+        total: dict[str, Tensor] = {}
+        for index in range(ranges):
+            partial = read_tensors(self.store, partial_path(step.name, index, unit), device)
+            for name, value in partial.items():
+                total[name] = total[name].add_(value) if name in total else value
+        return total
+
+
+def store_partials(
+    store: Store, step: FitPass, index: int, sums: Sums, units: tuple[str, ...]
+) -> list[bytes]:
+    """Writes the partial sums of one range, one object per unit; returns what was written."""
+    written = []
+    for number, unit in enumerate(units):
+        data = tensor_file.pack(sums[unit])
+        store.put(partial_path(step.name, index, number), data)
+        written.append(data)
+    return written

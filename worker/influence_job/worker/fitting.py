@@ -1,0 +1,74 @@
+"""The Fitting stage on a worker: partial sums over a range of the training data, and finishing a unit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+from influence_calculator.maths.method import FitPass
+from influence_calculator.maths.objective import IndexedBatch, micro_batches
+from influence_job.storage.ledger import Row
+from influence_job.worker import tensor_file
+from influence_job.worker.fit_state import FitReader, range_kind, store_partials, unit_kind, unit_path
+from influence_job.worker.outcome import Outcome
+from influence_job.worker.session import Session, WorkerContext, session
+
+
+def fit_range(context: WorkerContext, step_name: str, index: int) -> Outcome:
+    """Sums of one pass over range `index`, in order, into the store."""
+    outcome = Outcome()
+    kind = range_kind(step_name)
+
+    def work() -> None:
+        own = session(context)
+        step = _step(own, step_name)
+        start, stop = own.plan.fit_range(index)
+        inputs = hashlib.blake2b(digest_size=16)
+        batches = _digested(own.training_reads(start, stop), inputs, own.plan.micro_batch)
+        sums = step.accumulate(own.objective, batches, own.fit_before(step_name))
+        written = store_partials(own.store, step, index, sums, step.units(own.objective))
+        outcome.report(Row(kind, index, _digest(written), inputs.hexdigest(), own.environment))
+
+    outcome.attempt(kind, index, f"fit pass {step_name}, range {index}", work)
+    return outcome
+
+
+def fit_unit(context: WorkerContext, step_name: str, unit: int) -> Outcome:
+    """Finishes one unit of a pass from its partial sums."""
+    outcome = Outcome()
+    kind = unit_kind(step_name)
+
+    def work() -> None:
+        own = session(context)
+        step = _step(own, step_name)
+        sums = FitReader(own.store, own.method, own.objective).sums(
+            step, unit, own.plan.fit_ranges, own.device
+        )
+        name = step.units(own.objective)[unit]
+        finished = step.finish(name, sums, own.length, own.fit_before(step_name))
+        data = tensor_file.pack(finished)
+        own.store.put(unit_path(step_name, unit), data)
+        outcome.report(Row(kind, unit, _digest([data]), "", own.environment))
+
+    outcome.attempt(kind, unit, f"fit pass {step_name}, unit {unit}", work)
+    return outcome
+
+
+def _digested(
+    reads: Iterator[tuple[IndexedBatch, str]], inputs: hashlib.blake2b, micro_batch: int
+) -> Iterator[IndexedBatch]:
+    """The micro-batches of what is read, whose digests go into `inputs` on the way."""
+    for indexed, digest in reads:
+        inputs.update(digest.encode())
+        yield from micro_batches(indexed, micro_batch)
+
+
+def _digest(objects: Iterable[bytes]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for data in objects:
+        state.update(data)
+    return state.hexdigest()
+
+
+def _step(own: Session, name: str) -> FitPass:
+    return next(step for step in own.method.passes() if step.name == name)

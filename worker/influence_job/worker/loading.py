@@ -1,0 +1,130 @@
+"""The Loading stage on a worker: call the entry point, probe the model, and say what the job is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from influence_calculator.maths.capture import measure
+from influence_calculator.maths.probe import probe
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths import perturbation
+from influence_calculator.maths.errors import CalculatorError
+from influence_calculator.maths.objective import slice_batch
+from influence_job.data import data_identity
+from influence_job.errors import PermanentError, Reason
+from influence_job.plan import Sizes
+from influence_job.spec import InfluenceJobSpec, Mode, Operation
+from influence_job.storage import arrays
+from influence_job.worker import model_state
+from influence_job.worker.annotations import annotate
+from influence_job.worker.factors import factor_path
+from influence_job.worker.outcome import Outcome
+from influence_job.worker.session import Session, WorkerContext, session
+
+KIND = "load"
+PROBED = 4
+"""Examples of each side that the probe differentiates."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the worker that loads first tells the driver."""
+
+    sizes: Sizes
+    model_digest: str
+    train_identity: dict[str, Any]
+    test_identity: dict[str, Any] | None
+    """None where the factors of another store take the place of test data."""
+    environment: str
+    units: dict[str, int]
+    """Pass -> number of units."""
+    annotations: dict[str, str]
+    """Coordinate (`test_label`) -> numpy dtype."""
+
+
+def load(context: WorkerContext) -> Outcome:
+    """Builds the session and describes it."""
+    outcome = Outcome()
+
+    def work() -> None:
+        own = session(context)
+        try:
+            outcome.value = describe(own)
+        except CalculatorError as error:
+            raise PermanentError(Reason.UNSUPPORTED_MODEL, f"InfluenceTask.model: {error}") from error
+
+    outcome.attempt(KIND, 0, "loading", work)
+    return outcome
+
+
+def save_model(context: WorkerContext) -> Outcome:
+    """Stores the model, so that every later process of the job computes with the same one."""
+    outcome = Outcome()
+    outcome.attempt(
+        KIND,
+        0,
+        "storing the model",
+        lambda: model_state.save(session(context).store, session(context).task.model, context.identity),
+    )
+    return outcome
+
+
+def describe(own: Session) -> Loaded:
+    """Probes a few examples and measures sizes; reads 64 examples of each side at most."""
+    task = own.task
+    few, _ = own.read("train", 0, min(PROBED, len(task.train)))
+    probe(own.objective, few)
+    annotations = {f"train_{name}": str(c.dtype) for name, c in annotate(task, own.objective, few).items()}
+    test_identity = None
+    if own.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        tests, _ = own.read("test", 0, min(PROBED, len(task.test)))
+        annotations |= {f"test_{n}": str(c.dtype) for n, c in annotate(task, own.objective, tests).items()}
+        test_identity = data_identity(task.test, "test", task.data_version)
+    return Loaded(
+        sizes=measure_sizes(own),
+        model_digest=own.own_digest,
+        train_identity=data_identity(task.train, "train", task.data_version),
+        test_identity=test_identity,
+        environment=own.environment,
+        units={step.name: len(step.units(own.objective)) for step in own.method.passes()},
+        annotations=annotations,
+    )
+
+
+def measure_sizes(own: Session) -> Sizes:
+    """Sizes of model and data, from one example of each."""
+    one, _ = own.read("train", 0, 1)
+    feature_shape: tuple[int, ...] = ()
+    if own.spec.mode is Mode.PERTURBATION:
+        feature_shape = tuple(perturbation.perturbed_input(one).shape[1:])
+    return Sizes(
+        test=_test_length(own),
+        train=len(own.task.train),
+        shapes=measure(own.objective, slice_batch(one, 0, 1)),
+        feature_shape=feature_shape,
+        dtype=_dtype(own),
+        blocks=dict(own.layout.widths),
+        test_example_bytes=_bytes(own.read("test", 0, 1)[0]) if test_side(own.spec) else 0,
+    )
+
+
+def test_side(spec: InfluenceJobSpec) -> bool:
+    """Whether the operation differentiates test examples."""
+    return spec.operation is not Operation.INFLUENCES_FROM_FACTORS
+
+
+def _test_length(own: Session) -> int:
+    if test_side(own.spec):
+        return len(own.task.test)
+    return int(arrays.array_info(own.factor_store, factor_path(0)).shape[0])
+
+
+def _dtype(own: Session) -> str:
+    dtype = next(iter(own.objective.parameters().values())).dtype
+    return "float64" if str(dtype) == "torch.float64" else "float32"
+
+
+def _bytes(batch: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(batch))

@@ -1,0 +1,88 @@
+"""The model's parameters and buffers in the store: `fit/model`, written by the first process of a job.
+
+An entry point may train, and training need not give the same bits twice. So the first process of a job
+stores what its call returned; every later process of the job takes that instead of its own, and refuses
+only what cannot be taken: other names, shapes or dtypes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from influence_job.data import tensor_bytes
+from influence_job.errors import PermanentError, Reason
+from influence_job.identity import JobIdentity
+from influence_job.storage.store import Store
+from influence_job.worker import tensor_file
+
+PATH = "fit/model"
+OWNER_PATH = "fit/model.json"
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in the model's order."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def digest(model: nn.Module) -> str:
+    """Digest of all names, dtypes, shapes and bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in named_tensors(model).items():
+        state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        state.update(tensor_bytes(tensor.cpu()))
+    return state.hexdigest()
+
+
+def save(store: Store, model: nn.Module, identity: JobIdentity) -> None:
+    """Stores the model for later processes of `identity`; a stored one of equal digest changes hands.
+
+    The tensors come first and the note of whose they are last: a crash between leaves tensors that
+    nobody adopts.
+    """
+    own = digest(model)
+    if stored_digest(store) != own:
+        store.put(PATH, tensor_file.pack(named_tensors(model)))
+    store.put_json(OWNER_PATH, {"uid": identity.uid, "digest": own})
+
+
+def stored_digest(store: Store) -> str | None:
+    """Digest of the stored model; None if there is none."""
+    owner = store.get_json(OWNER_PATH)
+    return None if owner is None else str(owner["digest"])
+
+
+def adopt(store: Store, model: nn.Module, identity: JobIdentity) -> None:
+    """Puts the stored tensors into `model` if they are this job's.
+
+    Another job's are left alone: its digest is compared with the fingerprint, which refuses or accepts it.
+
+    Raises:
+        PermanentError: names, shapes or dtypes differ, or the stored model is damaged.
+    """
+    owner = store.get_json(OWNER_PATH)
+    if owner is None or owner["uid"] != identity.uid:
+        return
+    data = store.get(PATH)
+    if data is None:
+        raise PermanentError(Reason.STORE_CORRUPT, f"{store.url}: {PATH} is missing beside {OWNER_PATH}")
+    stored = tensor_file.unpack(data, f"{store.url}/{PATH}")
+    own = named_tensors(model)
+    problems = list(own.keys() ^ stored.keys())
+    problems += [n for n in own.keys() & stored.keys() if _kind(own[n]) != _kind(stored[n])]
+    if problems:
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"spec.task.entrypoint: the model differs from the one this job stored in names, shapes or "
+            f"dtypes of {sorted(problems)[:10]}; an entry point must build the same architecture "
+            f"at every call",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape

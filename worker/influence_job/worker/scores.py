@@ -1,0 +1,144 @@
+"""The Scores stage on a worker: one group of test rows against a run of training chunks, as a pipeline.
+
+While a region is computed, an I/O thread reads the next training chunk and another writes the previous
+region. A region is reported only after its PUT returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from influence_calculator.maths import perturbation, region
+from influence_calculator.maths.layout import Left
+from influence_calculator.maths.objective import Batch
+from influence_job.plan import Plan
+from influence_job.spec import Mode
+from influence_job.storage import arrays, sink_arrays
+from influence_job.storage.ledger import Row
+from influence_job.storage.sinks import Partial
+from influence_job.worker.annotations import write_annotations
+from influence_job.worker.factors import as_array, load_group, not_finite
+from influence_job.worker.outcome import Outcome
+from influence_job.worker.session import Session, WorkerContext, session
+
+KIND = "region"
+INFLUENCES = "influences"
+"""The dense array's name."""
+
+
+@dataclass
+class _Written:
+    """A region on its way into the store."""
+
+    index: int
+    inputs: str
+    put: Future[str]
+
+
+def compute_regions(context: WorkerContext, group: int, chunks: Sequence[int]) -> Outcome:
+    """Computes and stores the regions of `group` and the training chunks `chunks`, in order."""
+    outcome = Outcome()
+    with ThreadPoolExecutor(1, "influence-read") as reads, ThreadPoolExecutor(1, "influence-write") as writes:
+        pipeline = _Pipeline(context, group, list(chunks), outcome, reads, writes)
+        pipeline.run()
+    return outcome
+
+
+@dataclass
+class _Pipeline:
+    context: WorkerContext
+    group: int
+    chunks: list[int]
+    outcome: Outcome
+    reads: ThreadPoolExecutor
+    writes: ThreadPoolExecutor
+    _next: Future[tuple[Batch, str]] | None = None
+    _previous: _Written | None = None
+
+    def run(self) -> None:
+        first = context_region(self.context, self.group, self.chunks[0])
+        if not self.outcome.attempt(KIND, first, self._name(self.chunks[0]), self._open):
+            return
+        for position, chunk in enumerate(self.chunks):
+            index = self.plan.region(self.group, chunk)
+            if not self.outcome.attempt(KIND, index, self._name(chunk), partial(self._step, position)):
+                break
+        failure = self.outcome.failure
+        previous = self._previous
+        if previous is not None:
+            self.outcome.failure = None
+            self.outcome.attempt(KIND, previous.index, f"region {previous.index}", self._settle)
+            self.outcome.failure = failure or self.outcome.failure
+
+    def _name(self, chunk: int) -> str:
+        return f"region of group {self.group} and training chunk {chunk}"
+
+    @property
+    def plan(self) -> Plan:
+        assert self.context.plan is not None
+        return self.context.plan
+
+    def _open(self) -> None:
+        self.own: Session = session(self.context)
+        self.left: Left = self.own.group(self.group, lambda g: load_group(self.own, g))
+        self._prefetch(0)
+
+    def _prefetch(self, position: int) -> None:
+        self._next = None
+        if position < len(self.chunks):
+            start, stop = self.plan.train_range(self.chunks[position])
+            self._next = self.reads.submit(self.own.read, "train", start, stop)
+
+    def _step(self, position: int) -> None:
+        chunk = self.chunks[position]
+        assert self._next is not None
+        pending, self._next = self._next, None
+        batch, inputs = pending.result()
+        self._prefetch(position + 1)
+        if self.group == 0:
+            write_annotations(self.own, "train", chunk, batch)
+        block = as_array(self._compute(batch))
+        self._require_finite(block, chunk)
+        self._settle()
+        put = self.writes.submit(_store, self.own, self.group, chunk, block)
+        self._previous = _Written(self.plan.region(self.group, chunk), inputs, put)
+
+    def _compute(self, batch: Batch) -> torch.Tensor:
+        fitted, micro_batch = self.own.fitted, self.plan.micro_batch
+        if self.own.spec.mode is Mode.PERTURBATION:
+            return perturbation.perturbations(fitted, self.own.objective, self.left, batch, micro_batch)
+        return region.influences(fitted, self.left, batch, micro_batch)
+
+    def _require_finite(self, block: np.ndarray, chunk: int) -> None:
+        finite = np.isfinite(block)
+        if not finite.all():
+            columns = np.moveaxis(~finite, 1, 0).reshape(block.shape[1], -1).any(axis=1)
+            raise not_finite("train", self.plan.train_range(chunk)[0] + int(columns.argmax()))
+
+    def _settle(self) -> None:
+        """Waits for the previous region's PUT and reports it."""
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            digest = previous.put.result()
+            self.outcome.report(Row(KIND, previous.index, digest, previous.inputs, self.own.environment))
+
+
+def context_region(context: WorkerContext, group: int, chunk: int) -> int:
+    """The index of a region, before the session is built."""
+    assert context.plan is not None
+    return context.plan.region(group, chunk)
+
+
+def _store(own: Session, group: int, chunk: int, block: np.ndarray) -> str:
+    """Feeds a region to its sinks; the dense one last, for it is what verification reads."""
+    start, _ = own.plan.train_range(chunk)
+    digest = sink_arrays.put_partial(own.store, group, chunk, Partial.of(block, start, own.plan.top_k))
+    if own.plan.dense:
+        digest = arrays.write_chunk(own.store, INFLUENCES, (group, chunk, *(0,) * (block.ndim - 2)), block)
+    return digest

@@ -1,0 +1,214 @@
+"""What one worker process keeps for one attempt of a job: the task, the model on its device, the fit.
+
+Every worker calls the entry point once. Neither model nor data passes through the scheduler: a task on a
+worker carries a `WorkerContext`, a few kilobytes, and finds the session by the job's UID and attempt.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.layout import Layout, Left
+from influence_calculator.maths.method import FitState, Fitted, Method
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, micro_batches
+from influence_job import entrypoint
+from influence_job.data import read_batch
+from influence_job.errors import PermanentError, Reason
+from influence_job.identity import JobIdentity
+from influence_job.methods import build as build_method
+from influence_job.plan import Plan
+from influence_job.spec import Device, InfluenceJobSpec, Operation, Precision
+from influence_job.storage.store import Store
+from influence_job.task import DataSource, InfluenceTask
+from influence_job.worker import environment, model_state
+from influence_job.worker.fit_state import FitReader
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What every task of an attempt carries: the job, who computes it, and the plan once there is one."""
+
+    spec: InfluenceJobSpec
+    identity: JobIdentity
+    epoch: int
+    plan: Plan | None = None
+
+
+@dataclass
+class Session:
+    """A process's hold on one attempt. Built once; the plan arrives after loading."""
+
+    spec: InfluenceJobSpec
+    store: Store
+    device: torch.device
+    task: InfluenceTask
+    objective: Objective
+    method: Method
+    environment: str
+    own_digest: str
+    """Digest of the parameters and buffers that this process's own call of the entry point returned."""
+    _plan: Plan | None = None
+    _groups: dict[int, Left] = field(default_factory=dict)
+    _fits: dict[str, FitState] = field(default_factory=dict)
+    _seen: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        if self._plan is None:
+            raise RuntimeError("the plan is made after loading; this task came too early")
+        return self._plan
+
+    @property
+    def test_objective(self) -> Objective:
+        """The objective of the test side: the task's measurement if it has one."""
+        measurement = self.task.measurement
+        return self.objective if measurement is None else self.objective.with_loss(measurement)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Factors' and scores' dtype in the store: the parameters', float32 for half precision."""
+        return torch.float64 if self.plan.dtype == "float64" else torch.float32
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.method.layout(self.objective)
+
+    @cached_property
+    def fitted(self) -> Fitted:
+        """The fitted method, read from the store's finished fit."""
+        state = FitReader(self.factor_store, self.method, self.objective).state(self.device)
+        return self.method.fitted(self.objective, state, self if self.method.needs_data else None)
+
+    @cached_property
+    def factor_store(self) -> Store:
+        """Where fit and factors lie: this store, or the one that `factors.url` names."""
+        if self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS or self.spec.factors is None:
+            return self.store
+        return Store.open(self.spec.factors.url, self.spec.output.storage_options)
+
+    # TrainingData, for methods that solve by going over the training set again
+    @property
+    def length(self) -> int:
+        return len(self.task.train)
+
+    def batches(self) -> Iterator[IndexedBatch]:
+        yield from self.training_range(0, self.length)
+
+    def fit_before(self, step: str) -> FitState:
+        """The finished passes before pass `step`, read once."""
+        if step not in self._fits:
+            self._fits.clear()
+            self._fits[step] = FitReader(self.store, self.method, self.objective).state(
+                self.device, before=step
+            )
+        return self._fits[step]
+
+    def training_range(self, start: int, stop: int) -> Iterator[IndexedBatch]:
+        """Micro-batches of a range of training examples, in order."""
+        for indexed, _ in self.training_reads(start, stop):
+            yield from micro_batches(indexed, self.plan.micro_batch)
+
+    def training_reads(self, start: int, stop: int) -> Iterator[tuple[IndexedBatch, str]]:
+        """The range in the pieces that are read, each with the digest of what came."""
+        step = self.plan.train_chunk
+        for first in range(start, stop, step):
+            batch, digest = self.read("train", first, min(first + step, stop))
+            yield IndexedBatch(first, batch), digest
+
+    def read(self, side: str, start: int, stop: int) -> tuple[Batch, str]:
+        """Examples of `train` or `test` on the device, with their digest.
+
+        Raises:
+            PermanentError: the same indices gave something else before.
+        """
+        source: DataSource = self.task.train if side == "train" else self.task.test
+        batch, digest = read_batch(source, side, start, stop, self.device)
+        if self._seen.setdefault((side, start, stop), digest) != digest:
+            raise data_changed(side, start, stop)
+        if self.spec.precision is Precision.BFLOAT16:
+            batch = pytree.tree_map(_to_bfloat16, batch)
+        return batch, digest
+
+    def group(self, group: int, load: Any) -> Left:
+        """The factors of a group on the device; one group is kept, the next replaces it."""
+        if group not in self._groups:
+            self._groups.clear()
+            self._groups[group] = load(group)
+        return self._groups[group]
+
+
+_sessions: dict[tuple[str, int], Session] = {}
+_lock = threading.Lock()
+
+
+def session(context: WorkerContext) -> Session:
+    """The session of this process for the context; built at the first call, from the entry point.
+
+    Raises:
+        PermanentError: GpuNotVisible, a bad entry point, or a model of other shapes than the stored one.
+    """
+    key = (context.identity.uid, context.identity.attempt)
+    with _lock:
+        if key not in _sessions:
+            _sessions.clear()
+            _sessions[key] = _build(context)
+        found = _sessions[key]
+    if context.plan is not None:
+        found._plan = context.plan
+    return found
+
+
+def _build(context: WorkerContext) -> Session:
+    spec = context.spec
+    device = _device(spec)
+    environment.make_deterministic(tf32=spec.precision is Precision.TF32)
+    task = entrypoint.build(spec.task.entrypoint, spec.task.arguments)
+    torch.set_num_threads(1)  # an entry point may have changed it
+    own_digest = model_state.digest(task.model)
+    store = Store.open(spec.output.url, spec.output.storage_options)
+    model_state.adopt(store, task.model, context.identity)
+    if spec.precision is Precision.BFLOAT16:
+        task.model.to(torch.bfloat16)
+    task.model.to(device)
+    return Session(
+        spec=spec,
+        store=store,
+        device=device,
+        task=task,
+        objective=entrypoint.objective_of(task),
+        method=build_method(spec.method),
+        environment=environment.describe(device),
+        own_digest=own_digest,
+    )
+
+
+def data_changed(side: str, start: int, stop: int) -> PermanentError:
+    """The error for indices that were read twice and differed."""
+    return PermanentError(
+        Reason.INVALID_DATA,
+        f"{side} examples {start} to {stop - 1}: dataset not deterministic or changed; read() must "
+        f"return the same for the same indices (no random augmentation, no shuffling)",
+    )
+
+
+def _to_bfloat16(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf
+
+
+def _device(spec: InfluenceJobSpec) -> torch.device:
+    if spec.resolved_device is Device.CPU:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PermanentError(
+            Reason.GPU_NOT_VISIBLE,
+            "spec.device: cuda, but torch sees no GPU on this worker; request one in "
+            "spec.workers.resources.limits (nvidia.com/gpu: 1), check the driver, or set device: cpu",
+        )
+    return torch.device("cuda")
