@@ -68,6 +68,20 @@ class Existing:
         """The driver that completed the store has said so."""
         return self.attributes.get(OURS, {}).get("finished") is True
 
+    def latest(self) -> Epoch | None:
+        """The claim that holds now, for those who only read; None if nobody ever claimed the store."""
+        if not self.claims:
+            return None
+        number = max(self.claims)
+        return Epoch(
+            number=number,
+            claim=self.claims[number],
+            resumes=True,
+            previous={n: made for n, made in self.claims.items() if n != number},
+            counts_from=_counts_from(self.claims),
+            must_delete=self.must_delete,
+        )
+
     def effective(self, job_uid: str, on_existing: str) -> str:
         """What `onExisting` means for this UID now: after its first claim every attempt resumes."""
         return RESUME if any(c.job_uid == job_uid for c in self.claims.values()) else on_existing
