@@ -1,0 +1,199 @@
+"""Per-sample gradients from hooks: activations and output gradients of layers, weights untouched.
+
+One forward pass with every parameter detached records the inputs of the supported layers and starts
+the graph at the outputs of the first of them, so that autograd forms no weight gradient and
+differentiates nothing below. One backward pass then gives every layer's output gradients, from which
+per-sample gradients are formed layer by layer.
+
+Shapes: n examples, S tokens per example (summed over calls of a layer), i inputs, o outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.errors import UnsupportedModelError
+from influence_calculator.maths.layers import LayerSpec, supported_layers, uncaptured_parameters
+from influence_calculator.maths.objective import Batch, Objective, batch_size
+
+__all__ = [
+    "CapturedLayer",
+    "Recording",
+    "captured_gradients",
+    "float_leaves",
+    "record",
+    "supported_layers",
+    "uncaptured_parameters",
+]
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One layer's tensors of one backward pass."""
+
+    spec: LayerSpec
+    activations: Tensor
+    """`[n, S, i]`."""
+    gradients: Tensor
+    """`[n, S, o]`."""
+
+    def per_sample(self) -> Iterator[tuple[str, Tensor]]:
+        """Gradients `[n, numel]` of the tracked parameters: `Σ_s g_s a_sᵀ` and `Σ_s g_s`."""
+        if self.spec.weight is not None:
+            yield self.spec.weight, per_sample_products(self.gradients, self.activations).flatten(1)
+        if self.spec.bias is not None:
+            yield self.spec.bias, self.gradients.sum(1)
+
+
+def per_sample_products(g: Tensor, a: Tensor) -> Tensor:
+    """`Σ_s g_s a_sᵀ` of each example, `[n, o, i]`."""
+    if g.shape[1] == 1:
+        return g.mT * a
+    return torch.bmm(g.mT, a.to(g.dtype))
+
+
+class _Call(NamedTuple):
+    """One call of one layer."""
+
+    inputs: Tensor
+    edge: GradientEdge
+    """Where the gradient by the call's output is read; stands before any in-place operation on it."""
+    output: Tensor
+    """Of the output's shape and dtype, without memory of its own."""
+
+
+class Recording:
+    """A forward pass whose layers were recorded."""
+
+    def __init__(self, objective: Objective, rows: int, layers: Sequence[LayerSpec]) -> None:
+        self.outputs: Any = None
+        self.layers = tuple(layers)
+        self.rows = rows
+        self.calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
+        self._modules = {layer.name: objective.model.get_submodule(layer.name) for layer in layers}
+
+    def backward(
+        self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool = False
+    ) -> Iterator[CapturedLayer]:
+        """Captured layers of the backward pass from `values` (outputs or losses) with their cotangents.
+
+        With `keep` another backward pass may follow; without, a layer's tensors are let go as the
+        iterator moves on.
+        """
+        gradients = self._output_gradients(values, cotangents, keep)
+        for layer in self.layers:
+            calls = self.calls[layer.name] if keep else self.calls.pop(layer.name)
+            found = gradients.pop(layer.name)
+            if not calls:
+                # Not called for these examples: its parameters' gradients are 0.
+                yield _empty(layer, self._modules[layer.name], self.rows)
+                continue
+            pieces = [self._piece(layer, call, g) for call, g in zip(calls, found, strict=True)]
+            del calls, found
+            if len(pieces) == 1:
+                yield CapturedLayer(layer, *pieces.pop())
+            else:
+                a, g = (torch.cat(tokens, dim=1) for tokens in zip(*pieces, strict=True))
+                del pieces
+                yield CapturedLayer(layer, a, g)
+
+    def _output_gradients(
+        self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool
+    ) -> dict[str, list[Tensor]]:
+        calls = [call for layer in self.layers for call in self.calls[layer.name]]
+        roots = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
+        found: Sequence[Tensor | None] = [None] * len(calls)
+        if roots and calls:
+            found = torch.autograd.grad(
+                [value for value, _ in roots],
+                [call.edge for call in calls],
+                [cotangent for _, cotangent in roots],
+                retain_graph=keep,
+                allow_unused=True,
+            )
+        remaining = iter(
+            g if g is not None else torch.zeros_like(call.output)
+            for g, call in zip(found, calls, strict=True)
+        )
+        return {layer.name: [next(remaining) for _ in self.calls[layer.name]] for layer in self.layers}
+
+    def _piece(self, layer: LayerSpec, call: _Call, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        if call.inputs.shape[0] % self.rows:
+            raise UnsupportedModelError(
+                f"layer {layer.name!r}: expected inputs whose first dimension counts the {self.rows} "
+                f"examples of the batch, got shape {tuple(call.inputs.shape)}; put examples first, "
+                "as batch_first=True does"
+            )
+        a = layer.activations(self._modules[layer.name], call.inputs, self.rows)
+        return a, layer.output_gradients(gradients, self.rows)
+
+
+def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
+    weight = module.get_parameter("weight")
+    outputs, inputs = weight.flatten(1).shape
+    return CapturedLayer(layer, weight.new_zeros(rows, 1, inputs), weight.new_zeros(rows, 1, outputs))
+
+
+def record(objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | None = None) -> Recording:
+    """A forward pass of `batch` that records `layers` (default: all that are supported).
+
+    The hooks are gone when it returns or raises; no parameter is changed.
+    """
+    chosen = supported_layers(objective) if layers is None else layers
+    recording = Recording(objective, batch_size(batch), chosen)
+    handles = []
+    try:
+        for layer in chosen:
+            module = objective.model.get_submodule(layer.name)
+            hook = _hook(recording.calls[layer.name])
+            # First, so that hooks of the user's see and change the output after it.
+            handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        with torch.enable_grad():
+            recording.outputs = objective.outputs(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recording
+
+
+def _hook(calls: list[_Call]) -> Any:
+    def record_call(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            # The model detaches this call from its loss.
+            return output
+        inputs = args[0] if args else kwargs["input"]
+        if not output.requires_grad:
+            # The graph starts here. A clone, because a leaf may not be changed in place (inplace ReLU).
+            output = output.detach().requires_grad_().clone()
+        calls.append(
+            _Call(inputs.detach(), get_gradient_edge(output), output.new_empty(()).expand_as(output))
+        )
+        return output
+
+    return record_call
+
+
+def float_leaves(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's outputs."""
+    return [
+        leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+
+
+def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Gradients `[n, numel]` of each example's loss by each captured parameter, layer by layer."""
+    recording = record(objective, batch)
+    if not recording.layers:
+        return
+    with torch.enable_grad():
+        losses = objective.losses(recording.outputs, batch)
+    recording.outputs = None
+    for layer in recording.backward([losses.sum()], [None]):
+        yield from layer.per_sample()
