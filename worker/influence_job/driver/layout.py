@@ -60,6 +60,7 @@ def create(
                 "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
                 "fingerprint": fingerprint,
                 "plan": plan.to_json(),
+                "annotations": sorted(loaded.annotations),
                 "provenance": provenance(loaded.environment),
             }
         },
