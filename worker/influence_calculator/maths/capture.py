@@ -21,13 +21,15 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.layers import LayerSpec, supported_layers, uncaptured_parameters
-from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+from influence_calculator.maths.shapes import LayerShape, ModelShapes
 
 __all__ = [
     "CapturedLayer",
     "Recording",
     "captured_gradients",
     "float_leaves",
+    "measure",
     "record",
     "supported_layers",
     "uncaptured_parameters",
@@ -124,15 +126,21 @@ class Recording:
         )
         return {layer.name: [next(remaining) for _ in self.calls[layer.name]] for layer in self.layers}
 
+    def tokens(self, layer: LayerSpec) -> int:
+        """S: tokens per example, over all calls of a layer."""
+        return sum(self._activations(layer, call).shape[1] for call in self.calls[layer.name])
+
     def _piece(self, layer: LayerSpec, call: _Call, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return self._activations(layer, call), layer.output_gradients(gradients, self.rows)
+
+    def _activations(self, layer: LayerSpec, call: _Call) -> Tensor:
         if call.inputs.shape[0] % self.rows:
             raise UnsupportedModelError(
                 f"layer {layer.name!r}: expected inputs whose first dimension counts the {self.rows} "
                 f"examples of the batch, got shape {tuple(call.inputs.shape)}; put examples first, "
                 "as batch_first=True does"
             )
-        a = layer.activations(self._modules[layer.name], call.inputs, self.rows)
-        return a, layer.output_gradients(gradients, self.rows)
+        return layer.activations(self._modules[layer.name], call.inputs, self.rows)
 
 
 def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
@@ -197,3 +205,61 @@ def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str
     recording.outputs = None
     for layer in recording.backward([losses.sum()], [None]):
         yield from layer.per_sample()
+
+
+def measure(objective: Objective, batch: Batch) -> ModelShapes:
+    """The sizes that a plan is made from, seen in a forward pass of the first example of `batch`."""
+    example = slice_batch(batch, 0, 1)
+    kept = _KeptStorages()
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        recording = record(objective, example)
+        with torch.enable_grad():
+            objective.losses(recording.outputs, example)
+    for calls in recording.calls.values():
+        for call in calls:
+            kept.add(call.inputs)
+    floats = float_leaves(recording.outputs)
+    for leaf in floats:
+        kept.add(leaf)
+    model = objective.model
+    everything = [*model.parameters(), *model.buffers()]
+    tracked = objective.parameters()
+    entries = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+    return ModelShapes(
+        parameters={name: tuple(value.shape) for name, value in tracked.items()},
+        layers=tuple(_layer_shape(model, recording, layer) for layer in recording.layers),
+        itemsize=max((value.element_size() for value in tracked.values()), default=4),
+        model_bytes=sum(tensor.nbytes for tensor in everything),
+        activation_bytes=kept.bytes_beside([*everything, *entries]),
+        example_bytes=sum(leaf.nbytes for leaf in entries),
+        outputs=sum(leaf.numel() for leaf in floats),
+    )
+
+
+def _layer_shape(model: nn.Module, recording: Recording, layer: LayerSpec) -> LayerShape:
+    outputs, inputs = model.get_submodule(layer.name).get_parameter("weight").flatten(1).shape
+    return LayerShape(
+        name=layer.name,
+        inputs=inputs if layer.weight is not None else 0,
+        outputs=outputs,
+        tokens=recording.tokens(layer),
+        bias=layer.bias is not None,
+    )
+
+
+class _KeptStorages:
+    """Memory that a graph keeps alive, each storage once."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def add(self, tensor: Tensor) -> Tensor:
+        self._tensors.append(tensor)
+        return tensor
+
+    def bytes_beside(self, others: Sequence[Tensor]) -> int:
+        """Bytes of the storages, without those that `others` use."""
+        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self._tensors)}
+        for other in others:
+            kept.pop(other.untyped_storage().data_ptr(), None)
+        return sum(kept.values())

@@ -15,12 +15,14 @@ class LayerShape:
 
     name: str
     inputs: int
-    """i: columns of the weight as a matrix (kernel included for convolutions), without the bias."""
+    """i: columns of the weight as a matrix (kernel included for convolutions), without the bias; 0 if the
+    weight is not tracked."""
     outputs: int
     """o."""
     tokens: int
-    """S: positions per example (1 for a plain Linear, output pixels for Conv2d)."""
+    """S: positions per example over all calls (1 for a plain Linear, output pixels for Conv2d)."""
     bias: bool
+    """Whether a bias is tracked."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ModelShapes:
     model_bytes: int
     """All parameters and buffers."""
     activation_bytes: int
-    """Outputs of all leaf modules for ONE example: what a forward pass with gradients keeps alive."""
+    """What a forward pass keeps alive for ONE example: its graph, the inputs of layers, the outputs."""
     example_bytes: int
     """One training example as a batch entry."""
     outputs: int

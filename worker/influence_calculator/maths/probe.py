@@ -1,0 +1,139 @@
+"""Whether gradients of this model may be taken batched and by hooks: a few examples are tried first.
+
+Hooks miss in silence what does not pass through a module's call: `nn.MultiheadAttention` never calls
+its `out_proj`, weights are used as functions or shared, batch statistics mix examples, dropout
+answers differently each time. So every fit begins with this probe.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.errors import CaptureMismatchError, TrainingModeError, UnsupportedModelError
+from influence_calculator.maths.gradients import per_sample_gradients
+from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+
+PROBED = 4
+"""Examples tried at most."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Allowed relative difference of two gradients of one parameter; mistakes are of order 1.
+
+float32 leaves room for TF32 convolutions, which a GPU uses by default."""
+
+HALF_TOLERANCE = 0.1
+"""The same for half precision."""
+
+NOISE = 1e-3
+"""A parameter whose gradient is this small beside the whole gradient is compared absolutely: rounding."""
+
+
+def probe(objective: Objective, batch: Batch) -> None:
+    """Refuses a model whose batched per-sample gradients differ from those of batches of one.
+
+    Raises:
+        TrainingModeError: dropout or batch statistics are on, or two forwards of one example disagree.
+        CaptureMismatchError: gradients differ; names the parameters and the usual cause.
+        UnsupportedModelError: no parameter is tracked.
+    """
+    if not objective.names:
+        raise UnsupportedModelError(
+            "model: expected at least one tracked parameter, got none; unfreeze parameters "
+            "(requires_grad_(True)) or widen the selection"
+        )
+    _refuse_training_mode(objective.model)
+    few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
+    _refuse_random_outputs(objective, slice_batch(few, 0, 1))
+    _refuse_other_gradients(objective, few)
+
+
+def _refuse_training_mode(model: nn.Module) -> None:
+    named = [(name or type(model).__name__, module) for name, module in model.named_modules()]
+    random = [name for name, module in named if module.training and _dropout(module) > 0]
+    mixing = [name for name, module in named if isinstance(module, _NormBase) and _uses_batch(module)]
+    if random:
+        raise TrainingModeError(
+            f"dropout is on in {', '.join(random)}: expected a model that answers the same each time, got "
+            "one in training mode; call model.eval()"
+        )
+    if mixing:
+        raise TrainingModeError(
+            f"{', '.join(mixing)}: expected fixed statistics, got statistics of the batch, which mix "
+            "examples; call model.eval() (and build the layer with track_running_stats=True)"
+        )
+
+
+def _dropout(module: nn.Module) -> float:
+    """The probability of dropout that the module applies in training mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return float(module.dropout)
+    return 0.0
+
+
+def _uses_batch(module: _NormBase) -> bool:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        # Normalizes each example by itself; only running statistics are changed by training mode.
+        return module.training and module.track_running_stats
+    return module.training or module.running_mean is None
+
+
+def _refuse_random_outputs(objective: Objective, example: Batch) -> None:
+    with torch.no_grad():
+        first, second = (pytree.tree_leaves(objective.outputs(example)) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point():
+            tolerance = _tolerance(a.dtype)
+            if not torch.allclose(
+                a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()), equal_nan=True
+            ):
+                raise TrainingModeError(
+                    "forward: expected two passes of one example to agree, got different outputs; "
+                    "call model.eval(), and take random numbers out of forward (functional dropout takes training=)"
+                )
+
+
+def _refuse_other_gradients(objective: Objective, few: Batch) -> None:
+    expected = _one_by_one(objective, few)
+    finite = torch.stack([rows.isfinite().all(1) for rows in expected.values()]).all(0)
+    shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
+    layout = Layout.of(shapes, {name: (name,) for name in shapes})
+    whole = max(float(rows[finite].norm()) for rows in expected.values())
+    wrong = []
+    for part in per_sample_gradients(objective, few, layout):
+        rows = expected[part.block][finite]
+        allowed = _tolerance(rows.dtype) * max(float(rows.norm()), NOISE * whole)
+        if not float((part.values.to(rows.dtype)[finite] - rows).norm()) <= allowed:
+            wrong.append(part.block)
+    if wrong:
+        raise CaptureMismatchError(
+            f"{', '.join(wrong)}: expected the gradients that autograd gives for one example at a time, got "
+            "others from a batch. Usual causes: a weight used without calling its module (functional calls), "
+            "a weight shared with another module, examples that influence each other (batch statistics, "
+            "padding to the longest), or a first dimension that does not count examples. Call the module, or "
+            "leave these parameters out (requires_grad_(False))"
+        )
+
+
+def _one_by_one(objective: Objective, batch: Batch) -> dict[str, Tensor]:
+    """Autograd's gradients `[n, numel]` of batches of one: what everything else is checked against."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in objective.names}
+    for i in range(batch_size(batch)):
+        leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
+        with torch.enable_grad():
+            loss = objective.losses_at(leaves, slice_batch(batch, i, i + 1)).sum()
+            found = torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+        for name, gradient in zip(leaves, found, strict=True):
+            rows[name].append(gradient.flatten())
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCE.get(dtype, HALF_TOLERANCE)
