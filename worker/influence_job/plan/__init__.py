@@ -6,6 +6,6 @@ result, and used as it stands by every later attempt, for the numbers depend on 
 
 from influence_job.plan.document import Plan, ResultArray, Sizes
 from influence_job.plan.making import make_plan
-from influence_job.plan.memory import StageMemory, device_budget, in_words
+from influence_job.plan.memory import StageMemory, device_budget
 
-__all__ = ["Plan", "ResultArray", "Sizes", "StageMemory", "device_budget", "in_words", "make_plan"]
+__all__ = ["Plan", "ResultArray", "Sizes", "StageMemory", "device_budget", "make_plan"]

@@ -54,7 +54,9 @@ class Plan(SpecModel):
     test_chunk: int = Field(description="Test examples per chunk.")
     train_chunk: int = Field(description="Training examples per chunk.")
     group_chunks: int = Field(description="Test chunks per group.")
-    fit_ranges: int = Field(description="R, contiguous ranges that a fit pass is divided into; from N alone.")
+    fit_ranges: int = Field(
+        description="R, contiguous ranges of whole chunks that a fit pass is divided into."
+    )
     micro_batch: int = Field(description="Examples per forward pass, at most.")
     dtype: str = Field(description="Of the result.")
     feature_shape: tuple[int, ...] = ()
@@ -125,9 +127,13 @@ class Plan(SpecModel):
         return _cut(chunk, self.train_chunk, self.train, "training chunk")
 
     def fit_range(self, index: int) -> tuple[int, int]:
-        """Training examples `start` to `stop` of a fit range; lengths differ by one at most."""
+        """Training examples `start` to `stop` of a fit range: whole training chunks, as even as they allow.
+
+        The fit thus reads what scoring reads, chunk by chunk, and the digests of both can be compared.
+        """
         _require_inside("fit range", index, self.fit_ranges)
-        return index * self.train // self.fit_ranges, (index + 1) * self.train // self.fit_ranges
+        first, last = (i * self.train_chunks // self.fit_ranges for i in (index, index + 1))
+        return first * self.train_chunk, min(last * self.train_chunk, self.train)
 
     @property
     def itemsize(self) -> int:
@@ -154,7 +160,7 @@ class Plan(SpecModel):
     def _factor_array(self, number: int, block: str) -> ResultArray:
         return ResultArray(
             path=f"factors/{number}",
-            dims=("test", "column"),
+            dims=("test", f"column_{number}"),  # blocks differ in width, so each has a dimension of its own
             shape=(self.test, self.blocks[block]),
             chunks=(min(self.test_chunk, self.test), self.factor_columns(number)),
             block=block,

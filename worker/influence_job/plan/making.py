@@ -14,6 +14,7 @@ from influence_job.plan import memory
 from influence_job.plan.document import Plan, Sizes
 from influence_job.plan.memory import MIB, StageMemory
 from influence_job.spec import InfluenceJobSpec, Mode, Operation
+from influence_job.units import in_words
 
 REGION_BYTES = 32 * MIB
 """Aimed at when chunks are absent: few enough objects, and little lost with a worker."""
@@ -46,6 +47,7 @@ def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
     groups = -(-test_chunks // max(1, min(most_rows, _column_rows(spec, sizes)) // test_chunk))
     group_chunks = -(-test_chunks // groups)
     group_rows = min(group_chunks * test_chunk, sizes.test)
+    train_chunk = _train_chunk(spec, sizes, group_rows, micro_batch, region_bytes)
     passes = len(method.passes()) if fits else 0
     plan = Plan(
         operation=spec.operation,
@@ -53,9 +55,9 @@ def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
         test=sizes.test,
         train=sizes.train,
         test_chunk=test_chunk,
-        train_chunk=_train_chunk(spec, sizes, group_rows, micro_batch, region_bytes),
+        train_chunk=train_chunk,
         group_chunks=group_chunks,
-        fit_ranges=min(MOST_RANGES, -(-sizes.train // RANGE_EXAMPLES)),
+        fit_ranges=min(MOST_RANGES, -(-sizes.train // RANGE_EXAMPLES), -(-sizes.train // train_chunk)),
         micro_batch=micro_batch,
         dtype=sizes.dtype,
         feature_shape=sizes.feature_shape,
@@ -112,8 +114,8 @@ def _most_rows(
     if free < row:
         raise memory.impossible(
             spec,
-            f"model, fit and one micro-batch need {memory.in_words(used)} and the factors of one test "
-            f"example {memory.in_words(row)}",
+            f"model, fit and one micro-batch need {in_words(used)} and the factors of one test "
+            f"example {in_words(row)}",
         )
     return free // row
 
@@ -212,7 +214,7 @@ def _refuse_large_result(spec: InfluenceJobSpec, plan: Plan) -> None:
     raise PermanentError(
         Reason.PLAN_IMPOSSIBLE,
         f"spec.output.maxBytes: expected a result of at most {spec.output.max_bytes} ({limit} bytes), got "
-        f"{shape} of {plan.dtype} = {memory.in_words(plan.result_bytes)} ({plan.result_bytes} bytes); {cure}",
+        f"{shape} of {plan.dtype} = {in_words(plan.result_bytes)} ({plan.result_bytes} bytes); {cure}",
     )
 
 
@@ -221,7 +223,7 @@ def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
     for name, stage in plan.memory.items():
         if stage.device <= budget:
             continue
-        need = f"stage {name} needs {memory.in_words(stage.device)}"
+        need = f"stage {name} needs {in_words(stage.device)}"
         if name == "Scores":
             rows, columns = plan.result_chunks[:2]
             raise memory.impossible(

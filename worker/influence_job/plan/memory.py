@@ -12,6 +12,7 @@ from influence_calculator.maths.method import Footprint, Method
 from influence_calculator.maths.shapes import ModelShapes
 from influence_job.errors import PermanentError, Reason
 from influence_job.spec import Device, FactorDtype, InfluenceJobSpec, SpecModel
+from influence_job.units import in_words
 
 MIB = 2**20
 CUDA_BUDGET = 12 * 2**30
@@ -92,12 +93,3 @@ def impossible(spec: InfluenceJobSpec, need: str, cure: str = "") -> PermanentEr
         f"spec.workers: {need}, but the budget on {spec.resolved_device} is {budget}; raise "
         f"{budget_field(spec)}{cure or ', track fewer parameters (InfluenceTask.parameters) or use Ekfac'}",
     )
-
-
-def in_words(count: float) -> str:
-    """Bytes for people: 3 digits and a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} PiB"
