@@ -1,0 +1,127 @@
+"""`influence plan`: what a job would do and cost, before it does anything."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from influence_job.cli.options import file_argument, job_options, json_option, read_job, verbose_option
+from influence_job.spec import InfluenceJob
+from influence_job.units import clock, in_words
+
+if TYPE_CHECKING:
+    from influence_job.plan import Plan, Sizes
+
+
+@click.command()
+@file_argument
+@job_options
+@json_option
+@verbose_option
+def plan(file: str, device: str | None, output: str | None, as_json: bool) -> None:
+    """Plan the job in FILE: grid, groups, passes, bytes, memory per stage and a rough cost.
+
+    Calls the entry point here, to measure model and data; reads and writes nothing else. A result larger than
+    output.maxBytes, or work that cannot fit the memory the spec grants, is refused with the numbers.
+
+    \b
+    influence plan examples/digits.yaml
+    influence plan job.yaml --device cuda
+    influence plan job.yaml --json | jq .regions
+    """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
+    job = read_job(file, device=device, output=output)
+    from influence_job.methods import build
+    from influence_job.plan import make_plan
+    from influence_job.worker_context import measure_sizes
+
+    sizes = measure_sizes(job)
+    made = make_plan(job.spec, build(job.spec.method), sizes)
+    if as_json:
+        click.echo(json.dumps(as_document(job, sizes, made), indent=2))
+    else:
+        draw(job, sizes, made, Console(highlight=False))
+
+
+def as_document(job: InfluenceJob, sizes: Sizes, plan: Plan) -> dict[str, Any]:
+    """The plan as it would be stored, and what follows from it."""
+    from influence_job.plan import cost
+
+    gflop = cost.gflop(job.spec, sizes, plan)
+    return {
+        **plan.to_json(),
+        "groups": plan.groups,
+        "groupRows": plan.group_rows,
+        "regions": plan.regions,
+        "trainingPasses": plan.training_passes,
+        "passesPerIteration": plan.passes_per_iteration,
+        "arrays": [array.model_dump(mode="json", by_alias=True) for array in plan.arrays],
+        "resultBytes": plan.result_bytes,
+        "factorBytes": plan.factor_bytes,
+        "gflop": gflop,
+        "seconds": cost.seconds(job.spec, gflop),
+    }
+
+
+def draw(job: InfluenceJob, sizes: Sizes, plan: Plan, console: Console) -> None:
+    """The plan as a person reads it."""
+    from influence_job.plan import device_budget
+
+    for line in _lines(job, sizes, plan):
+        console.print(escape(line), soft_wrap=True)
+    console.print()
+    console.print(_table(job, sizes, plan))
+    console.print(
+        f"Memory above an idle worker; the budget on {job.spec.resolved_device} is "
+        f"{in_words(device_budget(job.spec))}.",
+        soft_wrap=True,
+    )
+
+
+def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
+    method = job.spec.method.name
+    what = f"{job.metadata.name}: {plan.operation} ({plan.mode}) with {method} on {job.spec.resolved_device}"
+    lines = [what, f"  examples   {plan.test} test, {plan.train} training; {sizes.shapes.width} parameters"]
+    if plan.has_scores:
+        lines.append(
+            f"  grid       {plan.regions} regions of {plan.group_rows} × {min(plan.train_chunk, plan.train)} "
+            f"examples (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
+        )
+        groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"
+        lines.append(f"  groups     {groups}: one pass over the training set each")
+    passes = (
+        f"{plan.training_passes} over the training set ({plan.fit_passes} to fit, {plan.groups} to score)"
+    )
+    if plan.passes_per_iteration:
+        passes += f", and {plan.passes_per_iteration} for each iteration of the solver"
+    lines.append(f"  passes     {passes}")
+    lines.append(f"  batches    {plan.micro_batch} examples at most; {plan.fit_ranges} ranges per fit pass")
+    stored = " × ".join(str(extent) for extent in plan.result_shape)
+    kept = f"{stored} of {plan.dtype}" if plan.arrays else f"top {plan.top_k} and statistics of {stored}"
+    lines.append(f"  result     {kept}, {in_words(plan.result_bytes)}, in {job.spec.output.url}")
+    return lines
+
+
+def _table(job: InfluenceJob, sizes: Sizes, plan: Plan) -> Table:
+    from influence_job.plan import cost
+
+    gflop = cost.gflop(job.spec, sizes, plan)
+    seconds = cost.seconds(job.spec, gflop)
+    workers = job.spec.workers.replicas
+    rate = cost.GFLOPS[job.spec.resolved_device]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("stage")
+    for title in ("device", "host", "in the store", "GFLOP", f"time, {workers} × {rate:g} GFLOP/s"):
+        table.add_column(title, justify="right")
+    for name, stage in plan.memory.items():
+        amounts = (
+            f"{gflop[name]:.3g}" if name in gflop else "",
+            f"≈ {clock(seconds[name])}" if name in seconds else "",
+        )
+        table.add_row(name, in_words(stage.device), in_words(stage.host), in_words(stage.scratch), *amounts)
+    return table

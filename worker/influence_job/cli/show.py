@@ -1,0 +1,188 @@
+"""`influence show`: a result in words, and the training examples behind single test examples."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from influence_job.cli.options import json_option, verbose_option
+from influence_job.cli.summary import Coordinates, Ranked, Summary, TestCase, read_summary
+from influence_job.spec import Operation
+from influence_job.units import in_words
+
+
+@click.command()
+@click.argument("url")
+@click.option(
+    "--test",
+    "tests",
+    type=click.IntRange(min=0),
+    multiple=True,
+    metavar="I",
+    help="Show test example I; may be given several times. Default: up to three that the model gets wrong.",
+)
+@click.option(
+    "--top", type=click.IntRange(1, 10_000), default=5, help="Training examples each way. Default 5."
+)
+@json_option
+@verbose_option
+def show(url: str, tests: tuple[int, ...], top: int, as_json: bool) -> None:
+    """Show the result at URL: what it is, and which training examples made the model do that.
+
+    A positive score helps: without that training example the test example's loss would be higher, by
+    about score / N. Reads a few kilobytes, never the matrix.
+
+    \b
+    influence show digits.zarr
+    influence show gs://bucket/digits.zarr --test 17 --top 10
+    influence show digits.zarr --json | jq '.tests[0].mostHarmful[0].train'
+    """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
+    from influence_job.storage.store import Store
+
+    with Store.open(url) as store:
+        try:
+            summary = read_summary(store, tests or None, top)
+        except IndexError as error:
+            raise click.BadParameter(str(error), param_hint="--test") from error
+    if as_json:
+        click.echo(json.dumps(as_document(summary), indent=2))
+    else:
+        draw(summary, Console(highlight=False))
+
+
+def as_document(summary: Summary) -> dict[str, Any]:
+    """The summary as a script reads it; camelCase, as all documents of a job."""
+    record = summary.record
+    return {
+        "url": summary.url,
+        "finished": summary.finished,
+        "name": record.get("name"),
+        "jobUid": record.get("jobUid"),
+        "spec": record.get("spec"),
+        "plan": record.get("plan"),
+        "provenance": record.get("provenance"),
+        "result": record.get("result"),
+        "ledger": {"done": summary.done, "total": summary.total},
+        "solver": summary.solver,
+        "scores": None if summary.scores is None else asdict(summary.scores),
+        "tests": [
+            {
+                "test": case.test,
+                "coordinates": case.coordinates,
+                "mean": case.mean,
+                "std": case.std,
+                "mostHelpful": [asdict(ranked) for ranked in case.most_helpful],
+                "mostHarmful": [asdict(ranked) for ranked in case.most_harmful],
+            }
+            for case in summary.cases
+        ],
+    }
+
+
+def draw(summary: Summary, console: Console) -> None:
+    """The summary as a person reads it."""
+    for line in _headline(summary):
+        console.print(escape(line), soft_wrap=True)
+    for case in summary.cases:
+        console.print()
+        _draw_case(case, console)
+    if summary.cases:
+        train = summary.record["plan"]["train"]
+        console.print()
+        console.print(
+            "A positive score helps: without that training example the loss would be higher, by about "
+            f"score / {train}.",
+            soft_wrap=True,
+        )
+
+
+def _headline(summary: Summary) -> list[str]:
+    record = summary.record
+    if not record.get("plan"):
+        return [f"{summary.url}: claimed by a job that has computed nothing yet"]
+    plan, spec = record["plan"], record["spec"]
+    method = spec["method"]
+    state = "complete" if summary.finished else f"not finished: {_how_far(summary)}"
+    lines = [
+        f"{summary.url}: {record.get('name')}, {plan['operation']} ({plan['mode']}), {state}",
+        f"  {plan['test']} test × {plan['train']} training examples, {sum(plan['blocks'].values())} parameters"
+        f"{_stored(summary)}",
+        f"  method {method['name']}, regularization {method['regularization']}",
+        f"  {_made(record)}",
+    ]
+    if summary.solver:
+        counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.solver.items())
+        lines.append(f"  solver, by test example: {counts}")
+    if summary.scores is not None:
+        scores = summary.scores
+        lines.append(
+            f"  scores: mean {scores.mean:.3g}, from {scores.minimum:.3g} to {scores.maximum:.3g}, "
+            f"{scores.nonfinite} not finite"
+        )
+    if not summary.finished:
+        lines.append("  go on with: influence run FILE --output " + summary.url)
+    return lines
+
+
+def _stored(summary: Summary) -> str:
+    result = summary.record.get("result")
+    if not result:
+        return ""
+    return f", {result['dtype']}, {in_words(result['bytes'])}"
+
+
+def _made(record: dict[str, Any]) -> str:
+    provenance = record.get("provenance", {})
+    versions = provenance.get("versions", {})
+    named = [
+        f"{name} {versions[name]}" for name in ("influence-operator", "torch", "zarr") if name in versions
+    ]
+    when = provenance.get("created", "at an unknown time")
+    return f"made {when} with {', '.join(named)}; job {record.get('jobUid')}"
+
+
+def _how_far(summary: Summary) -> str:
+    """The first kind of row that is not complete, in a job's order."""
+    fit = sum(count for kind, count in summary.done.items() if kind.startswith("fit/"))
+    for kind, total in summary.total.items():
+        done = summary.done.get(kind, 0)
+        if kind == "factors" and done == 0:
+            return f"fitting, {fit} steps done" if fit else "loading"
+        if done < total:
+            names = {"factors": "factors", "region": "regions"}
+            return f"{done} of {total} {names[kind]}"
+    if summary.record["plan"]["operation"] == Operation.INFLUENCE_FACTORS:
+        return "all factors are there, verifying"
+    return "all regions are there, verifying"
+
+
+def _draw_case(case: TestCase, console: Console) -> None:
+    console.print(escape(f"test {case.test}{_told(case.coordinates, ': ')}"), style="bold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for title in ("helps", "harms"):
+        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("score", justify="right", no_wrap=True)
+        table.add_column("", min_width=1)
+    rows = max(len(case.most_helpful), len(case.most_harmful))
+    for rank in range(rows):
+        table.add_row(*_cells(case.most_helpful, rank), *_cells(case.most_harmful, rank))
+    console.print(table)
+
+
+def _cells(ranked: tuple[Ranked, ...], rank: int) -> tuple[str, str, str]:
+    if rank >= len(ranked):
+        return "", "", ""
+    example = ranked[rank]
+    return f"train {example.train}", f"{example.score:+.3g}", escape(_told(example.coordinates, ""))
+
+
+def _told(coordinates: Coordinates, before: str) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in coordinates.items())
+    return f"{before}{told}" if told else ""

@@ -1,0 +1,115 @@
+"""What a job will cost, roughly: floating-point operations per stage, and seconds at stated rates.
+
+Counts the products that dominate, after the physical bound of the plan of work: a capture is a forward
+pass and its activation gradients, `4 S i o` per layer; a per-example gradient `2 S i o`; a pair `2 P`.
+
+Symbols: i inputs, o outputs, S tokens of a layer; P parameters; T, N test and training examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from influence_calculator.maths.shapes import ModelShapes
+from influence_job.plan.document import Plan, Sizes
+from influence_job.spec import (
+    CgSpec,
+    Device,
+    DirectSpec,
+    EkfacSpec,
+    InfluenceJobSpec,
+    Mode,
+    Operation,
+    SecondOrder,
+)
+
+GFLOPS = {Device.CPU: 20.0, Device.CUDA: 10_000.0}
+"""Per worker, assumed: one core, and a data-centre GPU in float32. Small models reach a fraction of it."""
+CG_ITERATIONS = 30
+"""Assumed where the number is known only afterwards."""
+
+
+def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
+    """Stage -> 10^9 operations over all workers."""
+    shapes = sizes.shapes
+    capture = _capture(shapes)
+    stages: dict[str, float] = {}
+    if plan.fit_passes:
+        stages["Fitting"] = _of_method(_FITS, spec, sizes)
+    if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        stages["Factors"] = plan.test * (capture + _gradient(shapes)) + _of_method(_SOLVES, spec, sizes)
+    if plan.has_scores:
+        pairs = float(plan.test) * plan.train
+        training = plan.groups * plan.train * (capture + _gradient(shapes))
+        stages["Scores"] = training + 2 * shapes.width * pairs
+        if spec.mode is Mode.PERTURBATION:
+            stages["Scores"] += 3 * capture * pairs  # a double backward per test row and training example
+    return {name: flop / 1e9 for name, flop in stages.items()}
+
+
+def seconds(spec: InfluenceJobSpec, stages: dict[str, float]) -> dict[str, float]:
+    """Stage -> seconds with the spec's workers at the assumed rate."""
+    rate = GFLOPS[spec.resolved_device] * spec.workers.replicas
+    return {name: amount / rate for name, amount in stages.items()}
+
+
+def _products(shapes: ModelShapes) -> float:
+    """Σ S i o over layers; parameters outside of layers count once per example."""
+    inside = sum(layer.inputs * layer.outputs for layer in shapes.layers)
+    outside = max(0, shapes.width - inside)
+    return float(sum(layer.tokens * layer.inputs * layer.outputs for layer in shapes.layers) + outside)
+
+
+def _capture(shapes: ModelShapes) -> float:
+    return 4 * _products(shapes)
+
+
+def _gradient(shapes: ModelShapes) -> float:
+    return 2 * _products(shapes)
+
+
+def _fit_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
+    shapes = sizes.shapes
+    rotation = sum(2 * layer.tokens * (layer.inputs**2 + layer.outputs**2) for layer in shapes.layers)
+    example = _capture(shapes) + rotation
+    if spec.update_diagonal:
+        example += _capture(shapes) + rotation + _gradient(shapes)
+    eigenproblems = sum(10 * (layer.inputs**3 + layer.outputs**3) for layer in shapes.layers)
+    return sizes.train * example + eigenproblems
+
+
+def _fit_direct(spec: DirectSpec, sizes: Sizes) -> float:
+    shapes = sizes.shapes
+    if spec.second_order is SecondOrder.EMPIRICAL_FISHER:
+        example = _capture(shapes) + _gradient(shapes) + 2.0 * shapes.width**2
+    else:
+        example = 2 * _capture(shapes) * shapes.width  # a product with H per parameter
+    return sizes.train * example + 2 / 3 * shapes.width**3
+
+
+def _solve_ekfac(_: EkfacSpec, sizes: Sizes) -> float:
+    layers = sizes.shapes.layers
+    return sizes.test * float(sum(4 * s.inputs * s.outputs * (s.inputs + s.outputs) for s in layers))
+
+
+def _solve_direct(_: DirectSpec, sizes: Sizes) -> float:
+    return sizes.test * 2.0 * sizes.shapes.width**2
+
+
+def _solve_cg(spec: CgSpec, sizes: Sizes) -> float:
+    iterations = min(spec.maxiter or CG_ITERATIONS, CG_ITERATIONS)
+    return sizes.test * iterations * sizes.train * 2 * _capture(sizes.shapes)
+
+
+def _nothing(_: Any, __: Sizes) -> float:
+    return 0.0
+
+
+Cost = Callable[[Any, Sizes], float]
+_FITS: dict[type, Cost] = {EkfacSpec: _fit_ekfac, DirectSpec: _fit_direct, CgSpec: _nothing}
+_SOLVES: dict[type, Cost] = {EkfacSpec: _solve_ekfac, DirectSpec: _solve_direct, CgSpec: _solve_cg}
+
+
+def _of_method(costs: dict[type, Cost], spec: InfluenceJobSpec, sizes: Sizes) -> float:
+    return costs[type(spec.method)](spec.method, sizes)
