@@ -48,9 +48,11 @@ class Ledger:
             PermanentError: one is corrupt; it is named.
         """
         for path, data in self._store.get_many(self._segments()):
+            if data is None:
+                continue  # deleted since it was listed: what it alone held is computed again
             try:
                 with self._rows_lock:
-                    self._table.insert_segment(data or b"")
+                    self._table.insert_segment(data)
             except (ValueError, KeyError, IndexError) as error:
                 raise PermanentError(
                     Reason.STORE_CORRUPT,

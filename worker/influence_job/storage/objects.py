@@ -13,8 +13,12 @@ from typing import Any
 from influence_job.errors import PermanentError, Reason
 from influence_job.storage.backend import Backend, is_passing
 
-REQUEST_TIMEOUT_SECONDS = 120.0
-"""A request without an answer for so long counts as a broken connection."""
+REQUEST_SECONDS = 600.0
+CONNECT_SECONDS = 30.0
+ANSWER_SECONDS = 120.0
+"""A request that takes longer, or waits so long for a connection or an answer, counts as broken."""
+ONE_REQUEST_BYTES = 512 << 20
+"""Up to here an object is uploaded in one request, and so in one step; regions aim at 8 to 64 MB."""
 
 
 class Objects(Backend):
@@ -31,7 +35,7 @@ class Objects(Backend):
             return None
 
     def write(self, path: str, data: bytes) -> None:
-        self._filesystem.pipe_file(self._full(path), data)
+        self._filesystem.pipe_file(self._full(path), data, chunksize=ONE_REQUEST_BYTES)
 
     def create(self, path: str, data: bytes) -> None:
         self._filesystem.pipe_file(self._full(path), data, mode="create")
@@ -69,6 +73,7 @@ class Objects(Backend):
 
 
 def _google(options: dict[str, Any]) -> Any:
+    from aiohttp import ClientTimeout
     from fsspec.asyn import sync
     from gcsfs.core import GCSFileSystem
 
@@ -83,8 +88,9 @@ def _google(options: dict[str, Any]) -> Any:
             if session is not None:
                 sync(self.loop, session.close, timeout=5)
 
-    options.setdefault("consistency", "crc32c")
-    options.setdefault("requests_timeout", REQUEST_TIMEOUT_SECONDS)
+    options.setdefault("consistency", "md5")  # of uploads; gcsfs's crc32c needs one package more
+    timeout = ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
+    options.setdefault("requests_timeout", timeout)
     return OneTry(skip_instance_cache=True, use_listings_cache=False, **options)
 
 
@@ -106,7 +112,11 @@ def _s3(options: dict[str, Any]) -> Any:
             if self._s3 is not None:
                 self.close_session(self.loop, self._s3)
 
-    config = {"retries": {"total_max_attempts": 1}, "read_timeout": REQUEST_TIMEOUT_SECONDS}
+    config: dict[str, Any] = {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": ANSWER_SECONDS,
+    }
     options["config_kwargs"] = config | options.get("config_kwargs", {})
     return OneTry(skip_instance_cache=True, use_listings_cache=False, **options)
 

@@ -139,12 +139,6 @@ class Retry:
             PermanentError: no retry can cure it.
         """
         try:
-            return operation()
-        except Exception as error:
-            if judge(error) not in (Verdict.TRANSIENT, Verdict.UNAUTHORIZED):
-                self._give_up(action, error)
-            log.info("%s: %s: %s; trying again", self._url, action, _words(error))
-        try:
             return self._retrying(action)(operation)
         except Exception as error:
             self._give_up(action, error)
@@ -166,7 +160,7 @@ class Retry:
     def _is_enough(self, state: RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
         if error is not None and judge(error) is Verdict.UNAUTHORIZED:
-            return state.attempt_number + 1 >= UNAUTHORIZED_ATTEMPTS
+            return state.attempt_number >= UNAUTHORIZED_ATTEMPTS
         return (state.seconds_since_start or 0.0) + state.upcoming_sleep >= self._limit
 
     def _give_up(self, action: str, error: Exception) -> NoReturn:

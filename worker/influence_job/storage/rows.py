@@ -138,7 +138,7 @@ class Table:
                     column["index"],
                     renumbered[column["environment"]],
                     {name: column[name] for name in TEXTS},
-                    {name: {place: text for place, text in odd[name]} for name in TEXTS},
+                    {name: dict(odd[name]) for name in TEXTS},
                 ),
             )
 
