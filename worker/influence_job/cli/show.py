@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -13,9 +13,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from influence_job.cli.options import json_option, verbose_option
-from influence_job.cli.summary import Coordinates, Ranked, Summary, TestCase, read_summary
 from influence_job.spec import Operation
 from influence_job.units import in_words
+
+if TYPE_CHECKING:
+    from influence_job.cli.summary import Coordinates, Ranked, Summary, TestCase
 
 
 @click.command()
@@ -44,6 +46,7 @@ def show(url: str, tests: tuple[int, ...], top: int, as_json: bool) -> None:
     influence show gs://bucket/digits.zarr --test 17 --top 10
     influence show digits.zarr --json | jq '.tests[0].mostHarmful[0].train'
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
+    from influence_job.cli.summary import read_summary
     from influence_job.storage.store import Store
 
     with Store.open(url) as store:
@@ -112,8 +115,8 @@ def _headline(summary: Summary) -> list[str]:
     state = "complete" if summary.finished else f"not finished: {_how_far(summary)}"
     lines = [
         f"{summary.url}: {record.get('name')}, {plan['operation']} ({plan['mode']}), {state}",
-        f"  {plan['test']} test × {plan['train']} training examples, {sum(plan['blocks'].values())} parameters"
-        f"{_stored(summary)}",
+        f"  {plan['test']} test × {plan['train']} training examples, "
+        f"{sum(plan['blocks'].values())} parameters{_stored(summary)}",
         f"  method {method['name']}, regularization {method['regularization']}",
         f"  {_made(record)}",
     ]
