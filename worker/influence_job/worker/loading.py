@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from influence_calculator.maths.capture import measure
-from influence_calculator.maths.probe import probe
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths import perturbation
+from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import CalculatorError
 from influence_calculator.maths.objective import slice_batch
+from influence_calculator.maths.probe import probe
 from influence_job.data import data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
@@ -21,7 +21,7 @@ from influence_job.worker import model_state
 from influence_job.worker.annotations import annotate
 from influence_job.worker.factors import factor_path
 from influence_job.worker.outcome import Outcome
-from influence_job.worker.session import Session, WorkerContext, session
+from influence_job.worker.session import Session, WorkerContext, build, session
 
 KIND = "load"
 PROBED = 4
@@ -108,6 +108,12 @@ def measure_sizes(own: Session) -> Sizes:
         blocks=dict(own.layout.widths),
         test_example_bytes=_bytes(own.read("test", 0, 1)[0]) if test_side(own.spec) else 0,
     )
+
+
+def measure_job(spec: InfluenceJobSpec) -> Sizes:
+    """The sizes of a job, measured in this process; writes nothing and reads no store but `factors.url`."""
+    own = build(spec)
+    return measure_sizes(own)
 
 
 def test_side(spec: InfluenceJobSpec) -> bool:

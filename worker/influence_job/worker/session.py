@@ -7,12 +7,13 @@ worker carries a `WorkerContext`, a few kilobytes, and finds the session by the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.layout import Layout, Left
@@ -46,7 +47,6 @@ class Session:
     """A process's hold on one attempt. Built once; the plan arrives after loading."""
 
     spec: InfluenceJobSpec
-    store: Store
     device: torch.device
     task: InfluenceTask
     objective: Objective
@@ -58,6 +58,11 @@ class Session:
     _groups: dict[int, Left] = field(default_factory=dict)
     _fits: dict[str, FitState] = field(default_factory=dict)
     _seen: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    @cached_property
+    def store(self) -> Store:
+        """Where the result goes."""
+        return Store.open(self.spec.output.url, self.spec.output.storage_options)
 
     @property
     def plan(self) -> Plan:
@@ -158,28 +163,28 @@ def session(context: WorkerContext) -> Session:
     with _lock:
         if key not in _sessions:
             _sessions.clear()
-            _sessions[key] = _build(context)
+            store = Store.open(context.spec.output.url, context.spec.output.storage_options)
+            _sessions[key] = build(context.spec, lambda m: model_state.adopt(store, m, context.identity))
+            _sessions[key].store = store
         found = _sessions[key]
     if context.plan is not None:
         found._plan = context.plan
     return found
 
 
-def _build(context: WorkerContext) -> Session:
-    spec = context.spec
+def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda _: None) -> Session:
+    """A session from the entry point's own call; `prepare` sees the model as it came."""
     device = _device(spec)
     environment.make_deterministic(tf32=spec.precision is Precision.TF32)
     task = entrypoint.build(spec.task.entrypoint, spec.task.arguments)
     torch.set_num_threads(1)  # an entry point may have changed it
     own_digest = model_state.digest(task.model)
-    store = Store.open(spec.output.url, spec.output.storage_options)
-    model_state.adopt(store, task.model, context.identity)
+    prepare(task.model)
     if spec.precision is Precision.BFLOAT16:
         task.model.to(torch.bfloat16)
     task.model.to(device)
     return Session(
         spec=spec,
-        store=store,
         device=device,
         task=task,
         objective=entrypoint.objective_of(task),
