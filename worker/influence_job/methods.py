@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from functools import singledispatch
 
-from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.ekfac import Ekfac
-from influence_calculator.maths.preconditioners import Jacobi, Nystroem, Preconditioner
 
 from influence_calculator.maths.blocks import BlockMode, BlockStructure, Regularization, Relative
+from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.method import Method
+from influence_calculator.maths.preconditioners import (
+    JacobiPreconditioner,
+    NystroemPreconditioner,
+    Preconditioner,
+)
 from influence_job.spec import CgSpec, DirectSpec, EkfacSpec, JacobiSpec, NystroemSpec, PreconditionerSpec
 
 
@@ -73,8 +77,8 @@ def _second_order(spec: DirectSpec | CgSpec) -> SecondOrderMode:
 
 def _preconditioner(spec: PreconditionerSpec | None) -> Preconditioner | None:
     if isinstance(spec, JacobiSpec):
-        return Jacobi(spec.samples)
-    return Nystroem(spec.rank) if isinstance(spec, NystroemSpec) else None
+        return JacobiPreconditioner(spec.samples)
+    return NystroemPreconditioner(spec.rank) if isinstance(spec, NystroemSpec) else None
 
 
 def _snake(word: str) -> str:

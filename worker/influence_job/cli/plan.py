@@ -38,9 +38,9 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     job = read_job(file, device=device, output=output)
     from influence_job.methods import build
     from influence_job.plan import make_plan
-    from influence_job.worker_context import measure_sizes
+    from influence_job.worker.loading import measure_job
 
-    sizes = measure_sizes(job)
+    sizes = measure_job(job.spec)
     made = make_plan(job.spec, build(job.spec.method), sizes)
     if as_json:
         click.echo(json.dumps(as_document(job, sizes, made), indent=2))

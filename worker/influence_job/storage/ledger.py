@@ -104,6 +104,14 @@ class Ledger:
             self._table.insert(rows)
             self._pending.extend(rows)
 
+    def forget(self, kind: str, indices: Iterable[int]) -> None:
+        """Counts rows as not done, because what is stored differs from them; the next row replaces each.
+
+        Segments are left as they are: an attempt that dies before the next row finds the difference again.
+        """
+        with self._rows_lock:
+            self._table.remove(kind, indices)
+
     def flush(self) -> None:
         """Writes what is pending as a new segment, if this epoch is still the highest.
 

@@ -119,6 +119,13 @@ class Table:
         for kind, members in by_kind.items():
             self._insert(kind, Columns.of(members, self._environments))
 
+    def remove(self, kind: str, indices: Iterable[int]) -> None:
+        """Drops rows; those that are not there are passed over."""
+        for index in indices:
+            if self.has(kind, index):
+                self._pages[kind][index // PAGE_ROWS].done[index % PAGE_ROWS] = False
+                self._counts[kind] -= 1
+
     def insert_segment(self, data: bytes) -> None:
         """Adds the rows of a packed segment.
 
