@@ -91,6 +91,11 @@ class Footprint:
     """Left representation of one test example."""
 
 
+def score_dtype(left: Tensor) -> torch.dtype:
+    """The dtype of scores: that of the left representation, float32 for half precision."""
+    return torch.promote_types(left.dtype, torch.float32)
+
+
 class FitPass(ABC):
     """One pass over the training data."""
 
@@ -129,11 +134,12 @@ class Fitted(ABC):
         """The right representation of a training batch, part by part, so that one lives at a time."""
 
     def score(self, left: Left, batch: Batch) -> Tensor:
-        """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`."""
+        """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`; float32 at least, whatever is stored."""
         total: Tensor | None = None
         for part in self.right(batch):
             columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
-            product = columns @ part.values.to(columns.dtype).T
+            wide = score_dtype(columns)
+            product = columns.to(wide) @ part.values.to(wide).T
             total = product if total is None else total.add_(product)
         if total is None:
             raise ValueError("right representation without parts: no parameter is tracked")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from influence_calculator.maths.layout import Left
-from influence_calculator.maths.method import Fitted
+from influence_calculator.maths.method import Fitted, score_dtype
 from influence_calculator.maths.objective import Batch, IndexedBatch, batch_size, micro_batches
 
 
@@ -22,7 +22,7 @@ def influences(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Te
     score / N. Neither negated nor divided by N.
     """
     rows = next(iter(left.values()))
-    scores = rows.new_empty(rows.shape[0], batch_size(batch))
+    scores = rows.new_empty(rows.shape[0], batch_size(batch), dtype=score_dtype(rows))
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
         columns = fitted.score(left, piece.batch)
         scores[:, piece.start : piece.start + columns.shape[1]] = columns

@@ -54,7 +54,7 @@ def load_group(own: Session, group: int) -> Left:
         # Memory that torch allocated: the alignment of foreign memory changes bits.
         rows = torch.empty(stop - start, own.layout.widths[block], dtype=own.result_dtype)
         _read_rows(own, factor_path(number), start, stop, rows)
-        loaded[block] = rows.to(own.device)
+        loaded[block] = rows.to(own.device, own.resident_dtype)
     return loaded
 
 

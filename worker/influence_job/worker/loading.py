@@ -15,7 +15,7 @@ from influence_calculator.maths.probe import probe
 from influence_job.data import data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
-from influence_job.spec import InfluenceJobSpec, Mode, Operation
+from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation
 from influence_job.storage import arrays
 from influence_job.worker import model_state
 from influence_job.worker.annotations import annotate
@@ -112,8 +112,8 @@ def measure_sizes(own: Session) -> Sizes:
 
 def measure_job(spec: InfluenceJobSpec) -> Sizes:
     """The sizes of a job, measured in this process; writes nothing and reads no store but `factors.url`."""
-    own = build(spec)
-    return measure_sizes(own)
+    # Sizes are the same everywhere, so that a job for a GPU is planned where there is none.
+    return measure_sizes(build(spec.model_copy(update={"device": Device.CPU})))
 
 
 def test_side(spec: InfluenceJobSpec) -> bool:

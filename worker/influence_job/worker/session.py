@@ -25,7 +25,7 @@ from influence_job.errors import PermanentError, Reason
 from influence_job.identity import JobIdentity
 from influence_job.methods import build as build_method
 from influence_job.plan import Plan
-from influence_job.spec import Device, InfluenceJobSpec, Operation, Precision
+from influence_job.spec import Device, FactorDtype, InfluenceJobSpec, Operation, Precision
 from influence_job.storage.store import Store
 from influence_job.task import DataSource, InfluenceTask
 from influence_job.worker import environment, model_state
@@ -80,6 +80,11 @@ class Session:
     def result_dtype(self) -> torch.dtype:
         """Factors' and scores' dtype in the store: the parameters', float32 for half precision."""
         return torch.float64 if self.plan.dtype == "float64" else torch.float32
+
+    @property
+    def resident_dtype(self) -> torch.dtype:
+        """Factors' dtype on the device, which `factorDtype` may halve."""
+        return torch.bfloat16 if self.spec.factor_dtype is FactorDtype.BFLOAT16 else self.result_dtype
 
     @cached_property
     def layout(self) -> Layout:
