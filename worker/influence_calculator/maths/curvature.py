@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from influence_calculator.maths.directional import directions_at_once, in_pieces, pull_back
+from influence_calculator.maths.directional import (
+    GRAPH_COPIES,
+    activation_elements,
+    directions_at_once,
+    in_pieces,
+    pull_back,
+)
 from influence_calculator.maths.gradients import (
     accumulation_dtype,
     collected,
-    model_dtype,
-    per_sample_gradients,
 )
 from influence_calculator.maths.layout import Layout, Slot, columns_of, tensors_of
 from influence_calculator.maths.objective import Batch, Objective, batch_size
@@ -42,6 +46,8 @@ class SecondOrderMode(StrEnum):
 class BlockCurvature(ABC):
     """The sum over one batch's examples of one block's second-order matrix."""
 
+    nbytes: int
+    """What stays allocated while it lives."""
     clipped: int = 0
     """Negative eigenvalues of output Hessians that were taken as 0."""
 
@@ -67,9 +73,7 @@ def curvatures(
             for block in layout.blocks:
                 yield block, _Hessian(objective, layout.slots_of(block), batch)
         case SecondOrderMode.EMPIRICAL_FISHER:
-            like = next(iter(objective.parameters().values()))
-            parts = per_sample_gradients(objective, batch, layout)
-            for block, gradients in collected(parts, layout, batch_size(batch), like).items():
+            for block, gradients in collected(objective, batch, layout).items():
                 yield block, _EmpiricalFisher(gradients)
         case SecondOrderMode.GENERALIZED_GAUSS_NEWTON:
             of_outputs = output_curvature(objective, batch)
@@ -89,29 +93,20 @@ class _Hessian(BlockCurvature):
     """`Σ_i ∇²θ ℓ_i`: the gradient's graph is built once; symmetric, so a product is one pull-back."""
 
     def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch) -> None:
-        own = objective.parameters()
-        parameters = {slot.name: own[slot.name] for slot in slots}
+        self._through = _Through(objective, slots, batch)
         gradient = grad(lambda values: objective.losses_at(values, batch).sum())
-        _, self._pull = pull_back(gradient, parameters)
-        self._slots = slots
-        self._dtype = own[slots[0].name].dtype
-        self._device = own[slots[0].name].device
-        self._at_once = directions_at_once(objective, batch, _width(slots))
+        _, self._pull = pull_back(gradient, self._through.parameters)
+        self.nbytes = self._through.graph_bytes
 
     def products(self, vectors: Tensor) -> Tensor:
-        def pulled(rows: Tensor) -> Tensor:
-            result = vmap(self._pull)(tensors_of(rows, self._slots, self._dtype))
-            return columns_of(result, self._slots, vectors.dtype)
-
-        return in_pieces(pulled, vectors, self._at_once)
+        return self._through.products(vmap(self._pull), vectors)
 
     def add_matrix(self, total: Tensor) -> None:
-        _add_rows(self.products, total, self._at_once)
+        for start, rows in self._through.unit_vectors():
+            total[start : start + len(rows)] += self.products(rows)
 
     def trace(self) -> Tensor:
-        return _trace_of_products(
-            self.products, _width(self._slots), self._at_once, self._dtype, self._device
-        )
+        return _trace(self._through, self.products)
 
 
 class _EmpiricalFisher(BlockCurvature):
@@ -119,6 +114,7 @@ class _EmpiricalFisher(BlockCurvature):
 
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients
+        self.nbytes = gradients.nbytes
 
     def products(self, vectors: Tensor) -> Tensor:
         own = self._gradients.to(vectors.dtype)
@@ -137,68 +133,65 @@ class _GaussNewton(BlockCurvature):
     def __init__(
         self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, of_outputs: OutputCurvature
     ) -> None:
-        own = objective.parameters()
-        parameters = {slot.name: own[slot.name] for slot in slots}
+        self._through = _Through(objective, slots, batch)
         outputs, self._pull = pull_back(
-            lambda values: float_outputs(objective.outputs(batch, values)), parameters
+            lambda values: float_outputs(objective.outputs(batch, values)), self._through.parameters
         )
         # Jᵀu is linear in u, so the pull-back of u → Jᵀu is v → Jv.
         _, self._push = pull_back(self._pull, torch.zeros_like(outputs))
-        self.clipped = of_outputs.clipped
         self._middle = of_outputs.matrices
-        self._slots = slots
-        self._dtype = own[slots[0].name].dtype
-        self._device = own[slots[0].name].device
-        self._at_once = directions_at_once(objective, batch, _width(slots))
+        self.clipped = of_outputs.clipped
+        self.nbytes = self._through.graph_bytes + self._middle.nbytes
 
     def products(self, vectors: Tensor) -> Tensor:
-        def through(rows: Tensor) -> Tensor:
-            pushed = vmap(self._push)(tensors_of(rows, self._slots, self._dtype))
+        def product(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            pushed = vmap(self._push)(tensors)
             middle = torch.einsum("nde,qne->qnd", self._middle, pushed.to(self._middle.dtype))
-            result = vmap(self._pull)(middle.to(pushed.dtype))
-            return columns_of(result, self._slots, vectors.dtype)
+            pulled: dict[str, Tensor] = vmap(self._pull)(middle.to(pushed.dtype))
+            return pulled
 
-        return in_pieces(through, vectors, self._at_once)
+        return self._through.products(product, vectors)
 
     def add_matrix(self, total: Tensor) -> None:
-        _add_rows(self.products, total, self._at_once)
+        for start, rows in self._through.unit_vectors():
+            total[start : start + len(rows)] += self.products(rows)
 
     def trace(self) -> Tensor:
-        return _trace_of_products(
-            self.products, _width(self._slots), self._at_once, self._dtype, self._device
-        )
+        return _trace(self._through, self.products)
 
 
-def _width(slots: tuple[Slot, ...]) -> int:
-    return sum(slot.size for slot in slots)
+class _Through:
+    """What products through a graph over one batch need to know of one block."""
+
+    def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch) -> None:
+        own = objective.parameters()
+        self.parameters = {slot.name: own[slot.name] for slot in slots}
+        self._slots = slots
+        self._width = sum(slot.size for slot in slots)
+        self._like = torch.zeros((), dtype=objective.dtype, device=objective.device)
+        activations = activation_elements(objective, batch)
+        self.graph_bytes = GRAPH_COPIES * batch_size(batch) * activations * objective.dtype.itemsize
+        self._at_once = directions_at_once(objective, batch, self._width)
+
+    def products(self, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], vectors: Tensor) -> Tensor:
+        """`function` of rows `[q, P_b]`, as many at a time as the workspace takes."""
+
+        def piece(rows: Tensor) -> Tensor:
+            result = function(tensors_of(rows, self._slots, self._like.dtype))
+            return columns_of(result, self._slots, vectors.dtype)
+
+        return in_pieces(piece, vectors, self._at_once)
+
+    def unit_vectors(self) -> Iterator[tuple[int, Tensor]]:
+        """The identity's rows, as many at a time as the workspace takes, each with its first index."""
+        dtype = accumulation_dtype(self._like.dtype)
+        for start in range(0, self._width, self._at_once):
+            count = min(self._at_once, self._width - start)
+            rows = self._like.new_zeros(count, self._width, dtype=dtype)
+            rows.diagonal(start).fill_(1)
+            yield start, rows
 
 
-def _unit_vectors(start: int, stop: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    rows = torch.zeros(stop - start, width, dtype=dtype, device=device)
-    rows.diagonal(start).fill_(1)
-    return rows
-
-
-def _add_rows(product: Callable[[Tensor], Tensor], total: Tensor, at_once: int) -> None:
-    width = total.shape[0]
-    for start in range(0, width, at_once):
-        stop = min(start + at_once, width)
-        total[start:stop] += product(_unit_vectors(start, stop, width, total.dtype, total.device))
-
-
-def _trace_of_products(
-    product: Callable[[Tensor], Tensor], width: int, at_once: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    dtype = accumulation_dtype(dtype)
-    total = torch.zeros((), dtype=dtype, device=device)
-    for start in range(0, width, at_once):
-        stop = min(start + at_once, width)
-        total += product(_unit_vectors(start, stop, width, dtype, device)).diagonal(start).sum()
-    return total
-
-
-def empty_matrices(objective: Objective, layout: Layout) -> dict[str, Tensor]:
-    """Zeros `[P_b, P_b]` per block, in the dtype sums are kept in."""
-    device = next(iter(objective.parameters().values())).device
-    dtype = model_dtype(objective)
-    return {b: torch.zeros(w, w, dtype=dtype, device=device) for b, w in layout.widths.items()}
+def _trace(through: _Through, products: Callable[[Tensor], Tensor]) -> Tensor:
+    pieces = [products(rows).diagonal(start).sum() for start, rows in through.unit_vectors()]
+    return torch.stack(pieces).sum()

@@ -8,7 +8,6 @@ Shapes: t test examples, N training examples, P_b parameters of block b.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +23,14 @@ from influence_calculator.maths.blocks import (
     check_coverage,
     checked_regularization,
 )
-from influence_calculator.maths.curvature import SecondOrderMode, curvatures, empty_matrices
+from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_passes import MatrixPass
+from influence_calculator.maths.errors import CalculatorError, NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.footprints import block_widths, capture_bytes, row_bytes, workspace
 from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport, Sums
-from influence_calculator.maths.objective import IndexedBatch, Objective, TrainingData
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
+from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
 
 
@@ -53,16 +54,17 @@ class Direct(Method):
         return layout
 
     def passes(self) -> tuple[FitPass, ...]:
-        return (_CurvaturePass(self.blocks, self.second_order),)
+        return (MatrixPass(self.blocks, self.second_order),)
 
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         regularization = checked_regularization(self.regularization)
-        device = next(iter(objective.parameters().values())).device
         solvers = {}
         for block, width in layout.widths.items():
-            matrix = fitted_tensor(state, _CurvaturePass.name, block, "matrix", (width, width)).to(device)
+            matrix = fitted_tensor(state, MatrixPass.name, block, "matrix", (width, width)).to(
+                objective.device
+            )
             trace = float(matrix.diagonal().sum())
             λ = block_regularization(regularization, block, trace, width)
             solvers[block] = _DenseSolver(block, matrix, λ)
@@ -86,39 +88,6 @@ class Direct(Method):
         )
 
 
-@dataclass(frozen=True)
-class _CurvaturePass(FitPass):
-    """Sums the dense second-order matrix of every block."""
-
-    blocks: BlockStructure
-    second_order: SecondOrderMode
-
-    name = "curvature"
-
-    def units(self, objective: Objective) -> tuple[str, ...]:
-        return block_layout(objective, self.blocks).blocks
-
-    @override
-    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
-        layout = block_layout(objective, self.blocks)
-        sums: Sums = {
-            block: {"matrix": matrix, "clipped": torch.zeros((), dtype=torch.int64)}
-            for block, matrix in empty_matrices(objective, layout).items()
-        }
-        for _, batch in batches:
-            for block, curvature in curvatures(self.second_order, objective, layout, batch):
-                curvature.add_matrix(sums[block]["matrix"])
-                sums[block]["clipped"] += curvature.clipped
-        return sums
-
-    @override
-    def finish(
-        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
-    ) -> dict[str, Tensor]:
-        matrix = sums["matrix"] / length
-        return {"matrix": (matrix + matrix.T) / 2, "clipped": sums["clipped"]}
-
-
 class _DenseSolver:
     """`H_b + λ_b I`, factorized at construction: Cholesky where it is positive, else LU.
 
@@ -134,7 +103,7 @@ class _DenseSolver:
         if int(failed) != 0:
             factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
             if int(singular) != 0 or not torch.isfinite(factor).all():
-                raise ValueError(_singular(block, matrix, λ))
+                raise _no_inverse(block, matrix, λ)
             self._lu = (factor, pivots)
             self._cholesky = factor
 
@@ -147,10 +116,12 @@ class _DenseSolver:
         return solved.T.to(right_hand_sides.dtype), SolverReport.exact(right_hand_sides.shape[0])
 
 
-def _singular(block: str, matrix: Tensor, λ: float) -> str:
+def _no_inverse(block: str, matrix: Tensor, λ: float) -> CalculatorError:
     if not torch.isfinite(matrix).all():
-        return (
+        return NotFiniteError(
             f"block {block!r}: expected a finite curvature matrix, got NaN or infinity; "
             "a training example has a loss or gradient that is not finite"
         )
-    return f"block {block!r}: H + λI is singular at λ = {λ:g}; give a larger regularization"
+    return SingularCurvatureError(
+        f"block {block!r}: H + λI is singular at λ = {λ:g}; give a larger regularization"
+    )

@@ -41,7 +41,7 @@ def pull_back(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[A
 
 def directions_at_once(objective: Objective, batch: Batch, width: int) -> int:
     """How many directions of `width` columns go through a graph over `batch` at a time; at least one."""
-    itemsize = next(iter(objective.parameters().values())).element_size()
+    itemsize = objective.dtype.itemsize
     n = batch_size(batch)
     per_direction = itemsize * (GRAPH_COPIES * n * activation_elements(objective, batch) + 4 * width)
     return max(1, workspace_bytes(objective) // per_direction)
@@ -49,8 +49,7 @@ def directions_at_once(objective: Objective, batch: Batch, width: int) -> int:
 
 def workspace_bytes(objective: Objective) -> int:
     """The bound for the device that the model is on."""
-    device = next(iter(objective.parameters().values())).device
-    return WORKSPACE_BYTES.get(device.type, WORKSPACE_BYTES["cuda"])
+    return WORKSPACE_BYTES.get(objective.device.type, WORKSPACE_BYTES["cuda"])
 
 
 def activation_elements(objective: Objective, batch: Batch) -> int:

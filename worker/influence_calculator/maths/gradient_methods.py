@@ -16,7 +16,7 @@ from torch import Tensor
 from influence_calculator.maths.gradients import collected, per_sample_gradients
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitState, Fitted, Part, Solved, SolverReport, SolverStatus
-from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_calculator.maths.objective import Batch, Objective
 
 
 class GradientFitted(Fitted):
@@ -27,9 +27,7 @@ class GradientFitted(Fitted):
         self.objective = objective
 
     def gradients(self, objective: Objective, batch: Batch) -> Left:
-        like = next(iter(objective.parameters().values()))
-        parts = per_sample_gradients(objective, batch, self.layout)
-        return collected(parts, self.layout, batch_size(batch), like)
+        return collected(objective, batch, self.layout)
 
     def right(self, batch: Batch) -> Iterator[Part]:
         yield from per_sample_gradients(self.objective, batch, self.layout)
@@ -92,6 +90,15 @@ def worst(reports: list[SolverReport]) -> SolverReport:
         torch.stack([report.status for report in reports]).amax(0),
         torch.stack([report.iterations for report in reports]).amax(0),
         torch.stack([report.residual for report in reports]).amax(0),
+    )
+
+
+def joined_reports(reports: list[SolverReport]) -> SolverReport:
+    """The reports of right-hand sides that were solved one after another."""
+    return SolverReport(
+        torch.cat([report.status for report in reports]),
+        torch.cat([report.iterations for report in reports]),
+        torch.cat([report.residual for report in reports]),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from influence_calculator.maths.layout import Layout, Left, Slot
+from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Part
 from influence_calculator.maths.objective import Batch, Objective, batch_size
 
@@ -27,7 +27,7 @@ def per_sample_gradients(objective: Objective, batch: Batch, layout: Layout) -> 
     slots = {slot.name: slot for slot in layout.slots}
     remaining = tuple(slots)
     for name, values in vmapped_gradients(objective, batch, remaining):
-        yield _part(slots[name], values)
+        yield Part(slots[name].block, slots[name].start, values)
 
 
 def vmapped_gradients(
@@ -61,11 +61,15 @@ def _one_by_one(objective: Objective, parameters: Mapping[str, Tensor], batch: B
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
-def collected(parts: Iterator[Part], layout: Layout, rows: int, like: Tensor) -> Left:
-    """Parts as one `[n, P_b]` per block, on the device of `like`, in its accumulation dtype."""
-    dtype = accumulation_dtype(like.dtype)
-    left = {b: torch.zeros(rows, w, dtype=dtype, device=like.device) for b, w in layout.widths.items()}
-    for part in parts:
+def collected(objective: Objective, batch: Batch, layout: Layout) -> Left:
+    """The gradients as one `[n, P_b]` per block, in the dtype they are summed in."""
+    n = batch_size(batch)
+    dtype = accumulation_dtype(objective.dtype)
+    left = {
+        block: torch.zeros(n, width, dtype=dtype, device=objective.device)
+        for block, width in layout.widths.items()
+    }
+    for part in per_sample_gradients(objective, batch, layout):
         left[part.block][:, part.start : part.start + part.values.shape[1]] = part.values
     return left
 
@@ -73,13 +77,3 @@ def collected(parts: Iterator[Part], layout: Layout, rows: int, like: Tensor) ->
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and factors of values of `dtype` are kept in: float32 for half precision, else itself."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def model_dtype(objective: Objective) -> torch.dtype:
-    """The dtype that factors and curvature of this model are kept in."""
-    value = next(iter(objective.parameters().values()))
-    return accumulation_dtype(value.dtype)
-
-
-def _part(slot: Slot, values: Tensor) -> Part:
-    return Part(slot.block, slot.start, values)

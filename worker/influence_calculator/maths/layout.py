@@ -9,7 +9,7 @@ Shapes: t examples, P tracked parameters, P_b parameters of block b.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -82,6 +82,10 @@ class Layout:
     def slots_of(self, block: str) -> tuple[Slot, ...]:
         """The parameters of one block, in order of their columns."""
         return tuple(slot for slot in self.slots if slot.block == block)
+
+    def only(self, block: str) -> Layout:
+        """The layout of one block alone, its columns where they were."""
+        return Layout(tuple(replace(s, flat_start=s.start) for s in self.slots_of(block)), (block,))
 
     def flatten(self, left: Left) -> Tensor:
         """Per-block `[t, P_b]` as one `[t, P]`."""

@@ -114,6 +114,16 @@ class Objective:
         own = dict(self.model.named_parameters())
         return {name: own[name].detach() for name in self.names}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tracked parameters are."""
+        return next(iter(self.parameters().values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first tracked parameter."""
+        return next(iter(self.parameters().values())).dtype
+
     def with_loss(self, loss: Loss) -> Objective:
         """The same model under another loss (a job's `measurement`)."""
         return replace(self, loss=loss)

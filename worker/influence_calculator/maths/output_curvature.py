@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import hessian, vmap
 from torch.utils import _pytree as pytree
 
+from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.objective import Batch, Objective, batch_size
 
@@ -32,7 +33,7 @@ def float_outputs(outputs: Any) -> Tensor:
     """All floating-point outputs as `[n, d]`."""
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _is_float(leaf)]
     if not leaves:
-        raise ValueError(
+        raise UnsupportedLossError(
             "outputs of forward: expected at least one floating-point tensor, got none; return the logits"
         )
     return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], dim=1)
@@ -44,7 +45,7 @@ def output_curvature(objective: Objective, batch: Batch) -> OutputCurvature:
         outputs = objective.outputs(batch)
     flat = float_outputs(outputs)
     if flat.shape[1] > MOST_OUTPUTS:
-        raise ValueError(
+        raise UnsupportedLossError(
             f"second_order_mode: generalized_gauss_newton expects at most {MOST_OUTPUTS} output elements per "
             f"example, got {flat.shape[1]}; use empirical_fisher, or EK-FAC"
         )

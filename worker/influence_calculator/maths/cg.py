@@ -1,0 +1,208 @@
+"""The conjugate gradient method: solves each test gradient by products with the curvature alone.
+
+Never forms a matrix; every iteration goes over the training data once for all test rows together.
+Needs `H + λI` positive: an indefinite Hessian shows in the status of each row.
+
+Shapes: t test examples, N training examples, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from influence_calculator.maths.blocks import (
+    BlockMode,
+    BlockStructure,
+    Regularization,
+    block_layout,
+    block_regularization,
+    check_coverage,
+    checked_regularization,
+    needs_trace,
+)
+from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
+from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
+from influence_calculator.maths.curvature_passes import TracePass
+from influence_calculator.maths.footprints import block_widths, capture_bytes, row_bytes, workspace
+from influence_calculator.maths.gradient_methods import (
+    BlockSolver,
+    BlockwiseFitted,
+    fitted_tensor,
+    joined_reports,
+)
+from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
+from influence_calculator.maths.objective import Batch, Objective, TrainingData
+from influence_calculator.maths.preconditioners import Preconditioner
+from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.training_batches import KEPT_BYTES, TrainingBatches
+
+MOST_ITERATIONS = 5000
+"""The default's upper limit: what a condition number of about 10^6 takes. Below, 10 P_b."""
+
+
+@dataclass(frozen=True)
+class Cg(Method):
+    """`(H + λI)^-1 g` by preconditioned conjugate gradients."""
+
+    regularization: Regularization | None = 0.0
+    """λ ≥ 0: a number, one per block, or `Relative(c)`. None is 0."""
+    rtol: float = 1e-4
+    """A row is solved when `‖r‖ ≤ max(rtol ‖b‖, atol)`."""
+    atol: float = 0.0
+    maxiter: int | None = None
+    """Iterations per row; None: 10 P_b, at most `MOST_ITERATIONS`."""
+    simultaneous: bool = True
+    """All rows in one product per iteration; False: one row after another, less memory, same numbers."""
+    preconditioner: Preconditioner | None = None
+    blocks: BlockStructure = BlockMode.FULL
+    second_order: SecondOrderMode = SecondOrderMode.HESSIAN
+
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        checked_regularization(self.regularization)
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number that is not negative, got {value}")
+        if self.maxiter is not None and self.maxiter < 1:
+            raise ValueError(f"maxiter: expected at least 1 or None, got {self.maxiter}")
+
+    @override
+    def layout(self, objective: Objective) -> Layout:
+        layout = block_layout(objective, self.blocks)
+        check_coverage(checked_regularization(self.regularization), layout.blocks)
+        return layout
+
+    @override
+    def passes(self) -> tuple[FitPass, ...]:
+        passes: list[FitPass] = []
+        if needs_trace(checked_regularization(self.regularization)):
+            passes.append(TracePass(self.blocks, self.second_order))
+        if self.preconditioner is not None:
+            passes.append(self.preconditioner.fit_pass(self.blocks, self.second_order))
+        return tuple(passes)
+
+    @override
+    def fitted(self, objective: Objective, state: FitState, data: TrainingData | None) -> Fitted:
+        if data is None:
+            raise ValueError(
+                "data: conjugate gradients go over the training set again while solving, got None; "
+                "give the training data that the method was fitted on"
+            )
+        layout = self.layout(objective)
+        batches = TrainingBatches(objective, data)
+        solvers: dict[str, BlockSolver] = {}
+        for block, width in layout.widths.items():
+            λ = self._regularization(state, block, width)
+            solvers[block] = _CgSolver(
+                self.second_order,
+                objective,
+                layout.only(block),
+                batches,
+                λ,
+                Stopping(self.rtol, self.atol, self.maxiter or min(10 * width, MOST_ITERATIONS)),
+                self._precondition(objective, state, block, λ),
+                self.simultaneous,
+            )
+        return BlockwiseFitted(layout, objective, solvers)
+
+    def _regularization(self, state: FitState, block: str, width: int) -> float:
+        regularization = checked_regularization(self.regularization)
+        trace = 0.0
+        if needs_trace(regularization):
+            trace = float(fitted_tensor(state, TracePass.name, block, "trace", ()))
+        return block_regularization(regularization, block, trace, width)
+
+    def _precondition(self, objective: Objective, state: FitState, block: str, λ: float) -> Rows | None:
+        if self.preconditioner is None:
+            return None
+        step = self.preconditioner.fit_pass(self.blocks, self.second_order)
+        values: Mapping[str, Tensor] = state.get(step.name, {}).get(block, {})
+        missing = [name for name in self.preconditioner.tensors if name not in values]
+        if missing:
+            raise ValueError(
+                f"fit state: expected {', '.join(missing)} of block {block!r} in pass {step.name!r}, got "
+                f"{sorted(values) or 'nothing'}; fit the method with its preconditioner first"
+            )
+        return self.preconditioner.rows({k: v.to(objective.device) for k, v in values.items()}, λ)
+
+    @override
+    def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
+        widths = block_widths(shapes, self.blocks)
+        row = row_bytes(shapes, sum(widths))
+        largest = row_bytes(shapes, max(widths))
+        capture = capture_bytes(shapes, micro_batch, sum(widths))
+        product = (
+            max(workspace(shapes, micro_batch), capture)
+            if self._is_fisher
+            else workspace(shapes, micro_batch)
+        )
+        # Alive in an iteration: b, x, r, d, the product, z and three temporaries of the updates.
+        solving = 9 * (rows if self.simultaneous else 1) * largest
+        return Footprint(
+            fit=product + 3 * row if self.passes() else 0,
+            factors=KEPT_BYTES + product + solving + 2 * rows * row,
+            capture=capture,
+            factor_row=row,
+        )
+
+    @property
+    def _is_fisher(self) -> bool:
+        return self.second_order is SecondOrderMode.EMPIRICAL_FISHER
+
+
+@dataclass(frozen=True)
+class _CgSolver:
+    """Solves one block, whose layout it is given alone."""
+
+    second_order: SecondOrderMode
+    objective: Objective
+    layout: Layout
+    batches: TrainingBatches
+    regularization: float
+    stopping: Stopping
+    precondition: Rows | None
+    simultaneous: bool
+
+    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
+        product = _Product(self)
+        if self.simultaneous or len(right_hand_sides) <= 1:
+            return conjugate_gradients(product, right_hand_sides, self.stopping, self.precondition)
+        single = [
+            conjugate_gradients(product, row[None], self.stopping, self.precondition)
+            for row in right_hand_sides
+        ]
+        return torch.cat([solution for solution, _ in single]), joined_reports(
+            [report for _, report in single]
+        )
+
+
+class _Product:
+    """`v → (H_b + λI) v` over the whole training set; keeps graphs as long as it lives."""
+
+    def __init__(self, of: _CgSolver) -> None:
+        self._of = of
+        self._kept: dict[int, BlockCurvature] = {}
+        self._budget = KEPT_BYTES - of.batches.kept_bytes
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        total = torch.zeros_like(rows)
+        for start, batch in self._of.batches.batches():
+            total += self._curvature(start, batch).products(rows)
+        return total.div_(self._of.batches.length).add_(rows, alpha=self._of.regularization)
+
+    def _curvature(self, start: int, batch: Batch) -> BlockCurvature:
+        if start in self._kept:
+            return self._kept[start]
+        of = self._of
+        ((_, curvature),) = curvatures(of.second_order, of.objective, of.layout, batch)
+        if curvature.nbytes <= self._budget:
+            self._budget -= curvature.nbytes
+            self._kept[start] = curvature
+        return curvature

@@ -1,0 +1,103 @@
+"""Perturbation: what moving a training input does to the loss of a test example.
+
+`∇x (z_t · g(x))`, the gradient by the training input x of its influence. Moving x along it lowers the
+test loss; neither negated nor divided by N. No per-example gradients are formed: with `g` the gradient
+of the batch's summed loss, it is the pull-back of `x → g(x)` in direction `z_t`, for every example of
+the batch at once, because an example's loss depends on its own input only.
+
+Shapes: t test rows, n training examples, F... feature dimensions of the training input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.directional import directions_at_once, pull_back
+from influence_calculator.maths.gradients import accumulation_dtype
+from influence_calculator.maths.layout import Layout, Left, tensors_of
+from influence_calculator.maths.method import Fitted
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, batch_size, micro_batches
+
+
+def perturbations(fitted: Fitted, objective: Objective, left: Left, batch: Batch, micro_batch: int) -> Tensor:
+    """`∇x (z_t · g(x))`, `[t, n, F...]`, by the perturbed input of `batch`.
+
+    `objective` is the training side's; `left` holds influence factors in any block structure; t and n
+    may differ in any way.
+
+    Raises:
+        ValueError: no floating-point input to move; names what the batch holds.
+    """
+    x = perturbed_input(batch)
+    t = next(iter(left.values())).shape[0]
+    dtype = accumulation_dtype(x.dtype)
+    result = torch.empty(t, batch_size(batch), *x.shape[1:], dtype=dtype, device=objective.device)
+    for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
+        stop = piece.start + batch_size(piece.batch)
+        _fill(result[:, piece.start : stop], objective, fitted.layout, left, piece.batch)
+    return result
+
+
+def perturbed_input(batch: Batch) -> Tensor:
+    """The input that perturbation moves: the first entry of a tuple, the only floating one of a dict."""
+    leaf: Tensor = pytree.tree_leaves(batch)[_input_place(batch)]
+    return leaf
+
+
+def _fill(result: Tensor, objective: Objective, layout: Layout, left: Left, batch: Batch) -> None:
+    own = objective.parameters()
+    parameters = {slot.name: own[slot.name] for slot in layout.slots}
+    leaves, structure = pytree.tree_flatten(batch)
+    place = _input_place(batch)
+
+    def gradient_at(x: Tensor) -> dict[str, Tensor]:
+        moved = pytree.tree_unflatten([*leaves[:place], x, *leaves[place + 1 :]], structure)
+        found: dict[str, Tensor] = grad(lambda values: objective.losses_at(values, moved).sum())(parameters)
+        return found
+
+    _, pull = pull_back(gradient_at, leaves[place].detach())
+    at_once = directions_at_once(objective, batch, layout.width)
+    for start in range(0, result.shape[0], at_once):
+        rows = slice(start, start + at_once)
+        result[rows] = vmap(pull)(_directions(layout, left, rows, objective.dtype))
+
+
+def _directions(layout: Layout, left: Left, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+    directions: dict[str, Tensor] = {}
+    for block in layout.blocks:
+        directions |= tensors_of(left[block][rows], layout.slots_of(block), dtype)
+    return {slot.name: directions[slot.name] for slot in layout.slots}
+
+
+def _input_place(batch: Batch) -> int:
+    """Which leaf of the batch is the input."""
+    entries = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(_inputs(batch))[0]]
+    floating = [i for i, (_, leaf) in enumerate(entries) if _moves(leaf)]
+    if len(floating) != 1:
+        held = ", ".join(f"{name or 'the batch'}: {_dtype(leaf)}" for name, leaf in entries)
+        raise ValueError(
+            f"mode perturbation: expected one floating-point input to move, got {len(floating)} among "
+            f"{held}; give embeddings in place of token ids, or use mode up"
+        )
+    return floating[0]
+
+
+def _inputs(batch: Batch) -> Batch:
+    """The part of the batch that holds inputs: the first entry of a tuple or list, or all of it.
+
+    Its leaves come first in the whole batch's order, so that places agree.
+    """
+    return (batch[0],) if isinstance(batch, tuple | list) else batch
+
+
+def _moves(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _dtype(leaf: Any) -> str:
+    return str(leaf.dtype).removeprefix("torch.") if isinstance(leaf, Tensor) else type(leaf).__name__

@@ -1,0 +1,177 @@
+"""Preconditioners of conjugate gradients: cheap approximations of `(H + λI)^-1`, always positive.
+
+Each is fitted by one pass over the training data, without λ.
+
+Shapes: q rows, P_b parameters of block b, r the sketch's rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from influence_calculator.maths.blocks import BlockStructure
+from influence_calculator.maths.conjugate_gradients import Rows
+from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode
+from influence_calculator.maths.curvature_passes import CurvaturePass
+from influence_calculator.maths.method import FitState
+
+
+class Preconditioner(ABC):
+    """A preconditioner's configuration: frozen, picklable, without tensors."""
+
+    tensors: tuple[str, ...]
+    """Names of what its pass leaves behind per block."""
+
+    @abstractmethod
+    def fit_pass(self, blocks: BlockStructure, second_order: SecondOrderMode) -> CurvaturePass:
+        """The pass over the training data that it needs."""
+
+    @abstractmethod
+    def rows(self, values: Mapping[str, Tensor], regularization: float) -> Rows:
+        """Its product with every row, from what its pass left behind of one block."""
+
+
+@dataclass(frozen=True)
+class JacobiPreconditioner(Preconditioner):
+    """`1 / (|diag H| + λ)`, the diagonal estimated as the mean of `v ⊙ Hv` over random signs v."""
+
+    num_samples_estimator: int = 1
+    """Number of sign vectors, at least 1."""
+    seed: int = 0
+
+    tensors = ("diagonal",)
+
+    def __post_init__(self) -> None:
+        _check_count("num_samples_estimator", self.num_samples_estimator)
+
+    @override
+    def fit_pass(self, blocks: BlockStructure, second_order: SecondOrderMode) -> CurvaturePass:
+        return _DiagonalPass(blocks, second_order, self.num_samples_estimator, self.seed)
+
+    @override
+    def rows(self, values: Mapping[str, Tensor], regularization: float) -> Rows:
+        diagonal = values["diagonal"].abs()
+        # An entry estimated as 0 must not become infinite weight when λ is 0.
+        smallest = torch.finfo(diagonal.dtype).eps * diagonal.max()
+        inverse = 1 / (diagonal.clamp(min=float(smallest)) + regularization)
+        if not torch.isfinite(inverse).all():
+            return lambda rows: rows
+        return lambda rows: rows * inverse
+
+
+@dataclass(frozen=True)
+class NystroemPreconditioner(Preconditioner):
+    """`U ((s_r + λ)/(S + λ) − I) Uᵀ + I` for the seeded rank-r Nyström approximation `H ≈ U S Uᵀ`.
+
+    Directions outside of U are left as they are; negative eigenvalues of the sketch are dropped.
+    """
+
+    rank: int
+    """r, at least 1; more than a block's width means the width."""
+    seed: int = 0
+
+    tensors = ("basis", "eigenvalues")
+
+    def __post_init__(self) -> None:
+        _check_count("rank", self.rank)
+
+    @override
+    def fit_pass(self, blocks: BlockStructure, second_order: SecondOrderMode) -> CurvaturePass:
+        return _SketchPass(blocks, second_order, self.rank, self.seed)
+
+    @override
+    def rows(self, values: Mapping[str, Tensor], regularization: float) -> Rows:
+        basis, eigenvalues = values["basis"], values["eigenvalues"]
+        kept = eigenvalues > 0
+        if not kept.any():
+            return lambda rows: rows
+        basis, eigenvalues = basis[kept], eigenvalues[kept]
+        weights = (eigenvalues.min() + regularization) / (eigenvalues + regularization) - 1
+        return lambda rows: rows + (rows @ basis.T * weights) @ basis
+
+
+@dataclass(frozen=True)
+class _DiagonalPass(CurvaturePass):
+    samples: int
+    seed: int
+
+    name = "jacobi"
+
+    @override
+    def zeros(self, block: str, width: int, like: Tensor) -> dict[str, Tensor]:
+        return {"diagonal": like.new_zeros(width)}
+
+    @override
+    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
+        total = sums["diagonal"]
+        signs = torch.randint(
+            0, 2, (self.samples, len(total)), generator=_generator(self.seed, block), dtype=torch.int8
+        )
+        signs = signs.to(total) * 2 - 1
+        total.add_((signs * curvature.products(signs)).sum(0))
+
+    @override
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        return {"diagonal": sums["diagonal"] / (length * self.samples)}
+
+
+@dataclass(frozen=True)
+class _SketchPass(CurvaturePass):
+    rank: int
+    seed: int
+
+    name = "nystroem"
+
+    @override
+    def zeros(self, block: str, width: int, like: Tensor) -> dict[str, Tensor]:
+        return {"sketch": like.new_zeros(min(self.rank, width), width)}
+
+    @override
+    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
+        sums["sketch"].add_(curvature.products(self._test_matrix(block, sums["sketch"])))
+
+    def _test_matrix(self, block: str, like: Tensor) -> Tensor:
+        """Ω: r orthonormal rows, drawn on the CPU in float64, so that every device has the same."""
+        rank, width = like.shape
+        drawn = torch.randn(width, rank, generator=_generator(self.seed, block), dtype=torch.float64)
+        return torch.linalg.qr(drawn).Q.T.to(like).contiguous()
+
+    @override
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        """`HΩ (ΩᵀHΩ)^+ ΩᵀH = U S Uᵀ`, the pseudo-inverse over the positive eigenvalues only."""
+        sketch = sums["sketch"].double() / length
+        core = sketch @ self._test_matrix(unit, sums["sketch"]).double().T
+        eigenvalues, vectors = torch.linalg.eigh((core + core.T) / 2)
+        kept = eigenvalues > _relative_rounding(sums["sketch"]) * eigenvalues.abs().max()
+        root = (vectors[:, kept] / eigenvalues[kept].sqrt()).T @ sketch
+        _, singular, basis = torch.linalg.svd(root, full_matrices=False)
+        rank, width = sketch.shape
+        result = sketch.new_zeros(rank, width), sketch.new_zeros(rank)
+        result[0][: len(basis)], result[1][: len(singular)] = basis, singular**2
+        return {"basis": result[0].to(sums["sketch"]), "eigenvalues": result[1].to(sums["sketch"])}
+
+
+def _relative_rounding(sketch: Tensor) -> float:
+    return 10 * max(sketch.shape) * torch.finfo(sketch.dtype).eps
+
+
+def _generator(seed: int, block: str) -> torch.Generator:
+    """A CPU generator for one block: the same draws for every batch, range and device."""
+    digest = hashlib.blake2b(f"{seed}:{block}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _check_count(field: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"preconditioner.{field}: expected a whole number of at least 1, got {value}")

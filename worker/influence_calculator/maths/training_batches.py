@@ -1,0 +1,100 @@
+"""The training set for solvers that go over it again and again: kept in memory when it fits.
+
+Shapes: n examples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.directional import GRAPH_COPIES, activation_elements, workspace_bytes
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData, batch_size
+
+KEPT_BYTES = 192 << 20
+"""How much of the training set, and of the graphs over it, an iterative solver may keep on the device.
+
+A larger set is read again at every iteration. A constant, so that the plan can count it."""
+
+
+class TrainingBatches:
+    """The batches of a training set, read once if all of them fit into `KEPT_BYTES`.
+
+    Kept batches are joined, where shapes allow, to what the workspace differentiates in eight
+    directions at once: a short batch pays as much for its bookkeeping as a long one.
+    """
+
+    def __init__(self, objective: Objective, data: TrainingData) -> None:
+        self._objective = objective
+        self._data = data
+        self._kept: list[IndexedBatch] | None = None
+        self._too_large = False
+
+    @property
+    def length(self) -> int:
+        """Number of examples."""
+        return self._data.length
+
+    def batches(self) -> Iterator[IndexedBatch]:
+        """One pass over all examples, in order."""
+        if self._kept is None and not self._too_large:
+            self._try_to_keep()
+        yield from self._kept if self._kept is not None else self._data.batches()
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the kept batches take."""
+        return sum(tree_bytes(batch) for _, batch in self._kept or ())
+
+    def _try_to_keep(self) -> None:
+        kept, total = [], 0
+        for indexed in self._data.batches():
+            total += tree_bytes(indexed.batch)
+            if total > KEPT_BYTES:
+                self._too_large = True
+                return
+            kept.append(indexed)
+        self._kept = list(joined(kept, self._examples_at_once(kept)))
+
+    def _examples_at_once(self, kept: list[IndexedBatch]) -> int:
+        if not kept:
+            return 1
+        itemsize = self._objective.dtype.itemsize
+        one = itemsize * GRAPH_COPIES * max(1, activation_elements(self._objective, kept[0].batch))
+        return int(workspace_bytes(self._objective) // (8 * one))
+
+
+def joined(batches: list[IndexedBatch], size: int) -> Iterator[IndexedBatch]:
+    """Consecutive batches of equal shapes joined to at most `size` examples; longer ones as they are."""
+    group: list[IndexedBatch] = []
+    count = 0
+    for indexed in batches:
+        n = batch_size(indexed.batch)
+        if group and (count + n > size or _form(indexed.batch) != _form(group[0].batch)):
+            yield _join(group)
+            group, count = [], 0
+        group.append(indexed)
+        count += n
+    if group:
+        yield _join(group)
+
+
+def _join(group: list[IndexedBatch]) -> IndexedBatch:
+    if len(group) == 1:
+        return group[0]
+    leaves = [pytree.tree_leaves(batch) for _, batch in group]
+    whole = [torch.cat(column) for column in zip(*leaves, strict=True)]
+    return IndexedBatch(group[0].start, pytree.tree_unflatten(whole, pytree.tree_structure(group[0].batch)))
+
+
+def _form(batch: Batch) -> object:
+    leaves, structure = pytree.tree_flatten(batch)
+    return structure, [(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+
+
+def tree_bytes(batch: Batch) -> int:
+    """Bytes of all tensors of a batch."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
