@@ -64,7 +64,10 @@ def read_documents(text: str) -> list[Document]:
     Raises:
         YamlError: not YAML, a duplicate key, or a tag or alias that a manifest cannot hold.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        raise YamlError(0, f"expected YAML text: {error}") from error
     try:
         documents = []
         while loader.check_node():
@@ -77,8 +80,6 @@ def read_documents(text: str) -> list[Document]:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 0
         raise YamlError(line, _explain(error, text, line)) from error
-    except yaml.YAMLError as error:
-        raise YamlError(0, f"expected YAML text: {error}") from error
     finally:
         loader.dispose()
 
@@ -125,6 +126,8 @@ class _Reader:
         seen: dict[Any, int] = {}
         for key, _ in node.value:
             name, line = key.value, key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise YamlError(line, "expected text as a field's name")
             if name in seen:
                 raise YamlError(
                     line, f"field {name!r} stands twice, first in line {seen[name]}; keep one of them"
@@ -133,8 +136,6 @@ class _Reader:
         self._loader.flatten_mapping(node)
         result: dict[str, Any] = {}
         for key, child in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise YamlError(key.start_mark.line + 1, "expected text as a field's name")
             self._lines.setdefault((*path, key.value), key.start_mark.line + 1)
             result[key.value] = self.read(child, (*path, key.value))
         return result

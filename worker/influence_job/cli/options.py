@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from influence_job.errors import PermanentError, Reason
 from influence_job.job_file import load_job, parse_job
 from influence_job.spec import Device, InfluenceJob, OnExisting
 from influence_job.yaml_lines import Document
@@ -66,8 +67,15 @@ def read_job(
     Raises:
         PermanentError: InvalidSpec, with every problem.
     """
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    job = load_job(text, "standard input" if file == "-" else file)
+    name = "standard input" if file == "-" else file
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise PermanentError(
+            Reason.INVALID_SPEC, f"{name}: expected a YAML file in UTF-8: {error}"
+        ) from error
+    job = load_job(text, name)
     given = {"url": output, "onExisting": None if on_existing is None else OnExisting(on_existing)}
     changed = {name: value for name, value in given.items() if value is not None}
     if device is None and not changed:
@@ -76,4 +84,4 @@ def read_job(
     document["spec"]["output"].update(changed)
     if device is not None:
         document["spec"]["device"] = device
-    return parse_job(Document(document), f"{file} with the options given")
+    return parse_job(Document(document), f"{name} with the options given")

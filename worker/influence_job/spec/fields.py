@@ -64,14 +64,14 @@ class Quantity(str):
 
     def __new__(cls, text: str) -> Quantity:
         """Raises ValueError for what Kubernetes would not read as a quantity."""
-        if not re.match(_QUANTITY, text):
+        if not re.fullmatch(_QUANTITY, text):
             raise ValueError(f"expected a quantity such as 16Gi, 500m or 1, got {text!r}")
         return super().__new__(cls, text)
 
     @property
     def value(self) -> Fraction:
         """The exact number."""
-        match = re.match(_QUANTITY, self)
+        match = re.fullmatch(_QUANTITY, self)
         assert match, self
         number, suffix = Fraction(match[1]), match[2]
         if suffix in _BINARY:

@@ -1,0 +1,178 @@
+"""Reading a job's YAML: every mistake is named at once, with its line, its field and the cure."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from influence_job.errors import PermanentError, Reason
+from influence_job.exit_codes import ExitCode
+from influence_job.job_file import load_job
+from influence_job.spec import Device, EkfacSpec
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "digits.yaml"
+
+JOB = """\
+apiVersion: influence-operator.dev/v1alpha1
+kind: InfluenceJob
+metadata: {name: digits}
+spec:
+  task:
+    entrypoint: package.module:task
+  method:
+    name: Ekfac
+    regularization: 0.01
+  output:
+    url: gs://bucket/digits.zarr
+"""
+
+
+def complaint(text: str) -> str:
+    """The message of the error that `text` raises."""
+    with pytest.raises(PermanentError) as caught:
+        load_job(text, "job.yaml")
+    assert caught.value.reason is Reason.INVALID_SPEC
+    assert caught.value.exit_code is ExitCode.PERMANENT
+    return caught.value.message
+
+
+def changed(old: str, new: str) -> str:
+    """The job with `old` replaced by `new`."""
+    assert old in JOB
+    return JOB.replace(old, new)
+
+
+def test_a_manifest_becomes_a_job() -> None:
+    job = load_job(JOB, "job.yaml")
+    assert (job.metadata.name, job.spec.output.url) == ("digits", "gs://bucket/digits.zarr")
+
+
+def test_the_example_is_a_manifest_that_a_cluster_takes_and_asks_for_no_gpu() -> None:
+    job = load_job(EXAMPLE.read_text(), "digits.yaml")
+    assert job.spec.device is None
+    assert job.spec.resolved_device is Device.CPU
+    assert job.spec.output.url.startswith("gs://")
+    assert job.spec.method == EkfacSpec(name="Ekfac", regularization=0.01)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1.5E3", 1500.0), (".5e-2", 0.005), ("1", 1.0)])
+def test_numbers_are_read_as_kubernetes_reads_them(text: str, value: float) -> None:
+    """YAML 1.1 calls `1e-4` text; the API server calls it a number."""
+    assert load_job(changed("0.01", text), "job.yaml").spec.method.regularization == value
+
+
+def test_dates_stay_text_as_in_json() -> None:
+    text = changed("package.module:task", "package.module:task\n    arguments: {day: 2026-01-31}")
+    assert load_job(text, "job.yaml").spec.task.arguments == {"day": "2026-01-31"}
+
+
+def test_anchors_and_merge_keys_are_followed() -> None:
+    text = changed(
+        "  output:",
+        "  driver: &small {resources: {limits: {memory: 1Gi}}}\n  scheduler: {<<: *small}\n  output:",
+    )
+    job = load_job(text, "job.yaml")
+    assert job.spec.scheduler == job.spec.driver
+    assert job.spec.driver.resources.limits["memory"].bytes == 2**30
+
+
+def test_the_status_of_a_manifest_from_a_cluster_is_ignored() -> None:
+    assert load_job(JOB + "status: {phase: Complete}\n", "job.yaml") == load_job(JOB, "job.yaml")
+
+
+def test_an_unknown_field_is_named_with_its_line_and_what_was_meant() -> None:
+    text = changed("    url:", "    onExistng: Fail\n    url:")
+    assert (
+        complaint(text) == "job.yaml, line 11: spec.output.onExistng: unknown field; did you mean onExisting?"
+    )
+
+
+def test_snake_case_is_no_field_because_the_api_server_knows_none() -> None:
+    text = changed("    url:", "    on_existing: Fail\n    url:")
+    assert "line 11: spec.output.on_existing: unknown field; did you mean onExisting?" in complaint(text)
+
+
+def test_a_field_in_the_wrong_place_is_told_where_it_belongs() -> None:
+    assert "line 12: spec.topK: unknown field; it belongs under spec.output" in complaint(JOB + "  topK: 5\n")
+
+
+def test_a_required_field_with_a_typo_is_found_beside_the_gap() -> None:
+    message = complaint(changed("regularization", "regularisation"))
+    assert "spec.method.regularization: required, but absent" in message
+    assert "the file says regularisation" in message
+    assert "line 9: spec.method.regularisation: unknown field; did you mean regularization?" in message
+
+
+def test_a_wrong_choice_lists_the_choices() -> None:
+    message = complaint(changed("name: Ekfac", "name: ekfak"))
+    assert message == (
+        'job.yaml, line 8: spec.method.name: expected Direct | Cg | Ekfac, got "ekfak"; did you mean Ekfac?'
+    )
+
+
+def test_a_method_without_a_name_says_so() -> None:
+    assert "spec.method.name: required, but absent" in complaint(changed("    name: Ekfac\n", ""))
+
+
+def test_a_value_of_the_wrong_kind_says_expected_and_got() -> None:
+    message = complaint(changed("regularization: 0.01", "regularization: true"))
+    assert message.startswith("job.yaml, line 9: spec.method.regularization: expected a number, got true (λ")
+
+
+def test_chunk_size_zero_is_refused_with_its_limit() -> None:
+    message = complaint(JOB + "  chunks: {test: 0, train: 4}\n")
+    assert "line 12: spec.chunks.test: expected a value greater than or equal to 1, got 0" in message
+
+
+def test_a_rule_between_fields_names_the_field_to_change() -> None:
+    message = complaint(JOB + "  factors:\n    url: x\n")
+    assert message.startswith("job.yaml, line 12: spec.factors: only for operation InfluencesFromFactors")
+
+
+def test_an_item_of_a_list_is_named_by_its_index() -> None:
+    text = JOB + "  workers:\n    tolerations:\n      - {key: a}\n      - 7\n"
+    assert "line 15: spec.workers.tolerations[1]: expected a mapping, got 7" in complaint(text)
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
+    text = changed("0.01", "-1").replace("gs://", "ftp://") + "  suspend: 'yes'\n"
+    lines = complaint(text).splitlines()
+    assert lines[0] == "job.yaml: 3 problems"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["line 9", "line 11", "line 12"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "job.yaml, expected one document, an InfluenceJob manifest, got none; keep one job per file"),
+        ("# a comment\n---\n", "got none"),
+        (f"{JOB}---\n{JOB}", "got 2; keep one job per file"),
+        ("- a\n", "line 1: expected a mapping with apiVersion, kind, metadata and spec, got a list"),
+        ("seven\n", 'got "seven"'),
+        (JOB.replace("kind: InfluenceJob", "kind: Job"), 'line 2: kind: expected InfluenceJob, got "Job"'),
+        (
+            f"{JOB}  suspend: true\n  suspend: false\n",
+            "line 13: field 'suspend' stands twice, first in line 12",
+        ),
+        ("a:\n\tb: 1\n", "the line holds a tab: indent with spaces"),
+        ("a: b: c\n", "line 1: expected YAML, but mapping values are not allowed here"),
+        ("a: !!python/object:os.system {}\n", "expected a plain value, got one tagged"),
+        ("a: &a [*a]\n", "aliases expand without end"),
+        ("{[1, 2]: 3}\n", "expected text as a field's name"),
+        ("a: \x00\n", "expected YAML text"),
+    ],
+)
+def test_what_is_no_single_manifest_is_refused_in_one_sentence(text: str, message: str) -> None:
+    assert message in complaint(text)
+
+
+def test_aliases_that_multiply_are_refused_before_they_fill_memory() -> None:
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    assert "aliases expand without end" in complaint("\n".join(lines))
+
+
+def test_a_message_is_readable_when_values_are_long() -> None:
+    text = textwrap.dedent(JOB).replace("package.module:task", "x" * 600)
+    assert len(complaint(text)) < 400
