@@ -1,0 +1,98 @@
+"""Influence functions on torch models: which training examples made the model behave like this?
+
+Influences are `z_test · g_train` with factors `z_test = (H + λI)^-1 g_test`, `[T, N]`. Positive: the
+training example helps, removing it raises the test loss by about score / N. Neither negated nor divided
+by N. In mode perturbation `∇x (z_test · g_train(x))`, `[T, N, F...]`.
+
+Names, arguments and module paths are those of pyDVL 0.10's `pydvl.influence`: replacing that prefix of an
+import suffices.
+"""
+
+from influence_calculator.array import (
+    LazyChunkSequence,
+    ListAggregator,
+    NestedLazyChunkSequence,
+    NestedListAggregator,
+    NestedSequenceAggregator,
+    NumpyConverter,
+    SequenceAggregator,
+)
+from influence_calculator.base_influence_function_model import ComposableInfluence, InfluenceFunctionModel
+from influence_calculator.errors import (
+    InvalidDimensionChunksError,
+    MisalignedChunksError,
+    NotFittedException,
+    NotImplementedLayerRepresentationException,
+    OneShotIterableError,
+    RandomOrderError,
+    SolverWarning,
+    ThreadSafetyViolationError,
+    UnalignedChunksError,
+    UnknownChunksError,
+    UnsupportedInfluenceModeException,
+)
+from influence_calculator.influence_calculator import (
+    DaskInfluenceCalculator,
+    DisableClientSingleThreadCheck,
+    SequentialInfluenceCalculator,
+)
+from influence_calculator.maths.blocks import Relative
+from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
+from influence_calculator.torch import (
+    BlockMode,
+    CgInfluence,
+    DirectInfluence,
+    JacobiPreconditioner,
+    NystroemPreconditioner,
+    SecondOrderMode,
+)
+from influence_calculator.torch.util import (
+    NestedTorchCatAggregator,
+    TorchCatAggregator,
+    TorchNumpyConverter,
+    torch_dataset_to_dask_array,
+)
+from influence_calculator.types import InfluenceMode
+from influence_calculator.zarr_writer import write_zarr
+
+__all__ = [
+    "BlockMode",
+    "CgInfluence",
+    "ComposableInfluence",
+    "DaskInfluenceCalculator",
+    "DirectInfluence",
+    "DisableClientSingleThreadCheck",
+    "InfluenceFunctionModel",
+    "InfluenceMode",
+    "InvalidDimensionChunksError",
+    "JacobiPreconditioner",
+    "LazyChunkSequence",
+    "ListAggregator",
+    "MisalignedChunksError",
+    "NestedLazyChunkSequence",
+    "NestedListAggregator",
+    "NestedSequenceAggregator",
+    "NestedTorchCatAggregator",
+    "NotFittedException",
+    "NotImplementedLayerRepresentationException",
+    "NumpyConverter",
+    "NystroemPreconditioner",
+    "OneShotIterableError",
+    "RandomOrderError",
+    "Relative",
+    "SecondOrderMode",
+    "SequenceAggregator",
+    "SequentialInfluenceCalculator",
+    "Solved",
+    "SolverReport",
+    "SolverStatus",
+    "SolverWarning",
+    "ThreadSafetyViolationError",
+    "TorchCatAggregator",
+    "TorchNumpyConverter",
+    "UnalignedChunksError",
+    "UnknownChunksError",
+    "UnsupportedInfluenceModeException",
+    "torch_dataset_to_dask_array",
+    "write_zarr",
+]

@@ -1,0 +1,125 @@
+"""What a Dask worker runs for one chunk or one region: numpy in, the model's own functions, numpy out.
+
+Every task refers to one `WorkerSide`, which reaches a worker once and stays there. Blocks travel
+between workers as numpy arrays, never as tensors of a framework or a device.
+
+Shapes: t rows of a group of test chunks, n training examples of a chunk, P parameters.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+from distributed import warn
+from numpy.typing import NDArray
+
+from influence_calculator.array import NumpyConverter
+from influence_calculator.base_influence_function_model import InfluenceFunctionModel
+from influence_calculator.errors import SolverWarning
+from influence_calculator.types import InfluenceMode
+
+REPORT_DTYPE = np.dtype([("status", "i1"), ("iterations", "i4"), ("residual", "f8")])
+"""How one right-hand side ended: a `SolverStatus`, iterations, `‖r‖ / ‖b‖`."""
+
+_one_at_a_time = threading.Lock()
+"""Workers with one thread each may still share a process (LocalCluster(processes=False)), and with it
+the model that they must not enter together."""
+
+
+class WorkerSide:
+    """The model and the converter on a worker, with the factors that were used last.
+
+    A group's factors are put together and converted (moved to the device) once per worker, not once
+    per training chunk.
+    """
+
+    def __init__(
+        self, model: InfluenceFunctionModel[Any, Any], converter: NumpyConverter[Any], dtype: np.dtype[Any]
+    ) -> None:
+        self.model = model
+        self.converter = converter
+        self.dtype = dtype
+        self._group: tuple[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}
+
+    def group(self, name: str, factors: Sequence[NDArray[Any]]) -> Any:
+        """The factors of the group called `name` as one tensor `[t, P]`."""
+        last = self._group
+        if last is None or last[0] != name:
+            self._group = None
+            together = factors[0] if len(factors) == 1 else np.concatenate(factors)
+            last = self._group = (name, self.converter.from_numpy(together))
+        return last[1]
+
+    @contextmanager
+    def entered(self) -> Iterator[InfluenceFunctionModel[Any, Any]]:
+        """The model, for this thread alone if it must be; solver warnings reach the client."""
+        guard = nullcontext() if self.model.is_thread_safe else _one_at_a_time
+        with guard, _solver_warnings_sent_to_client():
+            yield self.model
+
+
+@contextmanager
+def _solver_warnings_sent_to_client() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SolverWarning)
+        yield
+    for one in caught:
+        if issubclass(one.category, SolverWarning):
+            warn(one.message, one.category)
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def factors_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Factors of one chunk, `[t, P]`."""
+    return solved_chunk(side, x, y)[0]
+
+
+def solved_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.void]]:
+    """Factors of one chunk and how each of its solves ended, `[t]` of `REPORT_DTYPE`."""
+    rows = np.zeros(len(x), REPORT_DTYPE)
+    if len(x) == 0:
+        return np.empty((0, side.model.n_parameters), side.dtype), rows
+    with side.entered() as model:
+        factors = model.influence_factors(side.converter.from_numpy(x), side.converter.from_numpy(y))
+        report = model.solver_report
+    if report is not None:
+        rows["status"] = report.status.cpu().numpy()
+        rows["iterations"] = report.iterations.cpu().numpy()
+        rows["residual"] = report.residual.cpu().numpy()
+    return side.converter.to_numpy(factors).astype(side.dtype, copy=False), rows
+
+
+def region(
+    side: WorkerSide,
+    name: str,
+    factors: Sequence[NDArray[Any]],
+    x: NDArray[Any],
+    y: NDArray[Any],
+    mode: InfluenceMode,
+) -> NDArray[Any]:
+    """The group called `name` against one training chunk: `[t, n]`, in mode perturbation `[t, n, F...]`."""
+    rows = sum(len(chunk) for chunk in factors)
+    dtype = factors[0].dtype
+    if rows == 0 or len(x) == 0:
+        features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
+        return np.empty((rows, len(x), *features), dtype)
+    with side.entered() as model:
+        left = side.group(name, factors)
+        values = model.influences_from_factors(
+            left, side.converter.from_numpy(x), side.converter.from_numpy(y), mode
+        )
+        return side.converter.to_numpy(values).astype(dtype, copy=False)
+
+
+def rows_of(block: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
+    """Rows of a region that belong to one test chunk."""
+    return block[start:stop]

@@ -1,0 +1,206 @@
+"""Influences in this process, batch after batch, in bounded memory.
+
+Factors of as many test batches as fit are computed together (a group); then ONE pass over the training
+data scores them all. Rows come out in order, and the result is lazy.
+
+Shapes: T test examples, N training examples, P parameters, F... feature dimensions of x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_calculator.array import LazyChunkSequence, NestedLazyChunkSequence
+from influence_calculator.base_influence_function_model import InfluenceFunctionModel
+from influence_calculator.errors import NotFittedException, OneShotIterableError
+from influence_calculator.groups import DEFAULT_GROUP_BYTES
+from influence_calculator.iterables import Readable, pair_of, require_fixed_order
+from influence_calculator.types import InfluenceMode, as_mode
+
+Pairs = Iterable[Sequence[Tensor]]
+"""Anything that iterates over (x, y)."""
+
+
+class SequentialInfluenceCalculator:
+    """Influences of everything that iterates over batches (x, y), in this process.
+
+    Args:
+        influence_function_model: a fitted model of `influence_calculator.torch`, or any other whose
+            tensors are torch's.
+
+    Attributes:
+        group_bytes: memory for the factors of one group of test batches and their scores against the
+            training data (default 1 GiB). Each further group is one more pass over the training data.
+
+    Example:
+        ```python
+        model = CgInfluence(network, loss, regularization=0.01).fit(train_loader)
+        calculator = SequentialInfluenceCalculator(model)
+        lazy = calculator.influences(test_loader, train_loader)
+        influences = lazy.compute(aggregator=NestedTorchCatAggregator())  # or
+        lazy.to_zarr("influences.zarr", TorchNumpyConverter())
+        ```
+    """
+
+    def __init__(self, influence_function_model: InfluenceFunctionModel[Any, Any]) -> None:
+        self.influence_function_model = influence_function_model
+        self.group_bytes = DEFAULT_GROUP_BYTES
+
+    def influence_factors(self, data_iterable: Pairs) -> LazyChunkSequence[Tensor]:
+        """Factors `z = (H + λI)^-1 g`, lazily: one chunk `[n, P]` per batch.
+
+        Raises:
+            NotFittedException: at once.
+        """
+        self._require_fitted()
+        data = Readable("data_iterable", data_iterable)
+        return LazyChunkSequence(partial(self._factors, data), data.length)
+
+    def influences(
+        self,
+        test_data_iterable: Pairs,
+        train_data_iterable: Pairs,
+        mode: InfluenceMode = InfluenceMode.Up,
+    ) -> NestedLazyChunkSequence[Tensor]:
+        """Influences of the training batches on the test batches, lazily: a row of chunks per test batch.
+
+        Up: chunks `[t, n]` of `z_test · g_train`; positive: the training example helps, removing it raises
+        the test loss by about score / N. Perturbation: chunks `[t, n, F...]` of `∇x (z_test · g_train(x))`.
+        Neither is negated or divided by N.
+
+        Raises:
+            NotFittedException, UnsupportedInfluenceModeException: at once.
+            RandomOrderError: at once; a loader in random order, whose rows or columns would mean nothing.
+            OneShotIterableError: before computing; training data that can be read once, for test batches
+                that need more than one group.
+        """
+        self._require_fitted()
+        mode = as_mode(mode)
+        require_fixed_order("test_data_iterable", test_data_iterable)
+        require_fixed_order("train_data_iterable", train_data_iterable)
+        test = Readable("test_data_iterable", test_data_iterable)
+        train = Readable("train_data_iterable", train_data_iterable)
+        return NestedLazyChunkSequence(partial(self._rows, test, self._solve, train, mode), test.length)
+
+    def influences_from_factors(
+        self,
+        z_test_factors: Iterable[Any],
+        train_data_iterable: Pairs,
+        mode: InfluenceMode = InfluenceMode.Up,
+    ) -> NestedLazyChunkSequence[Tensor]:
+        """Influences from factors `[t, P]` (each as such, or wrapped in a list or tuple), lazily.
+
+        Shapes, sign, scale and errors as in `influences`.
+        """
+        self._require_fitted()
+        mode = as_mode(mode)
+        require_fixed_order("z_test_factors", z_test_factors)
+        require_fixed_order("train_data_iterable", train_data_iterable)
+        factors = Readable("z_test_factors", z_test_factors)
+        train = Readable("train_data_iterable", train_data_iterable)
+        return NestedLazyChunkSequence(partial(self._rows, factors, _unwrapped, train, mode), factors.length)
+
+    def _factors(self, data: Readable[Any]) -> Iterator[Tensor]:
+        for item in data:
+            yield self.influence_function_model.influence_factors(*pair_of(data.field, item))
+
+    def _solve(self, item: Any) -> Tensor:
+        return self.influence_function_model.influence_factors(*pair_of("test_data_iterable", item))
+
+    def _rows(
+        self,
+        test: Readable[Any],
+        factors_of: Callable[[Any], Tensor],
+        train: Readable[Any],
+        mode: InfluenceMode,
+    ) -> Iterator[Iterator[Tensor]]:
+        for items, is_last in self._groups(test, train, mode):
+            if train.is_one_shot and not is_last:
+                raise OneShotIterableError(
+                    train.field, f"the test side needs several groups of {self.group_bytes} bytes"
+                )
+            group = _Group(self.influence_function_model, items, factors_of, train, mode)
+            yield from map(group.row, range(len(items)))
+
+    def _groups(
+        self, test: Readable[Any], train: Readable[Any], mode: InfluenceMode
+    ) -> Iterator[tuple[list[Any], bool]]:
+        """Consecutive test items that fit together, and whether they are the last."""
+        items: list[Any] = []
+        used = 0
+        for item in test:
+            needed = self._bytes_of(item, train, mode)
+            if items and used + needed > self.group_bytes:
+                yield items, False
+                items, used = [], 0
+            items.append(item)
+            used += needed
+        if items:
+            yield items, True
+
+    def _bytes_of(self, item: Any, train: Readable[Any], mode: InfluenceMode) -> int:
+        """Factors of one test item, and its rows of the result as far as the training data is counted."""
+        x = item[0] if isinstance(item, list | tuple) else item
+        features = math.prod(x.shape[1:]) if mode is InfluenceMode.Perturbation else 1
+        columns = self.influence_function_model.n_parameters + (train.examples or 0) * features
+        return int(x.shape[0] * columns * self.influence_function_model.factor_dtype.itemsize)
+
+    def _require_fitted(self) -> None:
+        if not self.influence_function_model.is_fitted:
+            raise NotFittedException(type(self.influence_function_model))
+
+
+def _unwrapped(item: Any) -> Tensor:
+    return item[0] if isinstance(item, list | tuple) else item
+
+
+@dataclass
+class _Group:
+    """Test items that share one pass over the training data.
+
+    The pass advances as far as the row that is ahead has got; the rows behind find its blocks here.
+    """
+
+    model: InfluenceFunctionModel[Any, Any]
+    items: list[Any]
+    factors_of: Callable[[Any], Tensor]
+    train: Readable[Any]
+    mode: InfluenceMode
+    _sizes: list[int] = field(init=False, default_factory=list)
+    _blocks: list[Tensor] = field(init=False, default_factory=list)
+    _pass: Iterator[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pass = self._scored()
+
+    def row(self, index: int) -> Iterator[Tensor]:
+        """The blocks of one test item."""
+        if len(self.items) == 1:  # nobody is behind: nothing is kept
+            yield from self._pass
+            return
+        for column in count():
+            if column == len(self._blocks):
+                block = next(self._pass, None)
+                if block is None:
+                    return
+                self._blocks.append(block)
+            stop = list(accumulate(self._sizes))[index]
+            yield self._blocks[column][stop - self._sizes[index] : stop]
+
+    def _scored(self) -> Iterator[Tensor]:
+        """The group against one training batch after the other."""
+        factors = [self.factors_of(item) for item in self.items]
+        self._sizes = [len(chunk) for chunk in factors]
+        together = factors[0] if len(factors) == 1 else torch.cat(factors)
+        del factors
+        for item in self.train:
+            x, y = pair_of(self.train.field, item)
+            yield self.model.influences_from_factors(together, x, y, self.mode)

@@ -1,0 +1,14 @@
+"""Influence models for torch, under pyDVL's module paths."""
+
+from influence_calculator.torch.influence_function_model import CgInfluence, DirectInfluence
+from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
+from influence_calculator.torch.util import BlockMode, SecondOrderMode
+
+__all__ = [
+    "BlockMode",
+    "CgInfluence",
+    "DirectInfluence",
+    "JacobiPreconditioner",
+    "NystroemPreconditioner",
+    "SecondOrderMode",
+]

@@ -1,0 +1,330 @@
+"""Models of influence for torch: an objective, a method of the maths, and what its fit left behind.
+
+Every concrete model is a constructor with pyDVL's arguments around a `Method`; nothing is computed
+here that the maths computes.
+
+Shapes: t test examples, n training examples, P parameters, P_b parameters of block b, F... feature
+dimensions of x.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from influence_calculator.base_influence_function_model import (
+    ComposableInfluence,
+    InfluenceFunctionModel,
+    require_both_or_none,
+)
+from influence_calculator.errors import NotFittedException, SolverWarning
+from influence_calculator.maths import region
+from influence_calculator.maths.blocks import Regularization
+from influence_calculator.maths.layout import Layout, Left
+from influence_calculator.maths.method import (
+    FitState,
+    Fitted,
+    Method,
+    Solved,
+    SolverReport,
+    SolverStatus,
+    fit,
+)
+from influence_calculator.maths.objective import Objective, batch_size, xy_objective
+from influence_calculator.maths.perturbation import perturbations
+from influence_calculator.maths.probe import probe
+from influence_calculator.torch.by_block import influences_by_block, perturbations_by_block
+from influence_calculator.torch.training_data import IterableTrainingData
+from influence_calculator.torch.util import LossType
+from influence_calculator.types import InfluenceMode, as_mode
+
+GRADIENT_BYTES = 2**28
+"""256 MiB for one parameter's per-example gradients of the examples differentiated at once."""
+
+
+class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]], ABC):
+    """Influence with respect to the parameters of `model` that require grad.
+
+    Args:
+        model: in eval mode; parameters that do not require grad are not tracked.
+        loss: `loss(model(x), y)`; its reduction over a batch does not matter.
+        method: the inverse curvature.
+        warn_on_max_iteration: warn when solves do not converge.
+
+    Not thread-safe: differentiating puts hooks on the model's layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossType, method: Method, warn_on_max_iteration: bool = True
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self.method = method
+        self.warn_on_max_iteration = warn_on_max_iteration
+        self._state: FitState | None = None
+        self._data: IterableTrainingData | None = None
+        self._fitted: Fitted | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """What is differentiated: the loss of one example."""
+        return xy_objective(self.model, self.loss)
+
+    @property
+    def layout(self) -> Layout:
+        """Where each parameter's columns lie in the factors."""
+        return self.method.layout(self.objective)
+
+    @property
+    def n_parameters(self) -> int:
+        """P: number of tracked parameters that the method treats."""
+        return self.layout.width
+
+    @property
+    def is_thread_safe(self) -> bool:
+        """False: hooks on a module belong to one thread at a time."""
+        return False
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` has run."""
+        return self._state is not None
+
+    @property
+    def model_device(self) -> torch.device:
+        """Where the model's parameters are, and where batches are moved."""
+        return next(self.model.parameters()).device
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """Dtype of the model's parameters."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def factor_dtype(self) -> np.dtype[Any]:
+        """The parameters' dtype; float32 for half precision."""
+        kept = torch.promote_types(self.model_dtype, torch.float32)
+        return np.dtype(str(kept).removeprefix("torch."))
+
+    def fit(self, data: Iterable[Any]) -> Self:
+        """Fits the method to training data: a DataLoader (shuffled or not) or any iterable of (x, y).
+
+        First compares the batched gradients of a few examples with autograd's, so that a layer the
+        capture does not see, dropout or batch statistics fail here and not in the numbers.
+
+        Raises:
+            OneShotIterableError: data that can be read once, for a method that reads it more often.
+            ValueError: a model or a batch that cannot be differentiated example by example.
+        """
+        passes = len(self.method.passes()) + self.method.needs_data
+        training = IterableTrainingData(data, self.model_device, passes)
+        probe(self.objective, training.first())
+        self._state = fit(self.method, self.objective, training)
+        self._data = training if self.method.needs_data else None
+        self._refresh()
+        return self
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the model and its fit to a device, and returns this influence model."""
+        self.model.to(device)
+        if self._data is not None:
+            self._data.device = self.model_device
+        if self._state is not None:
+            self._state = pytree.tree_map(lambda value: value.to(device), self._state)
+            self._refresh()
+        return self
+
+    def solve(self, x: Tensor, y: Tensor) -> Solved:
+        """Factors of each example by block, and how each right-hand side ended.
+
+        `report.status[i]` is a `SolverStatus`; iterations and the relative residual stand beside it.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+        """
+        fitted = self._require_fitted()
+        return self._noted(fitted.solve(fitted.gradients(self.objective, self._batch(x, y))))
+
+    def _influence_factors(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._require_fitted().layout.flatten(self.solve(x, y).left)
+
+    def _influences(
+        self,
+        x_test: Tensor,
+        y_test: Tensor,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        mode: InfluenceMode = InfluenceMode.Up,
+    ) -> Tensor:
+        return self._scores(*self._sides(x_test, y_test, x, y), mode)
+
+    def influences_from_factors(
+        self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
+    ) -> Tensor:
+        """Influences of (x, y) from factors `[t, P]`: Up `[t, n]`, Perturbation `[t, n, F...]`.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+            ValueError: factors of another width; integer x in mode perturbation.
+        """
+        fitted = self._require_fitted()
+        width = fitted.layout.width
+        if z_test_factors.ndim != 2 or z_test_factors.shape[1] != width:
+            raise ValueError(
+                f"z_test_factors: expected shape [t, {width}] (one column per parameter), got "
+                f"{list(z_test_factors.shape)}; pass what influence_factors of this model returned"
+            )
+        left = fitted.layout.split(z_test_factors.detach().to(self.model_device))
+        return self._scores(left, self._batch(x, y), as_mode(mode))
+
+    def _scores(self, left: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
+        fitted, pieces = self._require_fitted(), self._micro_batch(batch)
+        if mode is InfluenceMode.Up:
+            return region.influences(fitted, left, batch, pieces)
+        return perturbations(fitted, self.objective, left, batch, pieces)
+
+    def _sides(
+        self, x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None
+    ) -> tuple[Left, tuple[Tensor, Tensor]]:
+        """Factors of the test examples, and the training batch (the test examples without one)."""
+        left = self.solve(x_test, y_test).left
+        return left, self._batch(x_test, y_test) if x is None or y is None else self._batch(x, y)
+
+    def _batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x.to(self.model_device), y.to(self.model_device)
+
+    def _micro_batch(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Examples differentiated at once: all, unless one parameter's gradients would exceed the limit."""
+        itemsize = self.model_dtype.itemsize
+        largest = max(slot.size for slot in self._require_fitted().layout.slots)
+        return max(1, min(batch_size(batch), GRADIENT_BYTES // (largest * itemsize)))
+
+    def _noted(self, solved: Solved) -> Solved:
+        self.solver_report = solved.report
+        ended = _not_converged(solved.report)
+        if ended and self.warn_on_max_iteration:
+            warnings.warn(ended, SolverWarning, stacklevel=4)
+        return solved
+
+    def _refresh(self) -> None:
+        """Builds what solves and scores from the fit's state; the numbers may have changed."""
+        self._fitted = None
+        if self._state is not None:
+            self._require_fitted()
+        self.revision += 1
+
+    def _require_fitted(self) -> Fitted:
+        if self._state is None:
+            raise NotFittedException(type(self))
+        if self._fitted is None:
+            self._fitted = self.method.fitted(self.objective, self._state, self._data)
+        return self._fitted
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker builds solvers and their caches itself, from the fit's state.
+        return {**self.__dict__, "_fitted": None}
+
+
+class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[Tensor, Iterable[Any]], ABC):
+    """A torch model of influence by blocks of parameters."""
+
+    @property
+    def block_names(self) -> list[str]:
+        """The blocks, in order; the full block structure has the one block `""`."""
+        return list(self.layout.blocks)
+
+    @abstractmethod
+    def _regularized(self, regularization: Regularization) -> Method:
+        """The method with another λ."""
+
+    def with_regularization(self, regularization: Regularization | Mapping[str, float | None]) -> Self:
+        """Changes λ (one number, one per block, or `Relative`) without a new fit, and returns this model.
+
+        Raises:
+            ValueError: a negative λ, or a mapping that does not name every block and nothing else.
+        """
+        self.method = self._regularized(regularization_of(regularization))
+        self.method.layout(self.objective)
+        self._refresh()
+        return self
+
+    def influence_factors_by_block(self, x: Tensor, y: Tensor) -> OrderedDict[str, Tensor]:
+        """Block -> factors `[t, P_b]`."""
+        left = self.solve(x, y).left
+        return OrderedDict((block, left[block]) for block in self.block_names)
+
+    def influences_by_block(
+        self,
+        x_test: Tensor,
+        y_test: Tensor,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        mode: InfluenceMode = InfluenceMode.Up,
+    ) -> OrderedDict[str, Tensor]:
+        """Block -> its part of `influences`; over the blocks they sum to it."""
+        require_both_or_none(x, y)
+        mode = as_mode(mode)
+        return self._scores_by_block(*self._sides(x_test, y_test, x, y), mode)
+
+    def influences_from_factors_by_block(
+        self,
+        z_test_factors: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        mode: InfluenceMode = InfluenceMode.Up,
+    ) -> OrderedDict[str, Tensor]:
+        """Block -> influences from this block's factors `[t, P_b]`.
+
+        Raises:
+            ValueError: factors of other blocks, or of other widths.
+        """
+        widths = self.layout.widths
+        given = {block: list(rows.shape[1:]) for block, rows in z_test_factors.items()}
+        if given != {block: [width] for block, width in widths.items()}:
+            raise ValueError(
+                f"z_test_factors: expected [t, width] for each of the blocks {widths}, got widths {given}; "
+                f"pass what influence_factors_by_block of this model returned"
+            )
+        left = {block: rows.detach().to(self.model_device) for block, rows in z_test_factors.items()}
+        return self._scores_by_block(left, self._batch(x, y), as_mode(mode))
+
+    def _scores_by_block(
+        self, left: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode
+    ) -> OrderedDict[str, Tensor]:
+        fitted, pieces = self._require_fitted(), self._micro_batch(batch)
+        if mode is InfluenceMode.Up:
+            return influences_by_block(fitted, left, batch, pieces)
+        return perturbations_by_block(fitted, self.objective, left, batch, pieces)
+
+
+def regularization_of(value: Regularization | Mapping[str, float | None] | None) -> Regularization:
+    """PyDVL's regularization (None means 0, also per block) as the maths'."""
+    if value is None:
+        return 0.0
+    if isinstance(value, Mapping):
+        return {block: 0.0 if λ is None else λ for block, λ in value.items()}
+    return value
+
+
+def _not_converged(report: SolverReport) -> str | None:
+    """One sentence with the number of solves per status; None if all converged."""
+    counts = {
+        status.name.lower(): int((report.status == status.value).sum())
+        for status in SolverStatus
+        if status is not SolverStatus.CONVERGED
+    }
+    ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if not ended:
+        return None
+    return (
+        f"{sum(counts.values())} of {len(report.status)} right-hand sides did not converge ({ended}); "
+        f"solver_report has each one"
+    )

@@ -1,0 +1,56 @@
+"""Between torch tensors and numpy arrays, and what makes one tensor of a lazy sequence's chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from influence_calculator.array import (
+    LazyChunkSequence,
+    NestedLazyChunkSequence,
+    NestedSequenceAggregator,
+    NumpyConverter,
+    SequenceAggregator,
+)
+
+
+class TorchNumpyConverter(NumpyConverter[Tensor]):
+    """Any tensor to numpy; arrays to tensors on one device.
+
+    Args:
+        device: where tensors are made; default: host memory.
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.device = device
+
+    def to_numpy(self, x: Tensor) -> NDArray[Any]:
+        """The values, detached, in host memory; bfloat16, which numpy lacks, as float32."""
+        host = x.detach().cpu()
+        values: NDArray[Any] = (host.float() if host.dtype == torch.bfloat16 else host).numpy()
+        return values
+
+    def from_numpy(self, x: NDArray[Any]) -> Tensor:
+        """The values as a tensor; memory is shared where the array is writable and already in place."""
+        if not x.flags.writeable:  # what Dask received over the network; torch cannot share it
+            x = x.copy()
+        tensor = torch.from_numpy(x)
+        return tensor if self.device is None else tensor.to(self.device)
+
+
+class TorchCatAggregator(SequenceAggregator[Tensor]):
+    """The chunks as one tensor."""
+
+    def __call__(self, tensor_sequence: LazyChunkSequence[Tensor]) -> Tensor:
+        return torch.cat(list(tensor_sequence.generator_factory()))
+
+
+class NestedTorchCatAggregator(NestedSequenceAggregator[Tensor]):
+    """Rows of chunks as one tensor."""
+
+    def __call__(self, nested_sequence_of_tensors: NestedLazyChunkSequence[Tensor]) -> Tensor:
+        rows = nested_sequence_of_tensors.generator_factory()
+        return torch.cat([torch.cat(list(row), dim=1) for row in rows])

@@ -1,0 +1,110 @@
+"""What `fit` was given, as training data that can be read as often as a method needs.
+
+A shuffled loader is put into one order at the start and keeps it, so that every pass (and every
+iteration of a solver) sees the same examples under the same index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from influence_calculator.errors import OneShotIterableError
+from influence_calculator.iterables import Readable, pair_of
+from influence_calculator.maths.objective import IndexedBatch
+
+
+class IterableTrainingData:
+    """Training data of anything that iterates over (x, y), on the model's device."""
+
+    def __init__(self, items: Iterable[Any], device: torch.device, passes: int) -> None:
+        """`passes` is how often the method reads the data.
+
+        Raises:
+            OneShotIterableError: the data can be read once, and the method reads it more often.
+        """
+        self.device = device
+        self._items = Readable("data", _in_one_order(items))
+        self._peeked: Any = None
+        self._length: int | None = None
+        if self._items.is_one_shot and passes > 1:
+            raise OneShotIterableError("data", f"the method reads it {passes} times")
+
+    @property
+    def length(self) -> int:
+        """Number of examples, counted once."""
+        if self._length is None:
+            self._length = sum(int(x.shape[0]) for x, _ in map(self._pair, self._read()))
+        return self._length
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """The first batch; a later pass sees it too.
+
+        Raises:
+            ValueError: there is none.
+        """
+        items = self._read()
+        first = next(items, None)
+        if first is None:
+            raise ValueError("data: expected at least one batch, got none; the training data is empty")
+        if self._items.is_one_shot:
+            self._peeked = chain([first], items)
+        return self._on_device(first)
+
+    def batches(self) -> Iterator[IndexedBatch]:
+        """One pass over all examples."""
+        start = 0
+        for item in self._read():
+            x, y = self._on_device(item)
+            yield IndexedBatch(start, (x, y))
+            start += int(x.shape[0])
+        self._length = start
+
+    def _read(self) -> Iterator[Any]:
+        if self._peeked is not None:
+            items, self._peeked = self._peeked, None
+            return iter(items)
+        return iter(self._items)
+
+    def _pair(self, item: Any) -> tuple[Any, Any]:
+        return pair_of("data", item)
+
+    def _on_device(self, item: Any) -> tuple[Tensor, Tensor]:
+        x, y = self._pair(item)
+        return x.to(self.device), y.to(self.device)
+
+
+class _LoaderInOneOrder:
+    """A loader's examples in the order of the sampler's first draw."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._dataset = loader.dataset
+        self._is_batched = loader.batch_sampler is not None
+        self._order: list[Any] = list(loader.batch_sampler or loader.sampler)
+        self._collate = loader.collate_fn
+        self._processes = loader.num_workers
+
+    def __iter__(self) -> Iterator[Any]:
+        batching: dict[str, Any] = (
+            {"batch_sampler": self._order}
+            if self._is_batched
+            else {"sampler": self._order, "batch_size": None}
+        )
+        return iter(
+            DataLoader(self._dataset, collate_fn=self._collate, num_workers=self._processes, **batching)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Dask's worker processes are daemonic: they may not start processes of their own.
+        return {**self.__dict__, "_processes": 0}
+
+
+def _in_one_order(items: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(items, DataLoader) and not isinstance(items.dataset, IterableDataset):
+        return _LoaderInOneOrder(items)
+    return items

@@ -1,0 +1,64 @@
+"""What users import from pyDVL's module of this name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from enum import Enum
+
+from torch import Tensor
+
+from influence_calculator.maths import curvature
+from influence_calculator.maths.blocks import BlockMode
+from influence_calculator.torch.converter import (
+    NestedTorchCatAggregator,
+    TorchCatAggregator,
+    TorchNumpyConverter,
+)
+from influence_calculator.torch_dataset import torch_dataset_to_dask_array
+
+LossType = Callable[[Tensor, Tensor], Tensor]
+"""`loss(model(x), y)`: a scalar, reduced over the batch in any way."""
+
+
+class SecondOrderMode(Enum):
+    """Which matrix stands for the curvature H."""
+
+    HESSIAN = "hessian"
+    """`(1/N) Σ ∇²θ ℓ_i`."""
+    EMPIRICAL_FISHER = "empirical_fisher"
+    """`(1/N) Σ g_i g_iᵀ` at the labels given."""
+    GENERALIZED_GAUSS_NEWTON = "generalized_gauss_newton"
+    """`(1/N) Σ J_iᵀ (∇²_f ℓ_i) J_i` over the model's outputs f."""
+    GAUSS_NEWTON = "gauss_newton"
+    """pyDVL's name of EMPIRICAL_FISHER; deprecated."""
+
+
+def second_order_of(mode: SecondOrderMode | curvature.SecondOrderMode | str) -> curvature.SecondOrderMode:
+    """The maths' word for a public second-order mode, or its value.
+
+    Raises:
+        ValueError: no such mode.
+    """
+    public = SecondOrderMode(mode.value if isinstance(mode, Enum) else mode)
+    if public is SecondOrderMode.GAUSS_NEWTON:
+        warnings.warn(
+            "second_order_mode: GAUSS_NEWTON means the empirical Fisher matrix, as in pyDVL; say "
+            "EMPIRICAL_FISHER, or GENERALIZED_GAUSS_NEWTON if you want that matrix",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        public = SecondOrderMode.EMPIRICAL_FISHER
+    return curvature.SecondOrderMode(public.value)
+
+
+__all__ = [
+    "BlockMode",
+    "LossType",
+    "NestedTorchCatAggregator",
+    "SecondOrderMode",
+    "TorchCatAggregator",
+    "TorchNumpyConverter",
+    "second_order_of",
+    "torch_dataset_to_dask_array",
+]
