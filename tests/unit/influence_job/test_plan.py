@@ -1,0 +1,398 @@
+"""The plan: a grid that covers every pair once, chosen from the spec alone, within its memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import find, given
+from hypothesis import strategies as st
+
+from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Sums
+from influence_calculator.maths.objective import IndexedBatch, Objective, TrainingData
+from influence_calculator.maths.shapes import LayerShape, ModelShapes
+from influence_job.errors import PermanentError, Reason
+from influence_job.plan import Plan, Sizes, cost, device_budget, make_plan
+from influence_job.spec import InfluenceJobSpec
+from manifests import spec
+
+MIB = 2**20
+GIB = 2**30
+
+
+class OnePass(FitPass):
+    """A pass that is never run: plans only count passes."""
+
+    name = "pass"
+
+    def units(self, objective: Objective) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+        raise NotImplementedError
+
+    def finish(self, unit: str, sums: Mapping[str, Any], length: int, state: FitState) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Linear(Method):
+    """A method whose memory is linear in everything, so that tests can say what a plan must hold."""
+
+    needs_data: bool = False
+    state: int = 0
+    """Bytes of the fit."""
+    row: int = 0
+    """Bytes of one test example's factors; 0: four per parameter."""
+
+    def layout(self, objective: Objective) -> Layout:
+        raise NotImplementedError
+
+    def passes(self) -> tuple[FitPass, ...]:
+        return (OnePass(), OnePass())
+
+    def fitted(self, objective: Objective, state: FitState, data: TrainingData | None) -> Fitted:
+        raise NotImplementedError
+
+    def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
+        row = self.row or shapes.width * shapes.itemsize
+        capture = micro_batch * (shapes.activation_bytes + shapes.example_bytes)
+        return Footprint(
+            fit=self.state + capture, factors=self.state + rows * row, capture=capture, factor_row=row
+        )
+
+
+def sizes(test: int = 300, train: int = 1400, parameters: int = 1000, **changes: Any) -> Sizes:
+    """Sizes of a model that is one Linear layer without bias, as far as plans can see."""
+    shapes = ModelShapes(
+        parameters={"weight": (parameters,)},
+        layers=(LayerShape("linear", inputs=parameters, outputs=1, tokens=1, bias=False),),
+        itemsize=4,
+        model_bytes=4 * parameters,
+        activation_bytes=4,
+        example_bytes=256,
+        outputs=1,
+    )
+    fields = {"test": test, "train": train, "shapes": shapes, "blocks": {"": parameters}, **changes}
+    return Sizes(**fields)
+
+
+def with_memory(limit: str, **changes: Any) -> InfluenceJobSpec:
+    """A spec on cpu with a memory limit for workers; the budget is half of it."""
+    return spec(workers={"resources": {"limits": {"memory": limit}}}, **changes)
+
+
+lengths = st.integers(1, 60)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Plans of small grids, with chunks given or not, and room for few or for many factors."""
+    test, train = draw(lengths, label="T"), draw(lengths, label="N")
+    rows = draw(st.integers(4, 100), label="rows that fit")
+    chunks = {
+        "test": draw(st.none() | st.integers(1, rows // 2), label="test chunk"),
+        "train": draw(st.none() | st.integers(1, 70), label="train chunk"),
+    }
+    # Half of 64 MiB is the budget, an eighth of it the region's, and factors take two copies.
+    return make_plan(with_memory("64Mi", chunks=chunks), Linear(row=13 * MIB // rows), sizes(test, train))
+
+
+@given(plans())
+def test_every_pair_lies_in_exactly_one_region(plan: Plan) -> None:
+    seen = np.zeros((plan.test, plan.train), dtype=int)
+    for index in range(plan.regions):
+        group, column = plan.unravel(index)
+        assert plan.region(group, column) == index
+        rows, columns = plan.group_range(group), plan.train_range(column)
+        seen[slice(*rows), slice(*columns)] += 1
+        assert 0 < rows[1] - rows[0] <= plan.group_rows
+        assert 0 < columns[1] - columns[0] <= plan.train_chunk
+    assert (seen == 1).all()
+
+
+def test_small_grids_have_one_group_or_several() -> None:
+    """Otherwise the properties here would say less than they seem to."""
+    found = {
+        find(plans(), condition).groups for condition in (lambda p: p.groups == 1, lambda p: p.groups > 3)
+    }
+    assert len(found) == 2
+
+
+@given(plans())
+def test_a_region_is_one_chunk_of_the_result(plan: Plan) -> None:
+    grid = [
+        -(-extent // length) for extent, length in zip(plan.result_shape, plan.result_chunks, strict=True)
+    ]
+    assert grid == [plan.groups, plan.train_chunks]
+    assert plan.arrays[0].shape == (plan.test, plan.train)
+    assert plan.arrays[0].chunks == plan.result_chunks
+
+
+@given(plans())
+def test_groups_are_made_of_whole_test_chunks(plan: Plan) -> None:
+    starts = {plan.test_range(index)[0] for index in range(plan.test_chunks)}
+    assert {plan.group_range(group)[0] for group in range(plan.groups)} <= starts
+
+
+@given(plans())
+def test_fit_ranges_are_contiguous_and_as_even_as_possible(plan: Plan) -> None:
+    ranges = [plan.fit_range(index) for index in range(plan.fit_ranges)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == plan.train
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(ranges))
+    extents = {stop - start for start, stop in ranges}
+    assert min(extents) > 0
+    assert max(extents) - min(extents) <= 1
+
+
+@given(plans())
+def test_a_stored_plan_is_read_back_exactly(plan: Plan) -> None:
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_sizes_are_read_back_exactly() -> None:
+    measured = sizes(feature_shape=(1, 8, 8), dtype="float64", test_example_bytes=7)
+    assert Sizes.model_validate_json(measured.model_dump_json(by_alias=True)) == measured
+
+
+def test_indices_outside_of_the_grid_are_errors() -> None:
+    plan = make_plan(spec(), Linear(), sizes())
+    for call in (plan.unravel, plan.train_range, plan.group_range, plan.test_range, plan.fit_range):
+        for index in (-1, 10**6):
+            with pytest.raises(IndexError, match=f"{index}: expected 0 to"):
+                call(index)
+
+
+@pytest.mark.parametrize(("test", "train"), [(1, 32), (300, 1400), (10_000, 50_000), (64, 10**6), (7, 33)])
+def test_there_are_at_least_32_regions_when_the_training_set_allows(test: int, train: int) -> None:
+    assert make_plan(spec(), Linear(), sizes(test, train)).regions >= 32
+
+
+def test_fewer_training_examples_than_32_give_one_region_each() -> None:
+    assert make_plan(spec(), Linear(), sizes(5, 10)).regions == 10
+
+
+@pytest.mark.parametrize(
+    ("test", "train", "changes"),
+    [
+        (10_000, 10**7, {}),
+        (200, 10**8, {}),
+        (300_000, 10**6, {}),
+        (1000, 10**6, {"feature_shape": (64,)}),
+    ],
+)
+def test_regions_of_a_large_result_have_8_to_64_megabytes(
+    test: int, train: int, changes: dict[str, Any]
+) -> None:
+    mode = "Perturbation" if changes else "Up"
+    plan = make_plan(
+        with_memory("16Gi", mode=mode, output={"maxBytes": "1Pi"}),
+        Linear(),
+        sizes(test, train, parameters=100, **changes),
+    )
+    bytes_ = int(np.prod(plan.result_chunks)) * 4
+    assert 8e6 <= bytes_ <= 64 * MIB
+
+
+def test_explicit_chunks_win_and_one_alone_leaves_the_other_to_the_plan() -> None:
+    both = make_plan(spec(chunks={"test": 7, "train": 1000}), Linear(), sizes())
+    assert (both.test_chunk, both.train_chunk, both.train_chunks) == (7, 1000, 2)
+    one = make_plan(spec(chunks={"train": 1000}), Linear(), sizes())
+    free = make_plan(spec(), Linear(), sizes())
+    assert (one.test_chunk, one.train_chunk) == (free.test_chunk, 1000)
+
+
+def test_chunks_longer_than_the_data_are_kept_and_the_arrays_are_not_padded() -> None:
+    plan = make_plan(spec(chunks={"test": 10**6, "train": 10**6}), Linear(), sizes(3, 5))
+    assert (plan.test_chunk, plan.train_chunk) == (10**6, 10**6)
+    assert plan.result_chunks == (3, 5)
+
+
+def test_groups_follow_from_the_budget() -> None:
+    """G = ceil(T · row / (budget − model, fit, capture, region)), two copies of a row on cpu."""
+    method = Linear(state=100 * MIB, row=1 * MIB)
+    plan = make_plan(with_memory("2Gi", chunks={"test": 10}), method, sizes(test=2000, train=10_000))
+    budget = GIB
+    resident = 4000 + method.footprint(sizes().shapes, 1, 1).factors
+    free = budget - resident - 256 * 260
+    rows = (free - min(32 * MIB, free // 8)) // (2 * MIB)
+    groups = -(-200 // (rows // 10))
+    assert plan.groups == groups == 5
+    assert plan.group_rows == 10 * -(-200 // groups)
+
+
+def test_a_bfloat16_factor_halves_the_groups() -> None:
+    method = Linear(row=1 * MIB)
+    full, half = (
+        make_plan(with_memory("2Gi", factorDtype=dtype), method, sizes(test=4000, train=1000)).groups
+        for dtype in ("Float32", "BFloat16")
+    )
+    assert half == pytest.approx(full / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({"device": "cuda", "workers": {"deviceMemory": "16Gi"}}, 16 * GIB),
+        ({"device": "cuda"}, 12 * GIB),
+        ({"workers": {"deviceMemory": "16Gi", "resources": {"limits": {"memory": "6Gi"}}}}, 3 * GIB),
+        ({}, 2 * GIB),
+    ],
+)
+def test_the_budget_is_in_the_spec_and_never_that_of_the_machine(
+    changes: dict[str, Any], budget: int
+) -> None:
+    assert device_budget(spec(**changes)) == budget
+
+
+@given(
+    test=st.integers(1, 10**6),
+    train=st.integers(1, 10**8),
+    parameters=st.integers(1, 10**7),
+    memory=st.sampled_from(["256Mi", "2Gi", "64Gi"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_every_stage_stays_within_the_budget_or_the_job_is_refused(
+    test: int, train: int, parameters: int, memory: str, device: str
+) -> None:
+    made = with_memory(memory, device=device, output={"dense": False})
+    plan, refusal = None, None
+    try:
+        plan = make_plan(made, Linear(state=3 * 4 * parameters), sizes(test, train, parameters))
+    except PermanentError as error:
+        refusal = error
+    if plan is not None:
+        assert max(stage.device for stage in plan.memory.values()) <= device_budget(made)
+    else:
+        assert refusal is not None
+        assert refusal.reason is Reason.PLAN_IMPOSSIBLE
+        # Model, fit and two copies of one row: below half the budget there is always a plan.
+        assert parameters * 4 * 7 > device_budget(made) // 2
+
+
+def test_the_plan_does_not_depend_on_the_number_of_workers() -> None:
+    few, many = (make_plan(spec(workers={"replicas": n}), Linear(), sizes()) for n in (1, 100))
+    assert few == many
+
+
+def test_fit_ranges_depend_on_the_training_set_alone() -> None:
+    one = make_plan(spec(chunks={"train": 3}), Linear(), sizes(test=5, train=5000))
+    other = make_plan(with_memory("64Gi"), Linear(state=MIB), sizes(test=500, train=5000, parameters=9))
+    assert one.fit_ranges == other.fit_ranges == 32
+
+
+@pytest.mark.parametrize(("train", "ranges"), [(1, 1), (128, 1), (129, 2), (1400, 11), (10**8, 32)])
+def test_ranges_hold_enough_examples_to_be_worth_their_partial_sums(train: int, ranges: int) -> None:
+    assert make_plan(spec(), Linear(), sizes(train=train)).fit_ranges == ranges
+
+
+def test_micro_batches_shrink_until_capturing_them_takes_a_quarter_of_the_budget() -> None:
+    shapes = sizes().shapes
+    heavy = ModelShapes(**{**vars(shapes), "activation_bytes": 10 * MIB})
+    plan = make_plan(with_memory("1Gi"), Linear(), sizes(shapes=heavy))
+    assert plan.micro_batch == 8  # 8 · 10 MiB ≤ 512 MiB / 4 < 16 · 10 MiB
+
+
+def test_a_result_above_max_bytes_is_refused_with_numbers_and_cure() -> None:
+    exact = 300 * 1400 * 4
+    assert make_plan(spec(output={"maxBytes": str(exact)}), Linear(), sizes()).result_bytes == exact
+    with pytest.raises(PermanentError) as caught:
+        make_plan(spec(output={"maxBytes": str(exact - 1)}), Linear(), sizes())
+    assert caught.value.reason is Reason.PLAN_IMPOSSIBLE
+    message = caught.value.message
+    assert "spec.output.maxBytes" in message
+    assert "300 × 1400 of float32 = 1.6 MiB (1680000 bytes)" in message
+    assert "output.dense: false" in message
+
+
+def test_without_the_matrix_only_the_top_lists_count() -> None:
+    sparse = spec(output={"dense": False, "topK": 10, "maxBytes": "72k"})
+    plan = make_plan(sparse, Linear(), sizes())
+    assert plan.result_bytes == 300 * 2 * 10 * 12
+    assert plan.arrays == ()
+
+
+def test_perturbations_have_the_input_s_dimensions_after_test_and_train() -> None:
+    plan = make_plan(spec(mode="Perturbation"), Linear(), sizes(feature_shape=(1, 8, 8)))
+    assert plan.result_dims == ("test", "train", "feature_0", "feature_1", "feature_2")
+    assert plan.result_shape == (300, 1400, 1, 8, 8)
+    assert plan.result_chunks[2:] == (1, 8, 8)
+    with pytest.raises(PermanentError, match="fewer test examples"):
+        make_plan(
+            spec(mode="Perturbation", output={"maxBytes": "1Mi"}), Linear(), sizes(feature_shape=(1, 8, 8))
+        )
+
+
+def test_factors_are_one_array_per_block_chunked_on_both_axes() -> None:
+    blocks = {"0": 90 * MIB, "2": 10}
+    plan = make_plan(
+        spec(operation="InfluenceFactors", chunks={"test": 2}, device="cuda"),
+        Linear(),
+        sizes(test=5, parameters=90 * MIB + 10, blocks=blocks),
+    )
+    assert [(a.path, a.block, a.dims) for a in plan.arrays] == [
+        ("factors/0", "0", ("test", "column_0")),
+        ("factors/1", "2", ("test", "column_1")),
+    ]
+    assert [(a.shape, a.chunks) for a in plan.arrays] == [
+        ((5, 90 * MIB), (2, 4 * MIB)),
+        ((5, 10), (2, 10)),
+    ]
+    assert (plan.groups, plan.regions) == (0, 0)
+    assert plan.training_passes == 2
+    assert "Scores" not in plan.memory
+
+
+def test_influences_from_factors_run_no_fit() -> None:
+    plan = make_plan(
+        spec(operation="InfluencesFromFactors", factors={"url": "x"}), Linear(needs_data=True), sizes()
+    )
+    assert (plan.fit_passes, plan.passes_per_iteration, plan.training_passes) == (0, 0, plan.groups)
+    assert list(plan.memory) == ["Loading", "Scores"]
+
+
+def test_passes_of_an_iterative_solver_are_told_apart() -> None:
+    plan = make_plan(spec(chunks={"test": 100}), Linear(needs_data=True), sizes())
+    assert (plan.training_passes, plan.passes_per_iteration) == (2 + plan.groups, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        (Linear(state=8 * GIB), "fitting with method Ekfac needs 8 GiB for 1000 parameters"),
+        (Linear(row=3 * GIB), "the factors of one test example 6 GiB"),
+    ],
+)
+def test_work_that_cannot_fit_is_refused_with_numbers_and_cure(method: Method, part: str) -> None:
+    with pytest.raises(PermanentError) as caught:
+        make_plan(with_memory("4Gi"), method, sizes())
+    assert caught.value.reason is Reason.PLAN_IMPOSSIBLE
+    assert part in caught.value.message
+    assert "the budget on cpu is 2 GiB; raise workers.resources.limits.memory" in caught.value.message
+
+
+def test_explicit_chunks_that_do_not_fit_are_refused_with_a_size_that_would() -> None:
+    method = Linear(row=4 * MIB)
+    with pytest.raises(PermanentError, match=r"chunks\.test: solving 300 .* set 64 or less"):
+        make_plan(with_memory("2Gi", chunks={"test": 300}), method, sizes())
+    with pytest.raises(PermanentError, match=r"stage Scores needs .* smaller chunks"):
+        make_plan(with_memory("64Mi", chunks={"train": 10**6}), Linear(), sizes(train=10**6))
+
+
+def test_the_cost_is_counted_from_the_formulas_and_shared_by_the_workers() -> None:
+    one, two = spec(), spec(workers={"replicas": 2})
+    measured = sizes()
+    plan = make_plan(one, Linear(), measured)
+    gflop = cost.gflop(one, measured, plan)
+    products = 1000
+    assert gflop["Scores"] == pytest.approx((1400 * 6 * products + 2 * 1000 * 300 * 1400) / 1e9)
+    assert list(gflop) == ["Fitting", "Factors", "Scores"]
+    slow, fast = cost.seconds(one, gflop), cost.seconds(two, gflop)
+    assert all(slow[name] == 2 * fast[name] > 0 for name in gflop)
