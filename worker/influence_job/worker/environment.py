@@ -20,7 +20,9 @@ THREAD_SETTINGS = {
 def make_deterministic(tf32: bool) -> None:
     """One intra-op thread and deterministic algorithms, for this process."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As use_deterministic_algorithms(True, warn_only=True), without its import of torch's compiler: a second
+    # or two in every process.
+    torch.set_deterministic_debug_mode("warn")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = False
