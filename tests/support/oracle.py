@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,7 +54,7 @@ def _flat(gradients: tuple[Tensor | None, ...], parameters: list[nn.Parameter]) 
     return torch.cat([piece.reshape(-1) for piece in pieces])
 
 
-def _gradient(scalar: Tensor, parameters: list[nn.Parameter], **options: bool) -> Tensor:
+def _gradient(scalar: Tensor, parameters: list[nn.Parameter], **options: Any) -> Tensor:
     if not scalar.requires_grad:
         return torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
     return _flat(torch.autograd.grad(scalar, parameters, allow_unused=True, **options), parameters)
@@ -77,7 +79,9 @@ def hessian(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
     width = sum(p.numel() for p in parameters)
     total = torch.zeros(width, width, dtype=torch.float64)
     for a, b in _examples(x, y):
-        gradient = _gradient(loss(model(a), b).sum(), parameters, create_graph=True)
+        # Other kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradient = _gradient(loss(model(a), b).sum(), parameters, create_graph=True)
         for row in range(width):
             total[row] += _gradient(gradient[row], parameters, retain_graph=True)
     return total / x.shape[0]

@@ -48,7 +48,7 @@ def conjugate_gradients(
     solves = _Solves(right_hand_sides, stopping, precondition or (lambda rows: rows))
     while solves.active.numel():
         solves.advance(product(solves.to_multiply()))
-    return solves.x, solves.report()
+    return solves.solutions(), solves.report()
 
 
 class _Solves:
@@ -58,12 +58,16 @@ class _Solves:
         q, device = b.shape[0], b.device
         self._stopping = stopping
         self._precondition = precondition
+        # Squares of a confident example's gradient underflow in float32: all are solved at one scale.
+        largest = b.abs().amax(dim=1)
+        self._scale = torch.where(largest > 0, largest, 1)
+        b = b / self._scale[:, None]
         self.x = torch.zeros_like(b)
         self._status = torch.full((q,), SolverStatus.CONVERGED, dtype=torch.int8, device=device)
         self._iterations = torch.zeros(q, dtype=torch.int32, device=device)
         self._norm = torch.linalg.vector_norm(b, dim=1)
         self._residual = self._norm.clone()
-        self._limit = (stopping.rtol * self._norm).clamp(min=stopping.atol)
+        self._limit = torch.maximum(stopping.rtol * self._norm, stopping.atol / self._scale)
         self.active = (self._norm > self._limit).nonzero().squeeze(1)
         # Of the active ones only, row by row:
         self._b = b[self.active]
@@ -145,8 +149,13 @@ class _Solves:
         self._rz, self._last_check = self._rz[rows], self._last_check[rows]
         self._checking, self._verdict = self._checking[rows], self._verdict[rows]
 
+    def solutions(self) -> Tensor:
+        """All x `[q, P]`; NaN for those that are not finite."""
+        solutions = self.x * self._scale[:, None]
+        solutions[self._status == SolverStatus.NOT_FINITE] = torch.nan
+        return solutions
+
     def report(self) -> SolverReport:
-        """How all ended; solutions of those that are not finite become NaN."""
-        self.x[self._status == SolverStatus.NOT_FINITE] = torch.nan
+        """How all ended."""
         relative = torch.where(self._norm > 0, self._residual.double() / self._norm.double(), 0)
         return SolverReport(self._status.cpu(), self._iterations.cpu(), relative.cpu())

@@ -8,12 +8,14 @@ Shapes: n examples of a batch, P_b parameters of block b.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
+from influence_calculator.maths.capture import captured_gradients, uncaptured_parameters
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Part
 from influence_calculator.maths.objective import Batch, Objective, batch_size
@@ -22,11 +24,14 @@ from influence_calculator.maths.objective import Batch, Objective, batch_size
 def per_sample_gradients(objective: Objective, batch: Batch, layout: Layout) -> Iterator[Part]:
     """Gradients `[n, numel]` of each example by each parameter that has a slot, part by part.
 
-    Exact whatever the batching: an example's gradient is that of a batch of one.
+    Exact whatever the batching: an example's gradient is that of a batch of one. Layers that hooks
+    capture come one after another; parameters of other layers come from `torch.func`, all at once.
     """
     slots = {slot.name: slot for slot in layout.slots}
-    remaining = tuple(slots)
-    for name, values in vmapped_gradients(objective, batch, remaining):
+    treated = replace(objective, names=tuple(name for name in objective.names if name in slots))
+    for name, values in captured_gradients(treated, batch):
+        yield Part(slots[name].block, slots[name].start, values)
+    for name, values in vmapped_gradients(treated, batch, uncaptured_parameters(treated)):
         yield Part(slots[name].block, slots[name].start, values)
 
 
