@@ -1,12 +1,12 @@
 """Errors of the maths. All of them are ValueErrors, as pyDVL's named errors are.
 
-    CalculatorError
-    ├── UnsupportedModelError     a method cannot treat part of the model
-    │   ├── TrainingModeError     a module answers differently each time: dropout, batch statistics
-    │   └── CaptureMismatchError  hooks see another gradient than autograd
-    ├── UnsupportedLossError      the curvature of the loss by the outputs cannot be had this way
-    ├── SingularCurvatureError    nothing to invert: λ is missing
-    └── NotFiniteError            NaN or infinity where a number is needed
+CalculatorError
+├── UnsupportedModelError     a method cannot treat part of the model
+│   ├── TrainingModeError     a module answers differently each time: dropout, batch statistics
+│   └── CaptureMismatchError  hooks see another gradient than autograd
+├── UnsupportedLossError      the curvature of the loss by the outputs cannot be had this way
+├── SingularCurvatureError    nothing to invert: λ is missing
+└── NotFiniteError            NaN or infinity where a number is needed
 """
 
 

@@ -87,7 +87,8 @@ class _Forward(nn.Module):
         return self.call(self.model, batch)
 
 
-def _unsqueeze(tree: Any) -> Any:
+def unsqueezed(tree: Any) -> Any:
+    """One example's tensors as those of a batch of one."""
     return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), tree)
 
 
@@ -161,11 +162,11 @@ class Objective:
 
     def example_loss(self, parameters: Mapping[str, Tensor], example: Batch) -> Tensor:
         """`ℓ_i(θ)` of one example, given without its batch dimension."""
-        batch = _unsqueeze(example)
+        batch = unsqueezed(example)
         return self.loss(self.outputs(batch, parameters), batch).sum()
 
     def _one_loss(self, output: Any, example: Batch) -> Tensor:
-        return self.loss(_unsqueeze(output), _unsqueeze(example)).sum()
+        return self.loss(unsqueezed(output), unsqueezed(example)).sum()
 
 
 def xy_objective(

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import hessian, vmap
+from torch.func import jacrev, vmap
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
-from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_calculator.maths.objective import Batch, Objective, batch_size, unsqueezed
 
 MOST_OUTPUTS = 4096
 """Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
@@ -39,33 +39,55 @@ def float_outputs(outputs: Any) -> Tensor:
     return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], dim=1)
 
 
+class OutputEigenpairs(NamedTuple):
+    """Eigenvalues and eigenvectors of `clip(∇²_f ℓ_i)` of every example of a batch."""
+
+    eigenvalues: Tensor
+    """`[n, d]`, at least 0; NaN for an example whose second derivative is not finite."""
+    vectors: Tensor
+    """`[n, d, d]`, in columns."""
+    clipped: int
+    """As in `OutputCurvature`."""
+
+
 def output_curvature(objective: Objective, batch: Batch) -> OutputCurvature:
     """`clip(∇²_f ℓ_i)` over all model outputs f of each example."""
     with torch.no_grad():
         outputs = objective.outputs(batch)
+    eigenvalues, vectors, clipped = output_eigenpairs(objective, outputs, batch)
+    return OutputCurvature((vectors * eigenvalues[:, None, :]) @ vectors.mT, clipped)
+
+
+def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> OutputEigenpairs:
+    """Eigenpairs of the loss's second derivative at outputs that came from `batch`."""
     flat = float_outputs(outputs)
     if flat.shape[1] > MOST_OUTPUTS:
         raise UnsupportedLossError(
-            f"second_order_mode: generalized_gauss_newton expects at most {MOST_OUTPUTS} output elements per "
-            f"example, got {flat.shape[1]}; use empirical_fisher, or EK-FAC"
+            f"loss: its second derivative is formed for at most {MOST_OUTPUTS} output elements per example, "
+            f"got {flat.shape[1]}; take the Fisher at the true labels (second_order_mode empirical_fisher, "
+            "or EK-FAC with expectation empirical), or EK-FAC with expectation sampled and a loss that "
+            "returns what F.cross_entropy, F.mse_loss or F.binary_cross_entropy_with_logits answers"
         )
     second = _second_derivatives(objective, outputs, flat, batch)
     second = second.to(accumulation_dtype(second.dtype))
+    finite = second.isfinite().all(2).all(1)
+    second = second.masked_fill(~finite[:, None, None], 0.0)
     eigenvalues, vectors = torch.linalg.eigh((second + second.mT) / 2)
     # A softmax leaves errors of ε next to probabilities of 1, however small its curvature is.
     scale = eigenvalues.abs().amax(dim=1, keepdim=True).clamp(min=1)
     rounding = flat.shape[1] * torch.finfo(eigenvalues.dtype).eps * scale
     clipped = int((eigenvalues < -rounding).sum())
-    matrices = (vectors * eigenvalues.clamp(min=0)[:, None, :]) @ vectors.mT
-    return OutputCurvature(matrices, clipped)
+    eigenvalues = eigenvalues.clamp(min=0).masked_fill(~finite[:, None], torch.nan)
+    return OutputEigenpairs(eigenvalues, vectors, clipped)
 
 
 def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
     def loss(values: Tensor, output: Any, example: Batch) -> Tensor:
-        return objective.loss(_unsqueezed(_with_floats(output, values)), _unsqueezed(example)).sum()
+        return objective.loss(unsqueezed(_with_floats(output, values)), unsqueezed(example)).sum()
 
     try:
-        return vmap(hessian(loss))(flat, outputs, batch)
+        # Reverse over reverse: forward mode loads decompositions for seconds, and fewer losses have it.
+        return vmap(jacrev(jacrev(loss)))(flat, outputs, batch)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
@@ -99,7 +121,3 @@ def _is_float(leaf: Any) -> bool:
 
 def _at(tree: Any, index: int) -> Any:
     return pytree.tree_map(lambda leaf: leaf[index], tree)
-
-
-def _unsqueezed(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), tree)

@@ -94,7 +94,8 @@ def _refuse_random_outputs(objective: Objective, example: Batch) -> None:
             ):
                 raise TrainingModeError(
                     "forward: expected two passes of one example to agree, got different outputs; "
-                    "call model.eval(), and take random numbers out of forward (functional dropout takes training=)"
+                    "call model.eval(), and take random numbers out of forward (functional dropout takes "
+                    "training=)"
                 )
 
 
