@@ -28,6 +28,7 @@ from influence_calculator.base_influence_function_model import (
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import Regularization
+from influence_calculator.maths.gradient_methods import GradientFitted
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
     FitState,
@@ -164,7 +165,16 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         y: Tensor | None = None,
         mode: InfluenceMode = InfluenceMode.Up,
     ) -> Tensor:
+        fitted = self._require_fitted()
+        if x is None and mode is InfluenceMode.Up and isinstance(fitted, GradientFitted):
+            return self._on_each_other(fitted, x_test, y_test)
         return self._scores(*self._sides(x_test, y_test, x, y), mode)
+
+    def _on_each_other(self, fitted: GradientFitted, x: Tensor, y: Tensor) -> Tensor:
+        """`[t, t]`: each example is differentiated once, its gradient being the training side too."""
+        gradients = fitted.gradients(self.objective, self._batch(x, y))
+        left = self._noted(fitted.solve(gradients)).left
+        return torch.stack([left[block] @ gradients[block].T for block in fitted.layout.blocks]).sum(0)
 
     def influences_from_factors(
         self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up

@@ -1,0 +1,332 @@
+"""The Dask calculator: which work it does how often, and what it refuses before any of it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from counting_model import FEATURES, CountingModel
+from distributed import Client, LocalCluster
+
+from influence_calculator import (
+    DaskInfluenceCalculator,
+    DisableClientSingleThreadCheck,
+    InfluenceMode,
+    InvalidDimensionChunksError,
+    NotFittedException,
+    ThreadSafetyViolationError,
+    TorchNumpyConverter,
+    UnalignedChunksError,
+    UnknownChunksError,
+    UnsupportedInfluenceModeException,
+)
+
+T, N = 11, 14
+generator = np.random.default_rng(1)
+X_TEST, Y_TEST = generator.random((T, FEATURES), dtype=np.float32), generator.random(T, dtype=np.float32)
+X, Y = generator.random((N, FEATURES), dtype=np.float32), generator.random(N, dtype=np.float32)
+EXPECTED = (X_TEST * Y_TEST[:, None]) @ (X * Y[:, None]).T
+EXPECTED_PERTURBATION = Y[None, :, None] * (X_TEST * Y_TEST[:, None])[:, None, :]
+ROW_BYTES = 4 * (FEATURES + 4)
+"""A row of factors, and what goes with it in a region against 4 training examples."""
+
+
+def pair(x: np.ndarray, y: np.ndarray, chunk: int) -> tuple[da.Array, da.Array]:
+    return da.from_array(x, chunks=(chunk, -1)), da.from_array(y, chunks=chunk)
+
+
+def test_side(chunk: int = 3) -> tuple[da.Array, da.Array]:
+    return pair(X_TEST, Y_TEST, chunk)
+
+
+def train_side(chunk: int = 4) -> tuple[da.Array, da.Array]:
+    return pair(X, Y, chunk)
+
+
+test_side.__test__ = False  # type: ignore[attr-defined]  # a helper with the words of the subject
+
+
+def local(model: CountingModel, group_bytes: int | None = None) -> DaskInfluenceCalculator:
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), DisableClientSingleThreadCheck)
+    if group_bytes is not None:
+        calculator.group_bytes = group_bytes
+    return calculator
+
+
+def computed(array: da.Array) -> Any:
+    return array.compute(scheduler="synchronous")
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Two worker processes with one thread each."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+class TestHowOftenItWorks:
+    def test_building_a_graph_computes_nothing(self):
+        model = CountingModel()
+        calculator = local(model)
+        calculator.influence_factors(*test_side())
+        calculator.influences(*test_side(), *train_side())
+        calculator.influences_from_factors(da.ones((T, FEATURES), chunks=(3, -1)), *train_side())
+        assert not model.calls
+
+    @pytest.mark.parametrize(
+        ("group_bytes", "groups"), [(None, 1), (6 * ROW_BYTES, 2), (3 * ROW_BYTES, 4), (1, 4)]
+    )
+    def test_factors_once_per_test_chunk_and_a_training_chunk_once_per_group(
+        self, group_bytes: int | None, groups: int
+    ):
+        model = CountingModel()
+        influences = local(model, group_bytes).influences(*test_side(), *train_side())
+        assert np.allclose(computed(influences), EXPECTED)
+        assert model.calls == {"factors": 4, "scores": groups * 4}
+
+    def test_a_chunk_larger_than_the_limit_is_a_group_of_its_own(self):
+        model = CountingModel()
+        computed(local(model, 4 * ROW_BYTES).influences(*pair(X_TEST, Y_TEST, 6), *train_side()))
+        assert sorted(set(model.rows_per_score)) == [5, 6]
+
+    def test_the_feature_dimensions_of_a_perturbation_count_for_the_group(self):
+        model = CountingModel()
+        influences = local(model, 6 * ROW_BYTES).influences(
+            *test_side(), *train_side(), mode=InfluenceMode.Perturbation
+        )
+        assert np.allclose(computed(influences), EXPECTED_PERTURBATION)
+        assert max(model.rows_per_score) == 3
+
+    def test_without_training_side_each_test_chunk_is_solved_once_and_is_the_training_side(self):
+        model = CountingModel()
+        influences = local(model).influences(*test_side())
+        gradients = X_TEST * Y_TEST[:, None]
+        assert np.allclose(computed(influences), gradients @ gradients.T)
+        assert influences.chunks == ((3, 3, 3, 2), (3, 3, 3, 2))
+        assert model.calls == {"factors": 4, "scores": 4}
+
+    def test_a_slice_of_the_result_computes_only_the_groups_it_touches(self):
+        model = CountingModel()
+        influences = local(model, 3 * ROW_BYTES).influences(*test_side(), *train_side())
+        computed(influences[:2, :3])
+        assert model.calls == {"factors": 1, "scores": 1}
+
+
+class TestWhatItReturns:
+    @pytest.mark.parametrize("group_bytes", [None, 6 * ROW_BYTES])
+    def test_the_output_has_the_inputs_chunks_along_both_axes(self, group_bytes: int | None):
+        calculator = local(CountingModel(), group_bytes)
+        up = calculator.influences(*test_side(), *train_side())
+        assert up.chunks == ((3, 3, 3, 2), (4, 4, 4, 2))
+        perturbation = calculator.influences(*test_side(), *train_side(), mode=InfluenceMode.Perturbation)
+        assert perturbation.chunks == ((3, 3, 3, 2), (4, 4, 4, 2), (FEATURES,))
+        for array in (up, perturbation):
+            for index in np.ndindex(*array.numblocks):
+                block = array.blocks[index]
+                assert computed(block).shape == block.shape
+
+    @pytest.mark.parametrize(("test_chunk", "train_chunk"), [(1, 1), (2, 5), (11, 14), (7, 3)])
+    def test_chunk_sizes_do_not_matter(self, test_chunk: int, train_chunk: int):
+        calculator = local(CountingModel(), 5 * ROW_BYTES)
+        sides = *pair(X_TEST, Y_TEST, test_chunk), *pair(X, Y, train_chunk)
+        assert np.allclose(computed(calculator.influences(*sides)), EXPECTED)
+        moved = calculator.influences(*sides, mode=InfluenceMode.Perturbation)
+        assert np.allclose(computed(moved), EXPECTED_PERTURBATION)
+
+    def test_token_ids_give_scores_with_fractions(self):
+        """Mistake 5: an output declared with x's dtype."""
+        tokens = da.from_array(np.arange(T * FEATURES).reshape(T, FEATURES), chunks=(3, -1))
+        influences = local(CountingModel()).influences(tokens, test_side()[1], tokens, test_side()[1])
+        values = computed(influences)
+        assert influences.dtype == values.dtype == np.float32
+        assert (values != values.round()).any()
+
+    def test_labels_of_one_dimension_survive_chunks_of_one_example(self):
+        """Mistake 6: labels squeezed to zero dimensions."""
+        factors = local(CountingModel()).influence_factors(*pair(X_TEST, Y_TEST, 1))
+        assert np.allclose(computed(factors), X_TEST * Y_TEST[:, None])
+
+    def test_influences_from_factors_take_the_factors_dtype(self):
+        factors = da.from_array((X_TEST * Y_TEST[:, None]).astype(np.float64), chunks=(3, -1))
+        influences = local(CountingModel(), 6 * ROW_BYTES).influences_from_factors(
+            factors.astype(np.float32), *train_side()
+        )
+        assert influences.dtype == np.float32
+        assert np.allclose(computed(influences), EXPECTED)
+
+    def test_empty_chunks_are_empty_rows_and_columns(self):
+        x_test, y_test = (
+            da.from_array(X_TEST, chunks=((3, 0, 8), -1)),
+            da.from_array(Y_TEST, chunks=((3, 0, 8),)),
+        )
+        x, y = da.from_array(X, chunks=((0, 14), -1)), da.from_array(Y, chunks=((0, 14),))
+        influences = local(CountingModel()).influences(x_test, y_test, x, y)
+        assert np.allclose(computed(influences), EXPECTED)
+
+    def test_n_parameters_are_the_models(self):
+        assert local(CountingModel()).n_parameters == FEATURES
+
+
+class TestOnACluster:
+    def test_the_result_is_that_of_this_process_and_writes_itself_in_parallel(self, client: Client, tmp_path):
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        calculator.group_bytes = 6 * ROW_BYTES
+        for mode, expected in (
+            (InfluenceMode.Up, EXPECTED),
+            (InfluenceMode.Perturbation, EXPECTED_PERTURBATION),
+        ):
+            influences = calculator.influences(*test_side(), *train_side(), mode=mode)
+            assert np.allclose(influences.compute(), expected)
+        url = str(tmp_path / "influences.zarr")
+        calculator.influences(*test_side(), *train_side()).rechunk((3, 4)).to_zarr(url)
+        assert np.allclose(da.from_zarr(url).compute(), EXPECTED)
+
+    def test_the_graph_does_not_hold_the_model(self, client: Client):
+        model = CountingModel(ballast=10**6)
+        calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+        influences = calculator.influences(*test_side(1), *train_side(1))
+        assert len(pickle.dumps(dict(influences.dask))) < model.ballast.nbytes / 10
+        assert np.allclose(influences.compute(), EXPECTED)
+
+    def test_a_model_that_changed_is_sent_again(self, client: Client):
+        model = CountingModel()
+        calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+        before = calculator.influence_factors(*test_side())
+        again = calculator.influence_factors(*test_side())
+        assert before.name == again.name
+        model.scale, model.revision = 2.0, model.revision + 1
+        after = calculator.influence_factors(*test_side())
+        assert np.allclose(2 * before.compute(), after.compute())
+
+    def test_workers_that_share_a_process_do_not_enter_the_model_together(self):
+        class Entered(CountingModel):
+            inside = 0
+            most = 0
+
+            def _influence_factors(self, x: Any, y: Any) -> Any:
+                type(self).inside += 1
+                type(self).most = max(self.most, self.inside)
+                for _ in range(200):
+                    factors = super()._influence_factors(x, y)
+                type(self).inside -= 1
+                return factors
+
+        with Client(
+            n_workers=3, threads_per_worker=1, processes=False, dashboard_address=None, set_as_default=False
+        ) as threads:
+            calculator = DaskInfluenceCalculator(Entered(), TorchNumpyConverter(), threads)
+            threads.compute(calculator.influence_factors(*test_side(1))).result()
+        assert Entered.most == 1
+
+    def test_workers_with_several_threads_are_refused_unless_the_model_is_thread_safe(self):
+        with Client(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, set_as_default=False
+        ) as threads:
+            with pytest.raises(ThreadSafetyViolationError, match="threads_per_worker=1"):
+                DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), threads)
+            safe = DaskInfluenceCalculator(CountingModel(is_thread_safe=True), TorchNumpyConverter(), threads)
+            values = threads.compute(safe.influences(*test_side(), *train_side())).result()
+        assert np.allclose(values, EXPECTED)
+
+    def test_with_the_check_disabled_no_client_is_called(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ):
+        def refuse(*_: Any, **__: Any) -> None:
+            raise AssertionError("the client was called")
+
+        for name in ("scatter", "scheduler_info", "submit", "compute", "get", "map"):
+            monkeypatch.setattr(client, name, refuse)
+        assert np.allclose(computed(local(CountingModel()).influences(*test_side(), *train_side())), EXPECTED)
+
+    def test_no_global_configuration_is_changed(self, client: Client):
+        before = dask.config.collect(), dict(dask.config.config), dict(np.geterr())
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        calculator.influences(*test_side(), *train_side()).compute()
+        assert (dask.config.collect(), dict(dask.config.config), dict(np.geterr())) == before
+
+
+class TestWhatItRefusesWhenTheGraphIsBuilt:
+    @pytest.fixture
+    def calculator(self) -> DaskInfluenceCalculator:
+        return local(CountingModel())
+
+    def test_another_client(self):
+        with pytest.raises(ValueError, match=r"client: expected a distributed\.Client"):
+            DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), "tcp://scheduler:8786")  # type: ignore[arg-type]
+
+    def test_a_model_that_is_not_fitted_until_it_is(self):
+        model = CountingModel(is_fitted=False)
+        calculator = local(model)
+        with pytest.raises(NotFittedException, match=r"fit\(training_data\)"):
+            calculator.influences(*test_side(), *train_side())
+        model.fit([])
+        assert np.allclose(computed(calculator.influences(*test_side(), *train_side())), EXPECTED)
+
+    def test_x_and_y_in_other_chunks(self, calculator: DaskInfluenceCalculator):
+        x, y = train_side()
+        for call in (
+            lambda: calculator.influence_factors(x, y.rechunk(5)),
+            lambda: calculator.influences(x, y.rechunk(5)),
+            lambda: calculator.influences(*test_side(), x, y.rechunk(5)),
+            lambda: calculator.influences_from_factors(da.ones((T, FEATURES)), x, y.rechunk(5)),
+        ):
+            with pytest.raises(UnalignedChunksError, match="rechunk"):
+                call()
+
+    def test_chunked_features(self, calculator: DaskInfluenceCalculator):
+        x, y = train_side()
+        cut = x.rechunk((4, 2))
+        factors = da.ones((T, FEATURES), chunks=(3, 2))
+        for call in (
+            lambda: calculator.influence_factors(cut, y),
+            lambda: calculator.influences(cut, y),
+            lambda: calculator.influences(*test_side(), cut, y),
+            lambda: calculator.influences_from_factors(factors, x, y),
+        ):
+            with pytest.raises(InvalidDimensionChunksError, match="but the first"):
+                call()
+
+    def test_chunks_of_unknown_size(self, calculator: DaskInfluenceCalculator):
+        x, y = train_side()
+        kept = y > 0.5
+        with pytest.raises(UnknownChunksError, match=r"x\.compute_chunk_sizes"):
+            calculator.influence_factors(x[kept], y[kept])
+
+    @pytest.mark.parametrize(("missing", "given"), [("x", "y"), ("y", "x")])
+    def test_one_of_x_and_y_without_the_other(
+        self, calculator: DaskInfluenceCalculator, missing: str, given: str
+    ):
+        side = dict(zip("xy", train_side(), strict=True))
+        with pytest.raises(ValueError, match=f"{missing}: expected it beside {given}"):
+            calculator.influences(*test_side(), **{given: side[given]})
+
+    @pytest.mark.parametrize("call", ["influences", "influences_from_factors"])
+    def test_an_unknown_mode(self, calculator: DaskInfluenceCalculator, call: str):
+        left = test_side() if call == "influences" else (da.ones((T, FEATURES), chunks=(3, -1)),)
+        with pytest.raises(UnsupportedInfluenceModeException, match="'sideways'"):
+            getattr(calculator, call)(*left, *train_side(), mode="sideways")
+
+    def test_factors_without_a_training_side(self, calculator: DaskInfluenceCalculator):
+        factors = da.ones((T, FEATURES), chunks=(3, -1))
+        with pytest.raises(ValueError, match="x and y: expected the training examples"):
+            calculator.influences_from_factors(factors, None, None)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        "factors", [da.ones((T, FEATURES + 1)), da.ones(T), da.ones((T, FEATURES), dtype=int)]
+    )
+    def test_factors_of_another_shape_or_dtype(self, calculator: DaskInfluenceCalculator, factors: da.Array):
+        with pytest.raises(ValueError, match="z_test_factors: expected"):
+            calculator.influences_from_factors(factors, *train_side())
+
+    def test_perturbing_token_ids(self, calculator: DaskInfluenceCalculator):
+        tokens = da.ones((N, FEATURES), chunks=(4, -1), dtype=np.int64)
+        with pytest.raises(ValueError, match="x: expected floats in mode perturbation"):
+            calculator.influences(*test_side(), tokens, train_side()[1], mode=InfluenceMode.Perturbation)
