@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,6 +42,7 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     from influence_job.plan import make_plan
     from influence_job.worker.loading import measure_job
 
+    sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
     sizes = measure_job(job.spec)
     made = make_plan(job.spec, build(job.spec.method), sizes)
     if as_json:

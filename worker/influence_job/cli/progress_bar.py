@@ -27,7 +27,7 @@ class ProgressBar:
         self._lock = threading.Lock()
         self._rows: dict[int, TaskID] = {}
         self._warned: set[str] = set()
-        self._plain_stage, self._plain_time = -1, 0.0
+        self._told, self._told_at = 0, time.monotonic()
         self._rich = RichProgress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=24),
@@ -85,20 +85,16 @@ class ProgressBar:
                 )
 
     def _print(self, progress: Progress) -> None:
-        """A line when a stage begins, and then every `PLAIN_SECONDS`."""
-        present, now = len(progress.stages) - 1, time.monotonic()
-        for index in range(max(0, self._plain_stage), present):
-            self._console.print(Text(f"{progress.stages[index].name}: {_ended(progress.stages[index])}"))
-        if present != self._plain_stage:
-            self._plain_stage, self._plain_time = present, now
-        elif now - self._plain_time >= PLAIN_SECONDS:
-            self._plain_time = now
-            self._console.print(
-                Text(f"{progress.stages[present].name}: {describe(progress)}"), soft_wrap=True
-            )
-        if progress.finished and progress.stages[present].end is not None:
-            self._plain_stage = len(progress.stages)
-            self._console.print(Text(f"{progress.stages[present].name}: {_ended(progress.stages[present])}"))
+        """A line for each stage that ended, and one every `PLAIN_SECONDS` for the present one."""
+        ended = [stage for stage in progress.stages if stage.end is not None]
+        for stage in ended[self._told :]:
+            self._console.print(Text(f"{stage.name}: {_ended(stage)}"))
+        now = time.monotonic()
+        if len(ended) > self._told:
+            self._told, self._told_at = len(ended), now
+        elif len(ended) < len(progress.stages) and now - self._told_at >= PLAIN_SECONDS:
+            self._told_at = now
+            self._console.print(Text(f"{progress.stage}: {describe(progress)}"), soft_wrap=True)
 
 
 def describe(progress: Progress) -> str:
