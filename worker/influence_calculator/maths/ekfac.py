@@ -1,0 +1,166 @@
+"""EK-FAC: the Gauss-Newton matrix of each layer, diagonal in the eigenbasis of two small covariances.
+
+    A = (1/NS) Σ ã ãᵀ      G = (1/N) Σ E[g gᵀ]      over examples and tokens, ã = [a, 1] with a bias
+    Λ = (1/N) Σ_n E[(Q_Gᵀ (Σ_s g ãᵀ) Q_A)²]          per example, tokens summed before squaring
+    (H + λI)^-1 V = Q_G ( (Q_Gᵀ V Q_A) / (Λ + λ) ) Q_Aᵀ
+
+Two passes over the training data: `covariance` leaves the eigenvectors and eigenvalues of A and G,
+`correction` the eigenvalues Λ. Without the second, `Λ = λ_G λ_Aᵀ` (KFAC).
+
+Shapes: N training examples, S tokens per example, i inputs, o outputs, j = i + 1 with a bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from influence_calculator.maths.blocks import (
+    Regularization,
+    block_regularization,
+    check_coverage,
+    checked_regularization,
+)
+from influence_calculator.maths.capture import supported_layers
+from influence_calculator.maths.ekfac_footprint import ekfac_footprint
+from influence_calculator.maths.ekfac_passes import (
+    CORRECTION,
+    COVARIANCE,
+    CorrectionPass,
+    CovariancePass,
+    basis_of,
+    matrix_shape,
+    uncaptured_blocks,
+)
+from influence_calculator.maths.errors import UnsupportedModelError
+from influence_calculator.maths.expectation import Expectation, OutputExpectation
+from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted, fitted_tensor
+from influence_calculator.maths.kronecker import DiagonalSolver, KroneckerSolver
+from influence_calculator.maths.layers import LayerSpec
+from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
+from influence_calculator.maths.objective import Objective, TrainingData
+from influence_calculator.maths.shapes import ModelShapes
+
+
+class Unsupported(StrEnum):
+    """What becomes of tracked parameters of layers that EK-FAC cannot treat."""
+
+    REFUSE = "refuse"
+    """An error that names them."""
+    DIAGONAL = "diagonal"
+    """`Λ = (1/N) Σ E[g²]`, one block per module."""
+    EXCLUDE = "exclude"
+    """They have no place in the layout and contribute 0."""
+
+
+@dataclass(frozen=True)
+class Ekfac(Method):
+    """Gauss-Newton influence with one block per layer, named as the module."""
+
+    regularization: Regularization | None = 0.0
+    """λ ≥ 0: a number, one per layer, or `Relative(c)`. None is 0."""
+    update_diagonal: bool = True
+    """Whether a second pass corrects the eigenvalues (EK-FAC); else KFAC's products are taken."""
+    expectation: Expectation | str = Expectation.SAMPLED
+    samples: int = 1
+    """Draws per training example, at least 1; sampled only."""
+    seed: int = 0
+    """Of the draws."""
+    unsupported: Unsupported | str = Unsupported.REFUSE
+
+    needs_data = False
+
+    def __post_init__(self) -> None:
+        checked_regularization(self.regularization)
+        _refuse_other("expectation", Expectation, self.expectation)
+        _refuse_other("unsupported", Unsupported, self.unsupported)
+        if self.samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {self.samples}; 1 is the usual choice")
+
+    def layout(self, objective: Objective) -> Layout:
+        block_of = {name: layer.name for layer in supported_layers(objective) for name in layer.parameters}
+        for block, names in uncaptured_blocks(objective).items():
+            match Unsupported(self.unsupported):
+                case Unsupported.REFUSE:
+                    raise _refused(objective)
+                case Unsupported.DIAGONAL:
+                    block_of |= dict.fromkeys(names, block)
+                case Unsupported.EXCLUDE:
+                    pass
+        structure: dict[str, tuple[str, ...]] = {}
+        for name in objective.names:
+            if name in block_of:
+                structure[block_of[name]] = (*structure.get(block_of[name], ()), name)
+        if not structure:
+            raise UnsupportedModelError(
+                "model: expected at least one tracked Linear or Conv2d layer, got none; unfreeze one, "
+                "or take another method"
+            )
+        check_coverage(checked_regularization(self.regularization), tuple(structure))
+        shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
+        return Layout.of(shapes, structure)
+
+    def passes(self) -> tuple[FitPass, ...]:
+        expectation = OutputExpectation(Expectation(self.expectation), self.samples, self.seed)
+        diagonal = Unsupported(self.unsupported) is Unsupported.DIAGONAL
+        covariance = CovariancePass(expectation, diagonal)
+        return (covariance, CorrectionPass(expectation)) if self.update_diagonal else (covariance,)
+
+    @override
+    def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
+        layout = self.layout(objective)
+        layers = {layer.name: layer for layer in supported_layers(objective)}
+        solvers: dict[str, BlockSolver] = {}
+        for block, width in layout.widths.items():
+            if block in layers:
+                solvers[block] = self._layer_solver(objective, layers[block], state)
+            else:
+                diagonal = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,)).to(objective.device)
+                solvers[block] = DiagonalSolver(block, diagonal, self._λ(block, diagonal))
+        return BlockwiseFitted(layout, objective, solvers)
+
+    def _layer_solver(self, objective: Objective, layer: LayerSpec, state: FitState) -> KroneckerSolver:
+        o, j = matrix_shape(objective, layer)
+        if self.update_diagonal:
+            eigenvalues = fitted_tensor(state, CORRECTION, layer.name, "eigenvalues", (o, j))
+        else:
+            λ_A = fitted_tensor(state, COVARIANCE, layer.name, "input_values", (j,))
+            λ_G = fitted_tensor(state, COVARIANCE, layer.name, "output_values", (o,))
+            eigenvalues = torch.outer(λ_G, λ_A)
+        eigenvalues = eigenvalues.to(objective.device)
+        basis = basis_of(objective, layer, state)
+        return KroneckerSolver(layer, basis, eigenvalues, self._λ(layer.name, eigenvalues))
+
+    def _λ(self, block: str, eigenvalues: Tensor) -> float:
+        trace = float(eigenvalues.sum())
+        regularization = checked_regularization(self.regularization)
+        return block_regularization(regularization, block, trace, eigenvalues.numel())
+
+    def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
+        diagonal = Unsupported(self.unsupported) is Unsupported.DIAGONAL
+        return ekfac_footprint(shapes, micro_batch, rows, self.update_diagonal, diagonal)
+
+
+def _refused(objective: Objective) -> UnsupportedModelError:
+    named = [
+        f"{name} ({type(objective.model.get_submodule(block)).__name__})"
+        for block, names in uncaptured_blocks(objective).items()
+        for name in names
+    ]
+    return UnsupportedModelError(
+        f"model: EK-FAC treats Linear and Conv2d layers (groups=1, zero padding) whose parameters no other "
+        f"module shares, got {', '.join(named)}; take unsupported='diagonal' or 'exclude', or freeze them "
+        "(requires_grad_(False))"
+    )
+
+
+def _refuse_other(field: str, kind: type[StrEnum], value: str) -> None:
+    if value not in list(kind):
+        raise ValueError(
+            f"{field}: expected one of {', '.join(kind)}, got {value!r}; the first is the default"
+        )

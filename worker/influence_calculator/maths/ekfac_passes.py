@@ -1,0 +1,250 @@
+"""The two passes of EK-FAC over the training data: sums of products, then of squared projections.
+
+Each batch costs one forward pass and, per pseudo-gradient, one backward pass that forms no weight
+gradient. The sums stay on the model's device, in float32 for half precision.
+
+Shapes: N training examples, n of a batch, S tokens per example, o outputs, j = i + 1 with a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from influence_calculator.maths.capture import CapturedLayer, float_leaves, record, supported_layers
+from influence_calculator.maths.errors import NotFiniteError
+from influence_calculator.maths.expectation import OutputExpectation
+from influence_calculator.maths.gradient_methods import fitted_tensor
+from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
+from influence_calculator.maths.kronecker import (
+    Basis,
+    add_products,
+    add_squared_products,
+    eigenbasis,
+    extended_activations,
+)
+from influence_calculator.maths.layers import LayerSpec
+from influence_calculator.maths.method import FitPass, FitState, Sums
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective
+
+COVARIANCE = "covariance"
+CORRECTION = "correction"
+
+DiagonalBlocks = Mapping[str, tuple[str, ...]]
+"""Block -> its parameters, of those that no Kronecker product describes."""
+
+
+@dataclass(frozen=True)
+class CovariancePass(FitPass):
+    """Leaves `Q_A`, `Q_G` and their eigenvalues of each layer, `Λ` of each diagonal block."""
+
+    expectation: OutputExpectation
+    diagonal: bool
+    """Whether parameters outside of supported layers get a diagonal."""
+
+    name = COVARIANCE
+
+    def units(self, objective: Objective) -> tuple[str, ...]:
+        layers = tuple(layer.name for layer in supported_layers(objective))
+        return layers + tuple(self._diagonal_blocks(objective))
+
+    def _diagonal_blocks(self, objective: Objective) -> DiagonalBlocks:
+        return uncaptured_blocks(objective) if self.diagonal else {}
+
+    @override
+    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+        layers = supported_layers(objective)
+        blocks = self._diagonal_blocks(objective)
+        sums: Sums = {layer.name: _zero_covariances(objective, layer) for layer in layers}
+        sums |= {block: {"squares": _zero_diagonal(objective, names)} for block, names in blocks.items()}
+        for backward in backward_passes(objective, layers, batches, self.expectation):
+            for layer in backward.layers:
+                _add_covariances(sums[layer.spec.name], layer, backward.first)
+            if blocks:
+                _add_squares(sums, blocks, objective, backward)
+        return sums
+
+    @override
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        if "squares" in sums:
+            return {"diagonal": sums["squares"] / length}
+        A = sums["activations"] / sums["tokens"].to(sums["activations"].dtype)
+        G = sums["gradients"] / length
+        λ_A, Q_A = eigenbasis(A, f"layer {unit!r}, inputs")
+        λ_G, Q_G = eigenbasis(G, f"layer {unit!r}, output gradients")
+        return {
+            "input_values": λ_A,
+            "input_vectors": Q_A,
+            "output_values": λ_G,
+            "output_vectors": Q_G,
+        }
+
+
+@dataclass(frozen=True)
+class CorrectionPass(FitPass):
+    """Leaves `Λ` of each layer in the basis of the covariance pass."""
+
+    expectation: OutputExpectation
+
+    name = CORRECTION
+
+    def units(self, objective: Objective) -> tuple[str, ...]:
+        return tuple(layer.name for layer in supported_layers(objective))
+
+    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+        layers = supported_layers(objective)
+        bases = {layer.name: basis_of(objective, layer, state) for layer in layers}
+        sums = {name: {"squares": _zero_squares(basis)} for name, basis in bases.items()}
+        for backward in backward_passes(objective, layers, batches, self.expectation):
+            for layer in backward.layers:
+                basis = bases[layer.spec.name]
+                a = extended_activations(layer, basis.inputs.dtype) @ basis.inputs
+                g = layer.gradients.to(basis.outputs.dtype) @ basis.outputs
+                add_squared_products(sums[layer.spec.name]["squares"], g, a)
+        return sums
+
+    @override
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        return {"eigenvalues": sums["squares"] / length}
+
+
+def uncaptured_blocks(objective: Objective) -> dict[str, tuple[str, ...]]:
+    """Module -> its tracked parameters that hooks do not capture."""
+    captured = {name for layer in supported_layers(objective) for name in layer.parameters}
+    blocks: dict[str, tuple[str, ...]] = {}
+    for name in objective.names:
+        if name not in captured:
+            module = name.rpartition(".")[0]
+            blocks[module] = (*blocks.get(module, ()), name)
+    return blocks
+
+
+def matrix_shape(objective: Objective, layer: LayerSpec) -> tuple[int, int]:
+    """`(o, j)` of a layer's tracked part."""
+    weight = objective.model.get_submodule(layer.name).get_parameter("weight")
+    o, i = weight.flatten(1).shape
+    return o, (i if layer.weight is not None else 0) + (1 if layer.bias is not None else 0)
+
+
+def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:
+    """A layer's eigenvectors, from the state of the covariance pass."""
+    o, j = matrix_shape(objective, layer)
+    inputs = fitted_tensor(state, COVARIANCE, layer.name, "input_vectors", (j, j))
+    outputs = fitted_tensor(state, COVARIANCE, layer.name, "output_vectors", (o, o))
+    return Basis(inputs.to(objective.device), outputs.to(objective.device))
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """One backward pass from one pseudo-gradient of one batch."""
+
+    batch: Batch
+    first: bool
+    """Whether it is the batch's first: what depends on the forward pass alone is added once."""
+    pseudo_gradients: list[Tensor]
+    layers: Iterator[CapturedLayer]
+    """To be read through before the next backward pass."""
+
+
+def backward_passes(
+    objective: Objective,
+    layers: tuple[LayerSpec, ...],
+    batches: Iterable[IndexedBatch],
+    expectation: OutputExpectation,
+) -> Iterator[BackwardPass]:
+    """Backward passes over batches in order.
+
+    Raises:
+        NotFiniteError: naming the first training example whose outputs or loss are not finite; after
+            the last batch, so that the device is waited for once.
+    """
+    seen: list[tuple[int, Tensor]] = []
+    for indexed in batches:
+        recording = record(objective, indexed.batch, layers)
+        pseudo = expectation.pseudo_gradients(objective, recording.outputs, indexed)
+        leaves = float_leaves(recording.outputs)
+        for k in range(pseudo.count):
+            v = pseudo.at(k)
+            if k == 0:
+                finite = torch.stack([piece.flatten(1).isfinite().all(1) for piece in v]).all(0)
+                seen.append((indexed.start, finite))
+            captured = recording.backward(leaves, v, keep=k + 1 < pseudo.count)
+            yield BackwardPass(indexed.batch, k == 0, v, captured)
+    _refuse_not_finite(seen)
+
+
+def _refuse_not_finite(seen: list[tuple[int, Tensor]]) -> None:
+    if not seen or bool(torch.stack([finite.all() for _, finite in seen]).all()):
+        return
+    start, finite = next((start, finite) for start, finite in seen if not finite.all())
+    index = start + int((~finite).nonzero()[0])
+    raise NotFiniteError(
+        f"training example {index}: expected finite outputs and a finite loss, got NaN or infinity; "
+        "correct or remove the example"
+    )
+
+
+def _zero_covariances(objective: Objective, layer: LayerSpec) -> dict[str, Tensor]:
+    o, j = matrix_shape(objective, layer)
+    return {
+        "activations": _zeros(objective, j, j),
+        "gradients": _zeros(objective, o, o),
+        "tokens": torch.zeros((), dtype=torch.float64),
+    }
+
+
+def _zero_diagonal(objective: Objective, names: tuple[str, ...]) -> Tensor:
+    parameters = objective.parameters()
+    return _zeros(objective, sum(parameters[name].numel() for name in names))
+
+
+def _zeros(objective: Objective, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=accumulation_dtype(objective.dtype), device=objective.device)
+
+
+def _zero_squares(basis: Basis) -> Tensor:
+    return basis.inputs.new_zeros(basis.outputs.shape[0], basis.inputs.shape[0])
+
+
+def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool) -> None:
+    dtype = sums["gradients"].dtype
+    add_products(sums["gradients"], layer.gradients.to(dtype))
+    if first:
+        a = extended_activations(layer, dtype)
+        add_products(sums["activations"], a)
+        sums["tokens"] += a.shape[0] * a.shape[1]
+
+
+def _add_squares(sums: Sums, blocks: DiagonalBlocks, objective: Objective, backward: BackwardPass) -> None:
+    names = tuple(name for own in blocks.values() for name in own)
+    linear = Objective(objective.model, _inner_product, _ForwardFirst(objective), names)
+    batch = (backward.batch, tuple(backward.pseudo_gradients))
+    gradients = dict(vmapped_gradients(linear, batch, names))
+    for block, own in blocks.items():
+        squares = torch.cat([gradients.pop(name).square().sum(0) for name in own])
+        sums[block]["squares"].add_(squares)
+
+
+@dataclass(frozen=True)
+class _ForwardFirst:
+    """The outputs for batches that carry pseudo-gradients behind the examples."""
+
+    objective: Objective
+
+    def __call__(self, model: Any, batch: Batch) -> Any:
+        return self.objective.forward(model, batch[0])
+
+
+def _inner_product(outputs: Any, batch: Batch) -> Tensor:
+    """`⟨v, f⟩`, whose gradient is `Jᵀ v`."""
+    products = [(v * f).sum() for v, f in zip(batch[1], float_leaves(outputs), strict=True)]
+    return torch.stack(products).sum()
