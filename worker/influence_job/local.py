@@ -34,6 +34,8 @@ SETTINGS = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
     "distributed.comm.timeouts.connect": "60s",
+    # All workers import torch while they start, side by side, instead of each with its first task.
+    "distributed.worker.preload": ["influence_job.worker.loading"],
 }
 
 
