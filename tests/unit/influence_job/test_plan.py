@@ -61,7 +61,7 @@ class Linear(Method):
         raise NotImplementedError
 
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
-        row = self.row or shapes.width * shapes.itemsize
+        row = self.row or shapes.width * max(4, shapes.itemsize)
         capture = micro_batch * (shapes.activation_bytes + shapes.example_bytes)
         return Footprint(
             fit=self.state + capture, factors=self.state + rows * row, capture=capture, factor_row=row
@@ -226,6 +226,13 @@ def test_groups_follow_from_the_budget() -> None:
     groups = -(-200 // (rows // 10))
     assert plan.groups == groups == 5
     assert plan.group_rows == 10 * -(-200 // groups)
+
+
+def test_factors_of_a_half_precision_model_are_planned_as_float32() -> None:
+    half = sizes(test=4000, shapes=ModelShapes(**{**vars(sizes().shapes), "itemsize": 2}))
+    method = Linear(row=1 * MIB)
+    single = make_plan(with_memory("2Gi"), method, sizes(test=4000))
+    assert make_plan(with_memory("2Gi"), method, half).groups == single.groups > 1
 
 
 def test_a_bfloat16_factor_halves_the_groups() -> None:

@@ -119,7 +119,7 @@ def _table(job: InfluenceJob, sizes: Sizes, plan: Plan) -> Table:
     rate = cost.GFLOPS[job.spec.resolved_device]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("stage")
-    for title in ("device", "host", "in the store", "GFLOP", f"time, {workers} × {rate:g} GFLOP/s"):
+    for title in ("device", "host", "in the store, at most", "GFLOP", f"time, {workers} × {rate:g} GFLOP/s"):
         table.add_column(title, justify="right")
     for name, stage in plan.memory.items():
         amounts = (

@@ -55,7 +55,8 @@ def factor_copies(spec: InfluenceJobSpec) -> int:
 def factor_row_bytes(spec: InfluenceJobSpec, footprint: Footprint, shapes: ModelShapes, itemsize: int) -> int:
     """One test example's factors on the device: `itemsize` bytes a number, unless `factorDtype` says less."""
     wanted = 2 if spec.factor_dtype is FactorDtype.BFLOAT16 else itemsize
-    return -(-footprint.factor_row * wanted // shapes.itemsize)
+    # Methods keep half precision as float32.
+    return -(-footprint.factor_row * wanted // max(4, shapes.itemsize))
 
 
 def choose_micro_batch(spec: InfluenceJobSpec, method: Method, shapes: ModelShapes, *, fits: bool) -> int:
