@@ -58,9 +58,9 @@ def block_layout(objective: Objective, structure: BlockStructure) -> Layout:
             "model: expected at least one parameter that requires grad, got none; "
             "unfreeze the parameters whose influence you ask for"
         )
-    if isinstance(structure, Mapping):
-        _refuse_untracked(objective.model, tuple(shapes), structure)
-    return Layout.of(shapes, names_of_blocks(tuple(shapes), structure))
+    names = names_of_blocks(tuple(shapes), structure)
+    _refuse_untracked(objective.model, tuple(shapes), names)
+    return Layout.of(shapes, names)
 
 
 def names_of_blocks(tracked: tuple[str, ...], structure: BlockStructure) -> dict[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.capture import captured_gradients, uncaptured_parameters
@@ -44,7 +45,9 @@ def vmapped_gradients(
     own = objective.parameters()
     parameters = {name: own[name] for name in names}
     try:
-        gradients = vmap(grad(objective.example_loss), in_dims=(None, 0))(parameters, batch)
+        # Attention by its formula: other kernels are not vmapped but looped over.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = vmap(grad(objective.example_loss), in_dims=(None, 0))(parameters, batch)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
