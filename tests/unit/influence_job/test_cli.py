@@ -408,7 +408,8 @@ def test_show_reads_top_lists_without_the_matrix(tmp_path: Path, capsys: pytest.
     assert "with torch 2.9, zarr 3.1; job uid-1" in text
     assert "3 converged, 1 max iterations" in text
     assert "test 1: label 1, predicted 7" in text
-    assert "train 1 +4 label 1 train 0 -5 label 0" in text
+    assert "helps score label harms score label" in text
+    assert "#1 +4 1 #0 -5 0" in text
     assert "about score / 4" in text
 
 

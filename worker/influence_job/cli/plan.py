@@ -73,15 +73,17 @@ def as_document(job: InfluenceJob, sizes: Sizes, plan: Plan) -> dict[str, Any]:
 
 def draw(job: InfluenceJob, sizes: Sizes, plan: Plan, console: Console) -> None:
     """The plan as a person reads it."""
-    from influence_job.plan import device_budget
+    from influence_job.plan import cost, device_budget
 
+    device, workers = job.spec.resolved_device, job.spec.workers.replicas
     for line in _lines(job, sizes, plan):
         console.print(escape(line), soft_wrap=True)
     console.print()
     console.print(_table(job, sizes, plan))
     console.print(
-        f"Memory above an idle worker; the budget on {job.spec.resolved_device} is "
-        f"{in_words(device_budget(job.spec))}.",
+        f"Memory: of one worker, above an idle one; the budget on {device} is "
+        f"{in_words(device_budget(job.spec))}. Store: beside the result. "
+        f"Time: assumes {workers} × {cost.GFLOPS[device]:g} GFLOP/s.",
         soft_wrap=True,
     )
 
@@ -115,11 +117,9 @@ def _table(job: InfluenceJob, sizes: Sizes, plan: Plan) -> Table:
 
     gflop = cost.gflop(job.spec, sizes, plan)
     seconds = cost.seconds(job.spec, gflop)
-    workers = job.spec.workers.replicas
-    rate = cost.GFLOPS[job.spec.resolved_device]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("stage")
-    for title in ("device", "host", "in the store, at most", "GFLOP", f"time, {workers} × {rate:g} GFLOP/s"):
+    for title in ("device", "host", "store, at most", "GFLOP", "time"):
         table.add_column(title, justify="right")
     for name, stage in plan.memory.items():
         amounts = (

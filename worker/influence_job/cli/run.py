@@ -62,10 +62,10 @@ def run(
     influence run job.yaml --json | jq .result.digest      the last progress document
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
     job = read_job(file, device=device, output=output, on_existing=on_existing)
-    if not settings.verbose:
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
     from influence_job.local import run_local
 
+    if not settings.verbose:  # after the import, which sets the level itself
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
     last: list[Progress] = []
     with ProgressBar(sys.stderr) as bar:
 

@@ -17,7 +17,7 @@ from influence_job.spec import Operation
 from influence_job.units import in_words
 
 if TYPE_CHECKING:
-    from influence_job.cli.summary import Coordinates, Ranked, Summary, TestCase
+    from influence_job.cli.summary import Ranked, Summary, TestCase
 
 
 @click.command()
@@ -100,7 +100,7 @@ def draw(summary: Summary, console: Console) -> None:
         train = summary.record["plan"]["train"]
         console.print()
         console.print(
-            "A positive score helps: without that training example the loss would be higher, by about "
+            "A positive score helps: without that training example (#, counted from 0) the loss would be higher, by about "
             f"score / {train}.",
             soft_wrap=True,
         )
@@ -167,25 +167,21 @@ def _how_far(summary: Summary) -> str:
 
 
 def _draw_case(case: TestCase, console: Console) -> None:
-    console.print(escape(f"test {case.test}{_told(case.coordinates, ': ')}"), style="bold")
+    told = ", ".join(f"{name} {value}" for name, value in case.coordinates.items())
+    console.print(escape(f"test {case.test}{': ' if told else ''}{told}"), style="bold")
+    names = list((*case.most_helpful, *case.most_harmful)[0].coordinates) if case.most_helpful else []
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for title in ("helps", "harms"):
-        table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("score", justify="right", no_wrap=True)
-        table.add_column("", min_width=1)
-    rows = max(len(case.most_helpful), len(case.most_harmful))
-    for rank in range(rows):
-        table.add_row(*_cells(case.most_helpful, rank), *_cells(case.most_harmful, rank))
+        for column in (title, "score", *names):
+            table.add_column(escape(column), justify="right", no_wrap=True)
+    for rank in range(max(len(case.most_helpful), len(case.most_harmful))):
+        table.add_row(*_cells(case.most_helpful, rank, names), *_cells(case.most_harmful, rank, names))
     console.print(table)
 
 
-def _cells(ranked: tuple[Ranked, ...], rank: int) -> tuple[str, str, str]:
+def _cells(ranked: tuple[Ranked, ...], rank: int, names: list[str]) -> list[str]:
     if rank >= len(ranked):
-        return "", "", ""
+        return [""] * (2 + len(names))
     example = ranked[rank]
-    return f"train {example.train}", f"{example.score:+.3g}", escape(_told(example.coordinates, ""))
-
-
-def _told(coordinates: Coordinates, before: str) -> str:
-    told = ", ".join(f"{name} {value}" for name, value in coordinates.items())
-    return f"{before}{told}" if told else ""
+    told = [escape(str(example.coordinates[name])) for name in names]
+    return [f"#{example.train}", f"{example.score:+.3g}", *told]
