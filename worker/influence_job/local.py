@@ -6,6 +6,7 @@ is set while it starts, and only there.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -60,6 +61,7 @@ def run_local(
         JobError: with the reason and the exit code.
     """
     sys.path.insert(0, str(Path.cwd()))
+    gc.freeze()  # half of the time that the interpreter takes to exit goes into visiting torch
     identity = JobIdentity.local()
     tracker = ProgressTracker(identity, on_progress)
     count = workers or _default_workers(job)

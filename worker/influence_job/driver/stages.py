@@ -217,10 +217,6 @@ class Stages:
             sample[start : start + RUN_REGIONS].tolist() for start in range(0, len(sample), RUN_REGIONS)
         ]
         self.tracker.start_counting(0, len(sample))
-
-        def note(_: Work, value: list[int]) -> None:
-            bad.extend(value)
-
         works = [
             Work(
                 closing.VERIFY_KIND,
@@ -231,8 +227,7 @@ class Stages:
             )
             for batch in batches
         ]
-        self.submitter.on_value = note
-        self.submitter.run(works)
+        self.submitter.run(works, on_value=bad.extend)
         self.tracker.count(len(sample))
         return sorted(set(bad))
 

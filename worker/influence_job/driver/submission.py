@@ -52,8 +52,6 @@ class Submitter:
     ledger: Ledger
     tracker: ProgressTracker
     stop: threading.Event
-    on_value: Callable[[Work, Any], None] = lambda *_: None
-    """Called with each task's small result."""
     client: Client = field(init=False)
     _strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
     _done: queue.SimpleQueue[Future[Any]] = field(default_factory=queue.SimpleQueue)
@@ -63,8 +61,18 @@ class Submitter:
     def __post_init__(self) -> None:
         self._attach()
 
-    def run(self, works: Iterable[Work], on_row: Callable[[], None] = lambda: None) -> None:
+    def run(
+        self,
+        works: Iterable[Work],
+        on_row: Callable[[], None] = lambda: None,
+        on_value: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         """Runs all of `works`; returns when the ledger holds every row of them, flushed.
+
+        Args:
+            works: the tasks.
+            on_row: called when rows may have come.
+            on_value: called with each task's small result.
 
         Raises:
             JobError: a region failed for good, the scheduler stayed away, or the process is to stop.
@@ -75,7 +83,7 @@ class Submitter:
             while self._fill(source, waiting) or self._flight:
                 self._tick()
                 for future in self._completed():
-                    again = self._settle(future, self._flight.pop(future))
+                    again = self._settle(future, self._flight.pop(future), on_value)
                     if again is not None:
                         waiting.append(again)
                     on_row()
@@ -90,11 +98,7 @@ class Submitter:
         """One task whose value is wanted now; runs again if its worker or scheduler vanishes."""
         answer: list[Any] = []
         work = Work(function.__name__, (0,), function, lambda _: arguments, function.__name__)
-        previous, self.on_value = self.on_value, lambda _, value: answer.append(value)
-        try:
-            self.run([work])
-        finally:
-            self.on_value = previous
+        self.run([work], on_value=answer.append)
         return answer[-1]
 
     def workers(self) -> int:
@@ -150,7 +154,7 @@ class Submitter:
             pass
         return [future for future in ended if future in self._flight]
 
-    def _settle(self, future: Future[Any], work: Work) -> Work | None:
+    def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> Work | None:
         """Takes over what a future brought; the work that is left of it."""
         if future.status == "finished":
             outcome: Outcome = future.result()
@@ -158,7 +162,7 @@ class Submitter:
             if outcome.failure is not None:
                 self._strike(outcome.failure)
             else:
-                self.on_value(work, outcome.value)
+                on_value(outcome.value)
                 return None
         elif future.status == "error":
             self._raised(future, work)

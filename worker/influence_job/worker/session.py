@@ -6,6 +6,7 @@ worker carries a `WorkerContext`, a few kilobytes, and finds the session by the 
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -188,6 +189,8 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
     if spec.precision is Precision.BFLOAT16:
         task.model.to(torch.bfloat16)
     task.model.to(device)
+    # What is imported and loaded stays to the end: no collection, the one at exit included, need visit it.
+    gc.freeze()
     return Session(
         spec=spec,
         device=device,
