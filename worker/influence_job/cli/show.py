@@ -100,8 +100,8 @@ def draw(summary: Summary, console: Console) -> None:
         train = summary.record["plan"]["train"]
         console.print()
         console.print(
-            "A positive score helps: without that training example (#, counted from 0) the loss would be higher, by about "
-            f"score / {train}.",
+            "A positive score helps: without that training example (#, counted from 0) the loss would be "
+            f"higher, by about score / {train}.",
             soft_wrap=True,
         )
 
