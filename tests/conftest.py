@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from faulty_proxy import FaultyProxy, running_proxy
 from gcs import GcsEmulator, running_emulator
 

@@ -115,10 +115,10 @@ class FaultyProxy:
             if faults.every and self._count % faults.every == 0:
                 turn = self._count // faults.every
                 return _with(request, faults.every_statuses[turn % len(faults.every_statuses)], reached=False)
-            if faults.lost_answers and request.action == "PUT":
-                if faults.lost_pattern.search(request.object_name):
-                    faults.lost_answers -= 1
-                    return _with(request, 503, reached=True)
+            is_upload = request.action == "PUT" and faults.lost_pattern.search(request.object_name)
+            if faults.lost_answers and is_upload:
+                faults.lost_answers -= 1
+                return _with(request, 503, reached=True)
             return _with(request, 200, reached=True)
 
     def record(self, request: Request) -> None:
@@ -181,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = handle_any  # noqa: N815
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:

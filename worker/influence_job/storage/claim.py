@@ -112,7 +112,10 @@ def inspect(store: Store) -> Existing:
     claims = _claims(store)
     attributes = read_attributes(store)
     if not claims and OURS not in attributes:
-        _require_nothing(store)
+        found = store.first_path()
+        claims = _claims(store)  # what was found may be a claim that was made meanwhile
+        if found is not None and not claims:
+            raise _not_ours(store, found)
     must_delete = _must_delete(store, _counts_from(claims))
     return Existing(claims, {} if must_delete else attributes, must_delete)
 
@@ -208,14 +211,12 @@ def _must_delete(store: Store, counts_from: int) -> bool:
     return counts_from > 0 and store.get(_deleted_path(counts_from)) is None
 
 
-def _require_nothing(store: Store) -> None:
-    found = store.first_path()
-    if found is not None:
-        raise PermanentError(
-            Reason.STORE_EXISTS,
-            f"{store.url}: expected a store of an earlier job or nothing, found {found!r}, which no job "
-            f"wrote; choose another output.url (nothing was changed)",
-        )
+def _not_ours(store: Store, found: str) -> PermanentError:
+    return PermanentError(
+        Reason.STORE_EXISTS,
+        f"{store.url}: expected a store of an earlier job or nothing, found {found!r}, which no job wrote; "
+        f"choose another output.url (nothing was changed)",
+    )
 
 
 def _epoch_path(number: int) -> str:

@@ -35,8 +35,9 @@ class Verdict(Enum):
 
     TRANSIENT = "try again"
     UNAUTHORIZED = (
-        "log in: give credentials that are valid (output.credentialsSecretRef, or the environment's)"
+        "log in: these credentials are not valid (output.credentialsSecretRef, or the environment's)"
     )
+    NO_CREDENTIALS = "log in: give credentials (output.credentialsSecretRef, or the environment's)"
     DENIED = "grant this identity read, write and delete there, or choose another output.url"
     MISSING = "create the bucket (or mount the volume), or correct output.url"
     FULL = "free space or raise the quota there; what is stored so far is kept"
@@ -69,10 +70,10 @@ _VERDICT_OF_ERRNO = {
 # By name, so that libraries which are not installed, or not needed, are not imported. Order matters:
 # the first class in an error's ancestry that stands here decides.
 _VERDICT_OF_TYPE = {
-    "google.auth.exceptions.DefaultCredentialsError": Verdict.UNAUTHORIZED,
+    "google.auth.exceptions.DefaultCredentialsError": Verdict.NO_CREDENTIALS,
     "google.auth.exceptions.GoogleAuthError": Verdict.TRANSIENT,
-    "botocore.exceptions.NoCredentialsError": Verdict.UNAUTHORIZED,
-    "botocore.exceptions.PartialCredentialsError": Verdict.UNAUTHORIZED,
+    "botocore.exceptions.NoCredentialsError": Verdict.NO_CREDENTIALS,
+    "botocore.exceptions.PartialCredentialsError": Verdict.NO_CREDENTIALS,
     "botocore.exceptions.ConnectionError": Verdict.TRANSIENT,
     "botocore.exceptions.HTTPClientError": Verdict.TRANSIENT,
     "aiohttp.client_exceptions.ClientError": Verdict.TRANSIENT,
