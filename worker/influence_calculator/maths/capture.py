@@ -201,9 +201,9 @@ def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str
     if not recording.layers:
         return
     with torch.enable_grad():
-        losses = objective.losses(recording.outputs, batch)
+        total = objective.losses(recording.outputs, batch).sum()
     recording.outputs = None
-    for layer in recording.backward([losses.sum()], [None]):
+    for layer in recording.backward([total], [None]):
         yield from layer.per_sample()
 
 

@@ -46,12 +46,16 @@ def _words(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
 
 def uniforms(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
     """Float64 in (0, 1), `[*example.shape, T]`; `example` holds int64 indices in the training set."""
-    return (_shifted_right(_words(seed, example, tokens, sample), 12) + 0.5) * 2.0**-52
+    return _fractions(_words(seed, example, tokens, sample))
 
 
 def normals(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
     """Standard normal float64, `[*example.shape, T]` (Box-Muller on two words per number)."""
-    word = _words(seed, example, tokens, sample)
-    radius = (_shifted_right(word, 12) + 0.5) * 2.0**-52
-    angle = (_shifted_right(_mixed(word), 12) + 0.5) * 2.0**-52
-    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+    words = _words(seed, example, tokens, sample)
+    radius = (-2 * _fractions(words).log()).sqrt()
+    return radius * (2 * math.pi * _fractions(_mixed(words))).cos()
+
+
+def _fractions(words: Tensor) -> Tensor:
+    """The upper 52 bits as float64 in (0, 1)."""
+    return (_shifted_right(words, 12).to(torch.float64) + 0.5) * 2.0**-52

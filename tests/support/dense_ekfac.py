@@ -1,0 +1,168 @@
+"""EK-FAC's definition said slowly: loops over examples, tokens and outputs, explicit Kronecker products.
+
+Independent of the calculator's code: plain calls of the model, autograd for one example at a time,
+patches of convolutions cut out one by one. Only the eigenvectors are taken from the fit, after a
+check that they are eigenvectors of the covariances found here: eigenvalues may coincide, and then
+any basis satisfies the definition while Λ depends on which.
+
+Shapes: d output elements of one example, o outputs, j inputs (one more with a bias) of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from oracle import columns_of, output_hessian
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+PseudoGradients = Callable[[int, Tensor, Tensor], list[Tensor]]
+"""(example's index, outputs of a batch of one, its label) -> v's with `Σ v vᵀ` in place of `∇²_f ℓ`."""
+
+
+def exact(loss: Loss) -> PseudoGradients:
+    """`√μ_k u_k` for every eigenpair of the output Hessian."""
+
+    def made(_: int, outputs: Tensor, y: Tensor) -> list[Tensor]:
+        values, vectors = torch.linalg.eigh(output_hessian(loss, outputs, y))
+        pairs = zip(values.clamp(min=0), vectors.T, strict=True)
+        return [(value.sqrt() * vector).reshape(outputs.shape) for value, vector in pairs]
+
+    return made
+
+
+def empirical(loss: Loss) -> PseudoGradients:
+    """The gradient at the label."""
+
+    def made(_: int, outputs: Tensor, y: Tensor) -> list[Tensor]:
+        leaf = outputs.clone().requires_grad_()
+        return list(torch.autograd.grad(loss(leaf, y).sum(), leaf))
+
+    return made
+
+
+@dataclass(frozen=True)
+class TokenPairs:
+    """What one layer saw of one example: `ã` and, per pseudo-gradient, g, token by token."""
+
+    inputs: list[Tensor]
+    gradients: list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """One layer's curvature."""
+
+    activations: Tensor
+    """A, `[j, j]`."""
+    gradients: Tensor
+    """G, `[o, o]`."""
+    pairs: list[TokenPairs]
+
+    def eigenvalues(self, Q_A: Tensor, Q_G: Tensor) -> Tensor:
+        """Λ, `[o, j]`."""
+        total = torch.zeros(Q_G.shape[0], Q_A.shape[0], dtype=torch.float64)
+        for example in self.pairs:
+            for gradients in example.gradients:
+                product = sum(
+                    (torch.outer(g, a) for g, a in zip(gradients, example.inputs, strict=True)),
+                    torch.zeros(()),
+                )
+                total += (Q_G.T @ product @ Q_A) ** 2
+        return total / len(self.pairs)
+
+
+def dense_layer(
+    model: nn.Module, name: str, x: Tensor, y: Tensor, pseudo_gradients: PseudoGradients
+) -> DenseLayer:
+    """A, G and the token pairs of one layer over a training set."""
+    module = model.get_submodule(name)
+    pairs = []
+    for index in range(x.shape[0]):
+        calls: list[tuple[Tensor, Tensor]] = []
+        handle = module.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))  # noqa: B023
+        outputs = model(x[index : index + 1].clone().requires_grad_(x.is_floating_point()))
+        handle.remove()
+        per_direction = []
+        for v in pseudo_gradients(index, outputs.detach(), y[index : index + 1]):
+            found = torch.autograd.grad(outputs, [out for _, out in calls], v, retain_graph=True)
+            per_direction.append([g for piece in found for g in _output_tokens(module, piece)])
+        inputs = [a for given, _ in calls for a in _input_tokens(module, given.detach())]
+        pairs.append(TokenPairs([_extended(module, a) for a in inputs], per_direction))
+    every_input = [a for example in pairs for a in example.inputs]
+    every_gradient = [g for example in pairs for gs in example.gradients for g in gs]
+    A = sum((torch.outer(a, a) for a in every_input), torch.zeros(())) / len(every_input)
+    G = sum((torch.outer(g, g) for g in every_gradient), torch.zeros(())) / len(pairs)
+    return DenseLayer(A, G, pairs)
+
+
+def _extended(module: nn.Module, a: Tensor) -> Tensor:
+    """`ã`: the part whose parameters require grad."""
+    one = torch.ones(1, dtype=a.dtype)
+    parts = [a] if module.weight.requires_grad else []
+    if module.bias is not None and module.bias.requires_grad:
+        parts.append(one)
+    return torch.cat(parts)
+
+
+def _input_tokens(module: nn.Module, inputs: Tensor) -> list[Tensor]:
+    if isinstance(module, nn.Linear):
+        return list(inputs.reshape(-1, inputs.shape[-1]))
+    padded = _padded(module, inputs[0])
+    (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    height = (padded.shape[1] - dh * (kh - 1) - 1) // sh + 1
+    width = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
+    return [
+        padded[:, r * sh : r * sh + dh * (kh - 1) + 1 : dh, c * sw : c * sw + dw * (kw - 1) + 1 : dw].reshape(
+            -1
+        )
+        for r in range(height)
+        for c in range(width)
+    ]
+
+
+def _padded(module: nn.Conv2d, image: Tensor) -> Tensor:
+    if module.padding == "same":
+        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    else:
+        total = [2 * p for p in module.padding]
+    channels, height, width = image.shape
+    wide = torch.zeros(channels, height + total[0], width + total[1], dtype=image.dtype)
+    top, left = total[0] // 2, total[1] // 2
+    wide[:, top : top + height, left : left + width] = image
+    return wide
+
+
+def _output_tokens(module: nn.Module, gradients: Tensor) -> list[Tensor]:
+    if isinstance(module, nn.Linear):
+        return list(gradients.reshape(-1, gradients.shape[-1]))
+    _, height, width = gradients[0].shape
+    return [gradients[0, :, r, c] for r in range(height) for c in range(width)]
+
+
+def curvature(model: nn.Module, layers: Mapping[str, tuple[DenseLayer, Tensor, Tensor, Tensor]]) -> Tensor:
+    """`[P, P]` from each layer's `(·, Q_A, Q_G, Λ)`: blocks of explicit Kronecker products, zero between."""
+    width = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = torch.zeros(width, width, dtype=torch.float64)
+    for name, (_, Q_A, Q_G, eigenvalues) in layers.items():
+        basis = torch.kron(Q_G, Q_A)
+        block = basis @ torch.diag(eigenvalues.reshape(-1)) @ basis.T
+        places = _places(model, name)
+        total[places[:, None], places] = block
+    return total
+
+
+def _places(model: nn.Module, name: str) -> Tensor:
+    """Flat columns of a layer's `[o, j]` matrix, row by row."""
+    module = model.get_submodule(name)
+    prefix = f"{name}." if name else ""
+    o = module.weight.shape[0]
+    parts = [
+        columns_of(model, (prefix + key,)).reshape(o, -1)
+        for key in ("weight", "bias")
+        if getattr(module, key) is not None and getattr(module, key).requires_grad
+    ]
+    return torch.cat(parts, dim=1).reshape(-1)
