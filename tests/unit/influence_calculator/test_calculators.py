@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,9 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from counting_model import FEATURES, CountingModel
 from distributed import Client, LocalCluster
 
+from counting_model import FEATURES, CountingModel
 from influence_calculator import (
     DaskInfluenceCalculator,
     DisableClientSingleThreadCheck,
@@ -40,15 +41,12 @@ def pair(x: np.ndarray, y: np.ndarray, chunk: int) -> tuple[da.Array, da.Array]:
     return da.from_array(x, chunks=(chunk, -1)), da.from_array(y, chunks=chunk)
 
 
-def test_side(chunk: int = 3) -> tuple[da.Array, da.Array]:
+def queries(chunk: int = 3) -> tuple[da.Array, da.Array]:
     return pair(X_TEST, Y_TEST, chunk)
 
 
-def train_side(chunk: int = 4) -> tuple[da.Array, da.Array]:
+def training(chunk: int = 4) -> tuple[da.Array, da.Array]:
     return pair(X, Y, chunk)
-
-
-test_side.__test__ = False  # type: ignore[attr-defined]  # a helper with the words of the subject
 
 
 def local(model: CountingModel, group_bytes: int | None = None) -> DaskInfluenceCalculator:
@@ -76,9 +74,9 @@ class TestHowOftenItWorks:
     def test_building_a_graph_computes_nothing(self):
         model = CountingModel()
         calculator = local(model)
-        calculator.influence_factors(*test_side())
-        calculator.influences(*test_side(), *train_side())
-        calculator.influences_from_factors(da.ones((T, FEATURES), chunks=(3, -1)), *train_side())
+        calculator.influence_factors(*queries())
+        calculator.influences(*queries(), *training())
+        calculator.influences_from_factors(da.ones((T, FEATURES), chunks=(3, -1)), *training())
         assert not model.calls
 
     @pytest.mark.parametrize(
@@ -88,26 +86,26 @@ class TestHowOftenItWorks:
         self, group_bytes: int | None, groups: int
     ):
         model = CountingModel()
-        influences = local(model, group_bytes).influences(*test_side(), *train_side())
+        influences = local(model, group_bytes).influences(*queries(), *training())
         assert np.allclose(computed(influences), EXPECTED)
         assert model.calls == {"factors": 4, "scores": groups * 4}
 
     def test_a_chunk_larger_than_the_limit_is_a_group_of_its_own(self):
         model = CountingModel()
-        computed(local(model, 4 * ROW_BYTES).influences(*pair(X_TEST, Y_TEST, 6), *train_side()))
+        computed(local(model, 4 * ROW_BYTES).influences(*pair(X_TEST, Y_TEST, 6), *training()))
         assert sorted(set(model.rows_per_score)) == [5, 6]
 
     def test_the_feature_dimensions_of_a_perturbation_count_for_the_group(self):
         model = CountingModel()
         influences = local(model, 6 * ROW_BYTES).influences(
-            *test_side(), *train_side(), mode=InfluenceMode.Perturbation
+            *queries(), *training(), mode=InfluenceMode.Perturbation
         )
         assert np.allclose(computed(influences), EXPECTED_PERTURBATION)
         assert max(model.rows_per_score) == 3
 
     def test_without_training_side_each_test_chunk_is_solved_once_and_is_the_training_side(self):
         model = CountingModel()
-        influences = local(model).influences(*test_side())
+        influences = local(model).influences(*queries())
         gradients = X_TEST * Y_TEST[:, None]
         assert np.allclose(computed(influences), gradients @ gradients.T)
         assert influences.chunks == ((3, 3, 3, 2), (3, 3, 3, 2))
@@ -115,7 +113,7 @@ class TestHowOftenItWorks:
 
     def test_a_slice_of_the_result_computes_only_the_groups_it_touches(self):
         model = CountingModel()
-        influences = local(model, 3 * ROW_BYTES).influences(*test_side(), *train_side())
+        influences = local(model, 3 * ROW_BYTES).influences(*queries(), *training())
         computed(influences[:2, :3])
         assert model.calls == {"factors": 1, "scores": 1}
 
@@ -124,9 +122,9 @@ class TestWhatItReturns:
     @pytest.mark.parametrize("group_bytes", [None, 6 * ROW_BYTES])
     def test_the_output_has_the_inputs_chunks_along_both_axes(self, group_bytes: int | None):
         calculator = local(CountingModel(), group_bytes)
-        up = calculator.influences(*test_side(), *train_side())
+        up = calculator.influences(*queries(), *training())
         assert up.chunks == ((3, 3, 3, 2), (4, 4, 4, 2))
-        perturbation = calculator.influences(*test_side(), *train_side(), mode=InfluenceMode.Perturbation)
+        perturbation = calculator.influences(*queries(), *training(), mode=InfluenceMode.Perturbation)
         assert perturbation.chunks == ((3, 3, 3, 2), (4, 4, 4, 2), (FEATURES,))
         for array in (up, perturbation):
             for index in np.ndindex(*array.numblocks):
@@ -144,7 +142,7 @@ class TestWhatItReturns:
     def test_token_ids_give_scores_with_fractions(self):
         """Mistake 5: an output declared with x's dtype."""
         tokens = da.from_array(np.arange(T * FEATURES).reshape(T, FEATURES), chunks=(3, -1))
-        influences = local(CountingModel()).influences(tokens, test_side()[1], tokens, test_side()[1])
+        influences = local(CountingModel()).influences(tokens, queries()[1], tokens, queries()[1])
         values = computed(influences)
         assert influences.dtype == values.dtype == np.float32
         assert (values != values.round()).any()
@@ -157,7 +155,7 @@ class TestWhatItReturns:
     def test_influences_from_factors_take_the_factors_dtype(self):
         factors = da.from_array((X_TEST * Y_TEST[:, None]).astype(np.float64), chunks=(3, -1))
         influences = local(CountingModel(), 6 * ROW_BYTES).influences_from_factors(
-            factors.astype(np.float32), *train_side()
+            factors.astype(np.float32), *training()
         )
         assert influences.dtype == np.float32
         assert np.allclose(computed(influences), EXPECTED)
@@ -183,27 +181,27 @@ class TestOnACluster:
             (InfluenceMode.Up, EXPECTED),
             (InfluenceMode.Perturbation, EXPECTED_PERTURBATION),
         ):
-            influences = calculator.influences(*test_side(), *train_side(), mode=mode)
+            influences = calculator.influences(*queries(), *training(), mode=mode)
             assert np.allclose(influences.compute(), expected)
         url = str(tmp_path / "influences.zarr")
-        calculator.influences(*test_side(), *train_side()).rechunk((3, 4)).to_zarr(url)
+        calculator.influences(*queries(), *training()).rechunk((3, 4)).to_zarr(url)
         assert np.allclose(da.from_zarr(url).compute(), EXPECTED)
 
     def test_the_graph_does_not_hold_the_model(self, client: Client):
         model = CountingModel(ballast=10**6)
         calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
-        influences = calculator.influences(*test_side(1), *train_side(1))
+        influences = calculator.influences(*queries(1), *training(1))
         assert len(pickle.dumps(dict(influences.dask))) < model.ballast.nbytes / 10
         assert np.allclose(influences.compute(), EXPECTED)
 
     def test_a_model_that_changed_is_sent_again(self, client: Client):
         model = CountingModel()
         calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
-        before = calculator.influence_factors(*test_side())
-        again = calculator.influence_factors(*test_side())
+        before = calculator.influence_factors(*queries())
+        again = calculator.influence_factors(*queries())
         assert before.name == again.name
         model.scale, model.revision = 2.0, model.revision + 1
-        after = calculator.influence_factors(*test_side())
+        after = calculator.influence_factors(*queries())
         assert np.allclose(2 * before.compute(), after.compute())
 
     def test_workers_that_share_a_process_do_not_enter_the_model_together(self):
@@ -214,16 +212,15 @@ class TestOnACluster:
             def _influence_factors(self, x: Any, y: Any) -> Any:
                 type(self).inside += 1
                 type(self).most = max(self.most, self.inside)
-                for _ in range(200):
-                    factors = super()._influence_factors(x, y)
+                time.sleep(0.02)
                 type(self).inside -= 1
-                return factors
+                return super()._influence_factors(x, y)
 
         with Client(
             n_workers=3, threads_per_worker=1, processes=False, dashboard_address=None, set_as_default=False
         ) as threads:
             calculator = DaskInfluenceCalculator(Entered(), TorchNumpyConverter(), threads)
-            threads.compute(calculator.influence_factors(*test_side(1))).result()
+            threads.compute(calculator.influence_factors(*queries(1))).result()
         assert Entered.most == 1
 
     def test_workers_with_several_threads_are_refused_unless_the_model_is_thread_safe(self):
@@ -233,7 +230,7 @@ class TestOnACluster:
             with pytest.raises(ThreadSafetyViolationError, match="threads_per_worker=1"):
                 DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), threads)
             safe = DaskInfluenceCalculator(CountingModel(is_thread_safe=True), TorchNumpyConverter(), threads)
-            values = threads.compute(safe.influences(*test_side(), *train_side())).result()
+            values = threads.compute(safe.influences(*queries(), *training())).result()
         assert np.allclose(values, EXPECTED)
 
     def test_with_the_check_disabled_no_client_is_called(
@@ -244,12 +241,12 @@ class TestOnACluster:
 
         for name in ("scatter", "scheduler_info", "submit", "compute", "get", "map"):
             monkeypatch.setattr(client, name, refuse)
-        assert np.allclose(computed(local(CountingModel()).influences(*test_side(), *train_side())), EXPECTED)
+        assert np.allclose(computed(local(CountingModel()).influences(*queries(), *training())), EXPECTED)
 
     def test_no_global_configuration_is_changed(self, client: Client):
         before = dask.config.collect(), dict(dask.config.config), dict(np.geterr())
         calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
-        calculator.influences(*test_side(), *train_side()).compute()
+        calculator.influences(*queries(), *training()).compute()
         assert (dask.config.collect(), dict(dask.config.config), dict(np.geterr())) == before
 
 
@@ -266,36 +263,36 @@ class TestWhatItRefusesWhenTheGraphIsBuilt:
         model = CountingModel(is_fitted=False)
         calculator = local(model)
         with pytest.raises(NotFittedException, match=r"fit\(training_data\)"):
-            calculator.influences(*test_side(), *train_side())
+            calculator.influences(*queries(), *training())
         model.fit([])
-        assert np.allclose(computed(calculator.influences(*test_side(), *train_side())), EXPECTED)
+        assert np.allclose(computed(calculator.influences(*queries(), *training())), EXPECTED)
 
     def test_x_and_y_in_other_chunks(self, calculator: DaskInfluenceCalculator):
-        x, y = train_side()
+        x, y = training()
         for call in (
             lambda: calculator.influence_factors(x, y.rechunk(5)),
             lambda: calculator.influences(x, y.rechunk(5)),
-            lambda: calculator.influences(*test_side(), x, y.rechunk(5)),
+            lambda: calculator.influences(*queries(), x, y.rechunk(5)),
             lambda: calculator.influences_from_factors(da.ones((T, FEATURES)), x, y.rechunk(5)),
         ):
             with pytest.raises(UnalignedChunksError, match="rechunk"):
                 call()
 
     def test_chunked_features(self, calculator: DaskInfluenceCalculator):
-        x, y = train_side()
+        x, y = training()
         cut = x.rechunk((4, 2))
         factors = da.ones((T, FEATURES), chunks=(3, 2))
         for call in (
             lambda: calculator.influence_factors(cut, y),
             lambda: calculator.influences(cut, y),
-            lambda: calculator.influences(*test_side(), cut, y),
+            lambda: calculator.influences(*queries(), cut, y),
             lambda: calculator.influences_from_factors(factors, x, y),
         ):
             with pytest.raises(InvalidDimensionChunksError, match="but the first"):
                 call()
 
     def test_chunks_of_unknown_size(self, calculator: DaskInfluenceCalculator):
-        x, y = train_side()
+        x, y = training()
         kept = y > 0.5
         with pytest.raises(UnknownChunksError, match=r"x\.compute_chunk_sizes"):
             calculator.influence_factors(x[kept], y[kept])
@@ -304,15 +301,15 @@ class TestWhatItRefusesWhenTheGraphIsBuilt:
     def test_one_of_x_and_y_without_the_other(
         self, calculator: DaskInfluenceCalculator, missing: str, given: str
     ):
-        side = dict(zip("xy", train_side(), strict=True))
+        side = dict(zip("xy", training(), strict=True))
         with pytest.raises(ValueError, match=f"{missing}: expected it beside {given}"):
-            calculator.influences(*test_side(), **{given: side[given]})
+            calculator.influences(*queries(), **{given: side[given]})
 
     @pytest.mark.parametrize("call", ["influences", "influences_from_factors"])
     def test_an_unknown_mode(self, calculator: DaskInfluenceCalculator, call: str):
-        left = test_side() if call == "influences" else (da.ones((T, FEATURES), chunks=(3, -1)),)
+        left = queries() if call == "influences" else (da.ones((T, FEATURES), chunks=(3, -1)),)
         with pytest.raises(UnsupportedInfluenceModeException, match="'sideways'"):
-            getattr(calculator, call)(*left, *train_side(), mode="sideways")
+            getattr(calculator, call)(*left, *training(), mode="sideways")
 
     def test_factors_without_a_training_side(self, calculator: DaskInfluenceCalculator):
         factors = da.ones((T, FEATURES), chunks=(3, -1))
@@ -324,9 +321,9 @@ class TestWhatItRefusesWhenTheGraphIsBuilt:
     )
     def test_factors_of_another_shape_or_dtype(self, calculator: DaskInfluenceCalculator, factors: da.Array):
         with pytest.raises(ValueError, match="z_test_factors: expected"):
-            calculator.influences_from_factors(factors, *train_side())
+            calculator.influences_from_factors(factors, *training())
 
     def test_perturbing_token_ids(self, calculator: DaskInfluenceCalculator):
         tokens = da.ones((N, FEATURES), chunks=(4, -1), dtype=np.int64)
         with pytest.raises(ValueError, match="x: expected floats in mode perturbation"):
-            calculator.influences(*test_side(), tokens, train_side()[1], mode=InfluenceMode.Perturbation)
+            calculator.influences(*queries(), tokens, training()[1], mode=InfluenceMode.Perturbation)

@@ -1,6 +1,6 @@
 """Influence models for torch, under pyDVL's module paths."""
 
-from influence_calculator.torch.influence_function_model import CgInfluence, DirectInfluence
+from influence_calculator.torch.influence_function_model import CgInfluence, DirectInfluence, EkfacInfluence
 from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
 from influence_calculator.torch.util import BlockMode, SecondOrderMode
 
@@ -8,6 +8,7 @@ __all__ = [
     "BlockMode",
     "CgInfluence",
     "DirectInfluence",
+    "EkfacInfluence",
     "JacobiPreconditioner",
     "NystroemPreconditioner",
     "SecondOrderMode",

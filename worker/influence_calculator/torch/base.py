@@ -261,10 +261,17 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
         Raises:
             ValueError: a negative λ, or a mapping that does not name every block and nothing else.
         """
-        self.method = self._regularized(regularization_of(regularization))
-        self.method.layout(self.objective)
+        method = self._regularized(regularization_of(regularization))
+        method.layout(self.objective)
+        self.method = method
         self._refresh()
         return self
+
+    def _fitted_at(self, regularization: float) -> Fitted:
+        """What solves with another λ, from the same fit."""
+        self._require_fitted()
+        method = self._regularized(regularization)
+        return method.fitted(self.objective, self._state or {}, self._data)
 
     def influence_factors_by_block(self, x: Tensor, y: Tensor) -> OrderedDict[str, Tensor]:
         """Block -> factors `[t, P_b]`."""

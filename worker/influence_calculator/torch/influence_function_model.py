@@ -22,11 +22,12 @@ from influence_calculator.torch.base import (
     TorchInfluenceFunctionModel,
     regularization_of,
 )
+from influence_calculator.torch.ekfac import EkfacInfluence
 from influence_calculator.torch.preconditioner import Preconditioner
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
-__all__ = ["CgInfluence", "DirectInfluence", "TorchInfluenceFunctionModel"]
+__all__ = ["CgInfluence", "DirectInfluence", "EkfacInfluence", "TorchInfluenceFunctionModel"]
 
 GivenRegularization = Regularization | Mapping[str, float | None] | None
 """λ: a number, one per block (None means 0), `Relative`, or None for 0."""
