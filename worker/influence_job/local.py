@@ -112,7 +112,7 @@ def _start(workers: int) -> LocalCluster:
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # None means 8787, which another cluster may hold
             env={**THREAD_SETTINGS, "PYTHONPATH": path},
         )
 

@@ -73,7 +73,7 @@ def _create_factors(store: Store, plan: Plan) -> None:
             store,
             factors.factor_path(number),
             (plan.test, width),
-            (plan.test_chunk, plan.factor_columns(number)),
+            (min(plan.test_chunk, plan.test), plan.factor_columns(number)),
             np.dtype(plan.dtype),
             ("test", f"column_{number}"),
             {"block": block},
@@ -84,7 +84,7 @@ def _create_factors(store: Store, plan: Plan) -> None:
 
 def _create_vector(store: Store, name: str, length: int, chunk: int, dtype: np.dtype[Any], dim: str) -> None:
     fill = NOT_YET if dtype.kind == "i" else None
-    arrays.create_array(store, name, (length,), (chunk,), dtype, (dim,), fill_value=fill)
+    arrays.create_array(store, name, (length,), (min(chunk, length),), dtype, (dim,), fill_value=fill)
 
 
 def complete(store: Store, ledger: Ledger, plan: Plan, spec: InfluenceJobSpec) -> dict[str, object]:
