@@ -24,7 +24,7 @@ TEST = 300
 
 def task(
     hidden: int = 64,
-    epochs: int = 20,
+    epochs: int = 30,
     learning_rate: float = 0.1,
     weight_decay: float = 0.001,
     seed: int = 0,
