@@ -110,6 +110,21 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return next(self.model.parameters()).dtype
 
     @property
+    def device(self) -> torch.device:
+        """pyDVL's other name of `model_device`."""
+        return self.model_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """pyDVL's other name of `model_dtype`."""
+        return self.model_dtype
+
+    @property
+    def model_params(self) -> dict[str, Tensor]:
+        """Tracked parameters by name, detached."""
+        return self.objective.parameters()
+
+    @property
     def factor_dtype(self) -> np.dtype[Any]:
         """The parameters' dtype; float32 for half precision."""
         kept = torch.promote_types(self.model_dtype, torch.float32)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from influence_calculator.errors import NotImplementedLayerRepresentationException
 from influence_calculator.maths.blocks import Regularization
-from influence_calculator.maths.ekfac import Ekfac, Unsupported, uncaptured_blocks
+from influence_calculator.maths.ekfac import Ekfac, Unsupported
+from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.expectation import Expectation
 from influence_calculator.torch.base import TorchComposableInfluence, regularization_of
 from influence_calculator.torch.util import LossType

@@ -1,0 +1,134 @@
+"""Writes `pydvl_signatures.json`: the signatures of pyDVL that this library promises to keep.
+
+Run it with the Python of a virtual environment that holds pyDVL, never this project's:
+
+    python -m venv /tmp/pydvl && /tmp/pydvl/bin/pip install "pydvl==0.10.0" "distributed"
+    /tmp/pydvl/bin/python tests/contract/snapshot_pydvl.py > tests/contract/pydvl_signatures.json
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+import json
+import sys
+import warnings
+from importlib.metadata import version
+
+PROMISED = {
+    "": [
+        "DaskInfluenceCalculator",
+        "SequentialInfluenceCalculator",
+        "DisableClientSingleThreadCheck",
+        "InfluenceMode",
+    ],
+    ".influence_calculator": [
+        "DaskInfluenceCalculator",
+        "SequentialInfluenceCalculator",
+        "DisableClientSingleThreadCheck",
+        "UnalignedChunksError",
+        "InvalidDimensionChunksError",
+        "ThreadSafetyViolationError",
+    ],
+    ".array": [
+        "LazyChunkSequence",
+        "NestedLazyChunkSequence",
+        "SequenceAggregator",
+        "NestedSequenceAggregator",
+        "ListAggregator",
+        "NestedListAggregator",
+        "NumpyConverter",
+    ],
+    ".types": ["InfluenceMode", "UnsupportedInfluenceModeException"],
+    ".base_influence_function_model": [
+        "InfluenceFunctionModel",
+        "ComposableInfluence",
+        "NotFittedException",
+        "NotImplementedLayerRepresentationException",
+    ],
+    ".torch": [
+        "DirectInfluence",
+        "CgInfluence",
+        "EkfacInfluence",
+        "JacobiPreconditioner",
+        "NystroemPreconditioner",
+        "BlockMode",
+        "SecondOrderMode",
+    ],
+    ".torch.influence_function_model": ["DirectInfluence", "CgInfluence", "EkfacInfluence"],
+    ".torch.preconditioner": ["JacobiPreconditioner", "NystroemPreconditioner"],
+    ".torch.util": [
+        "TorchNumpyConverter",
+        "TorchCatAggregator",
+        "NestedTorchCatAggregator",
+        "torch_dataset_to_dask_array",
+        "BlockMode",
+        "SecondOrderMode",
+    ],
+}
+"""Module (after the package's own name) -> names that users import from there."""
+
+
+def described(thing: object) -> dict[str, object]:
+    """A function's parameters, a class's public methods and properties, an enum's members."""
+    if inspect.isclass(thing) and issubclass(thing, enum.Enum):
+        return {"members": {name: member.value for name, member in thing.__members__.items()}}
+    if inspect.isclass(thing):
+        return {"bases": _builtin_bases(thing), "public": _public(thing)}
+    return {"parameters": parameters(thing)}
+
+
+def parameters(function: object) -> list[list[str]]:
+    """Name, kind and default of each parameter, without `self`."""
+    found = inspect.signature(function).parameters.values()
+    return [
+        [parameter.name, parameter.kind.name, _default(parameter.default)]
+        for parameter in found
+        if parameter.name != "self"
+    ]
+
+
+def _default(value: object) -> str:
+    if value is inspect.Parameter.empty:
+        return "required"
+    return f"{type(value).__name__}.{value.name}" if isinstance(value, enum.Enum) else repr(value)
+
+
+def _public(kind: type) -> dict[str, object]:
+    found: dict[str, object] = {}
+    own = {
+        name for base in kind.__mro__ if base.__module__ not in ("builtins", "typing") for name in vars(base)
+    }
+    for name in sorted(own):
+        if name.startswith("_") and name not in ("__init__", "__call__"):
+            continue
+        member = inspect.getattr_static(kind, name)
+        if isinstance(member, property):
+            found[name] = "property"
+        elif callable(getattr(kind, name)):
+            found[name] = parameters(getattr(kind, name))
+    return found
+
+
+def _builtin_bases(kind: type) -> list[str]:
+    return [base.__name__ for base in kind.__mro__ if base.__module__ == "builtins" and base is not object]
+
+
+def snapshot(package: str) -> dict[str, dict[str, object]]:
+    """The promised names as `package` has them."""
+    return {
+        module: {name: described(getattr(importlib.import_module(package + module), name)) for name in names}
+        for module, names in PROMISED.items()
+    }
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    json.dump(
+        {"version": version("pydvl"), "modules": snapshot("pydvl.influence")},
+        sys.stdout,
+        indent=1,
+        sort_keys=True,
+    )
+    print()

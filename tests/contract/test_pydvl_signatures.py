@@ -1,0 +1,121 @@
+"""What users of pyDVL 0.10 call exists here under the same module path with the same arguments."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import influence_calculator
+
+HERE = Path(__file__).parent
+PYDVL = json.loads((HERE / "pydvl_signatures.json").read_text())
+
+FITTED_BY_THE_MODEL = "a preconditioner is a configuration here; fitting the influence model fits it"
+DIFFERENCES = {
+    ".torch.util torch_dataset_to_dask_array": (
+        "resulting_dtype defaults to None, each entry's own dtype: pyDVL declares float32 whatever the chunks "
+        "hold, and labels declared as floats fail in a loss that wants integers"
+    ),
+    **{
+        f"{module} {kind}.{member}": FITTED_BY_THE_MODEL
+        for module in (".torch", ".torch.preconditioner")
+        for kind in ("JacobiPreconditioner", "NystroemPreconditioner")
+        for member in (
+            "fit",
+            "is_fitted",
+            "modify_regularization_requires_fit",
+            "regularization",
+            "solve",
+            "to",
+        )
+    },
+    **{
+        f"{module} NystroemPreconditioner.{member}": reason
+        for module in (".torch", ".torch.preconditioner")
+        for member, reason in (
+            ("low_rank_approx", FITTED_BY_THE_MODEL),
+            ("rank", "a field of the instance, not a property of the class"),
+        )
+    },
+}
+"""Module and name -> why it differs from pyDVL. Arguments added behind pyDVL's, with defaults, are no difference."""
+
+
+def _snapshot() -> dict[str, Any]:
+    """This library's signatures, by the script that took pyDVL's."""
+    spec = importlib.util.spec_from_file_location("snapshot_pydvl", HERE / "snapshot_pydvl.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return json.loads(json.dumps(script.snapshot("influence_calculator")))
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Where `ours` cannot be called as `theirs`: "" for the thing itself, or ".member"."""
+    found = []
+    if "members" in theirs and not theirs["members"].items() <= ours["members"].items():
+        found.append("")
+    if "parameters" in theirs and not _callable_alike(theirs["parameters"], ours["parameters"]):
+        found.append("")
+    if not set(theirs.get("bases", ())) <= set(ours.get("bases", ())):
+        found.append("")
+    for name, member in theirs.get("public", {}).items():
+        own = ours["public"].get(name)
+        if member != own and not (isinstance(own, list) and _callable_alike(member, own)):
+            found.append(f".{name}")
+    return found
+
+
+def _callable_alike(theirs: list[list[str]], ours: list[list[str]]) -> bool:
+    added = ours[len(theirs) :]
+    return ours[: len(theirs)] == theirs and all(default != "required" for _, _, default in added)
+
+
+def test_the_snapshot_is_of_the_version_that_is_promised():
+    assert PYDVL["version"] == "0.10.0"
+    assert sum(map(len, PYDVL["modules"].values())) == 39
+
+
+def test_every_name_can_be_called_as_in_pydvl_but_for_the_differences_listed():
+    ours = _snapshot()
+    found = {
+        f"{module} {name}{place}"
+        for module, names in PYDVL["modules"].items()
+        for name, theirs in names.items()
+        for place in _differences(theirs, ours[module][name])
+    }
+    assert found == set(DIFFERENCES)
+
+
+@pytest.mark.parametrize("module", PYDVL["modules"])
+def test_every_public_name_is_importable_from_the_package_itself(module: str):
+    for name in PYDVL["modules"][module]:
+        there = getattr(importlib.import_module(f"influence_calculator{module}"), name)
+        assert getattr(influence_calculator, name) is there
+        assert name in influence_calculator.__all__
+
+
+def test_all_named_errors_are_value_errors():
+    errors = [
+        getattr(influence_calculator, name)
+        for name in influence_calculator.__all__
+        if name.endswith(("Error", "Exception"))
+    ]
+    assert len(errors) >= 10
+    assert all(issubclass(error, ValueError) for error in errors)
+
+
+def test_a_changed_signature_would_be_seen():
+    theirs = {"bases": [], "public": {"call": [["x", "POSITIONAL_OR_KEYWORD", "required"]]}}
+    for changed in (
+        [["z", "POSITIONAL_OR_KEYWORD", "required"]],
+        [*theirs["public"]["call"], ["n", "", "required"]],
+    ):
+        assert _differences(theirs, {"bases": [], "public": {"call": changed}}) == [".call"]
+    assert _differences(theirs, {"bases": [], "public": {}}) == [".call"]
