@@ -97,10 +97,8 @@ def _default(value: object) -> str:
 
 def _public(kind: type) -> dict[str, object]:
     found: dict[str, object] = {}
-    own = {
-        name for base in kind.__mro__ if base.__module__ not in ("builtins", "typing") for name in vars(base)
-    }
-    for name in sorted(own):
+    written = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "typing")]
+    for name in sorted({name for base in written for name in vars(base)}):
         if name.startswith("_") and name not in ("__init__", "__call__"):
             continue
         member = inspect.getattr_static(kind, name)
@@ -125,10 +123,6 @@ def snapshot(package: str) -> dict[str, dict[str, object]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    json.dump(
-        {"version": version("pydvl"), "modules": snapshot("pydvl.influence")},
-        sys.stdout,
-        indent=1,
-        sort_keys=True,
-    )
+    taken = {"version": version("pydvl"), "modules": snapshot("pydvl.influence")}
+    json.dump(taken, sys.stdout, indent=1, sort_keys=True)
     print()
