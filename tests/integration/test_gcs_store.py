@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import xarray
 from faulty_proxy import FaultyProxy
 from gcs import GcsEmulator
 from influence_job.errors import InfrastructureError, PermanentError, Reason
-from influence_job.storage import arrays
+from influence_job.storage import arrays, objects, retry
 from influence_job.storage.claim import Claim, claim, inspect
 from influence_job.storage.ledger import Ledger, Row
 from influence_job.storage.retry import LIMIT_VARIABLE
@@ -33,6 +34,13 @@ class TestTheRootOfABucket(StoreContract):
     def store(self, gcs: GcsEmulator, gcs_bucket: str) -> Iterator[Store]:
         with Store.open(f"gs://{gcs_bucket}", gcs.storage_options()) as store:
             yield store
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it matters what is tried again, not when."""
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -87,6 +95,7 @@ def test_a_region_of_64_mib_is_one_put(store: Store, faulty_gcs: FaultyProxy) ->
     assert len(store.get("influences/c/0/0") or b"") == block.nbytes + 4
 
 
+@pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_a_job_finishes_when_every_nth_request_is_refused_for_now(
     store: Store, faulty_gcs: FaultyProxy, n: int
@@ -98,6 +107,19 @@ def test_a_job_finishes_when_every_nth_request_is_refused_for_now(
     refused = [r for r in faulty_gcs.log if not r.reached]
     assert len(refused) >= 40 // n
     assert set(faulty_gcs.puts("influences/c/").values()) == {1}
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_listing_of_many_pages_repeats_the_page_that_failed_and_no_other(
+    gcs: GcsEmulator, faulty_gcs: FaultyProxy, store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "PAGE_OBJECTS", 10)
+    paths = [f"ledger/1-{n:04d}" for n in range(25)]
+    with Store.open(url, gcs.storage_options()) as direct, ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda path: direct.put(path, b"."), paths))
+    faulty_gcs.fail_every(2, 503)
+    assert store.list("ledger/") == paths
+    assert sum(r.reached for r in faulty_gcs.log) == 3
 
 
 def test_an_upload_whose_answer_was_lost_is_repeated(store: Store, faulty_gcs: FaultyProxy) -> None:
@@ -146,6 +168,7 @@ def test_an_outage_longer_than_the_limit_asks_for_another_run_which_resumes(
         assert second.missing("region", 2).tolist() == [1]
 
 
+@pytest.mark.usefixtures("short_waits")
 @pytest.mark.parametrize(
     ("status", "cure", "requests"), [(403, "grant this identity", 1), (401, "log in", 3)]
 )
@@ -176,7 +199,9 @@ def test_permission_to_read_alone_is_found_by_the_probe(store: Store, faulty_gcs
 def test_a_missing_bucket_is_named(gcs: GcsEmulator) -> None:
     with Store.open("gs://no-such-bucket-here/x.zarr", gcs.storage_options()) as store:
         for action in (store.probe, store.list, lambda: inspect(store)):
-            with pytest.raises(PermanentError, match=r"gs://no-such-bucket-here/x\.zarr: .*create the bucket"):
+            with pytest.raises(
+                PermanentError, match=r"gs://no-such-bucket-here/x\.zarr: .*create the bucket"
+            ):
                 action()
 
 

@@ -1,4 +1,4 @@
-"""What a storage system must be able to do for a store: six primitive operations.
+"""What a storage system must be able to do for a store: five primitive operations.
 
 Called by `Store` only, which adds retries and the errors of a job. Paths are relative to the store's
 root, with `/`. Errors are the system's own; `retry.judge` knows them all.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+Page = tuple[list[str], str | None]
+
 OWN_PREFIX = ".influence-"
-"""Names of our own passing objects (probes, unfinished files): never listed, never taken for content."""
+"""Names of our own passing objects (probes, unfinished files): the store never lists them."""
 
 
 def is_passing(path: str) -> bool:
@@ -37,12 +39,11 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def names(self, prefix: str) -> list[str]:
-        """Paths of all objects that start with `prefix`, as the system knows them now."""
+    def page(self, prefix: str, token: str | None, at_most: int | None) -> Page:
+        """Some paths that start with `prefix`, as the system knows them now, and the token of the next page.
 
-    @abstractmethod
-    def first_name(self) -> str | None:
-        """Any one object below the root, None if there is none; never reads all names of a large store."""
+        One request, so that a retry repeats one and not a listing of hundreds.
+        """
 
     @abstractmethod
     def remove(self, path: str) -> None:

@@ -11,9 +11,10 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-from influence_job.storage.backend import OWN_PREFIX, Backend, is_passing
+from influence_job.storage.backend import OWN_PREFIX, Backend, Page
 
 _WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -51,14 +52,15 @@ class LocalFiles(Backend):
         finally:
             passing.unlink(missing_ok=True)
 
-    def names(self, prefix: str) -> list[str]:
+    def page(
+        self,
+        prefix: str,
+        token: str | None,  # noqa: ARG002  one page holds all
+        at_most: int | None,
+    ) -> Page:
         folder = prefix.rpartition("/")[0]
         found = (path.relative_to(self._root).as_posix() for path in _files(self._root / folder))
-        return sorted(name for name in found if name.startswith(prefix) and not is_passing(name))
-
-    def first_name(self) -> str | None:
-        found = (path.relative_to(self._root).as_posix() for path in _files(self._root))
-        return next((name for name in found if not is_passing(name)), None)
+        return list(islice((name for name in found if name.startswith(prefix)), at_most)), None
 
     def remove(self, path: str) -> None:
         target = self._root / path
@@ -98,7 +100,8 @@ def _write_new(path: Path, data: bytes) -> None:
 def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder; a folder that vanishes meanwhile, or never was, holds none."""
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        with os.scandir(folder) as listing:
+            entries = list(listing)
     except FileNotFoundError:
         return
     for entry in entries:

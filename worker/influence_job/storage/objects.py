@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from influence_job.errors import PermanentError, Reason
-from influence_job.storage.backend import Backend, is_passing
+from influence_job.storage.backend import Backend, Page
 
 REQUEST_SECONDS = 600.0
 CONNECT_SECONDS = 30.0
@@ -19,14 +19,33 @@ ANSWER_SECONDS = 120.0
 """A request that takes longer, or waits so long for a connection or an answer, counts as broken."""
 ONE_REQUEST_BYTES = 512 << 20
 """Up to here an object is uploaded in one request, and so in one step; regions aim at 8 to 64 MB."""
+PAGE_OBJECTS = 1000
+"""What a listing asks for at a time; Google's and Amazon's own limit."""
+
+
+class Filesystem(Protocol):
+    """What is used of fsspec's filesystems; paths start with the bucket. Two methods are ours."""
+
+    def cat_file(self, path: str) -> bytes: ...
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> Any: ...
+
+    def rm_file(self, path: str) -> None: ...
+
+    def page(self, bucket: str, prefix: str, token: str | None, at_most: int | None) -> Page:
+        """Keys in the bucket that start with `prefix`, from one request that no cache answers."""
+
+    def end(self) -> None:
+        """Closes connections."""
 
 
 class Objects(Backend):
-    """Objects below `root` (bucket and key prefix) of one fsspec filesystem."""
+    """Objects below `root` (bucket and key prefix) of one filesystem."""
 
     def __init__(self, protocol: str, root: str, storage_options: Mapping[str, Any]) -> None:
-        self._filesystem = _FILESYSTEMS[protocol](dict(storage_options))
-        self._root = root.strip("/")
+        self._filesystem: Filesystem = _FILESYSTEMS[protocol](dict(storage_options))
+        self._bucket, _, folder = root.strip("/").partition("/")
+        self._folder = f"{folder}/" if folder else ""
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -40,21 +59,9 @@ class Objects(Backend):
     def create(self, path: str, data: bytes) -> None:
         self._filesystem.pipe_file(self._full(path), data, mode="create")
 
-    def names(self, prefix: str) -> list[str]:
-        folder, _, start = prefix.rpartition("/")
-        self._filesystem.invalidate_cache()
-        found = self._filesystem.find(self._full(folder), **({"prefix": start} if start else {}))
-        names = (self._relative(name) for name in found)
-        return sorted(name for name in names if name.startswith(prefix) and not is_passing(name))
-
-    def first_name(self) -> str | None:
-        self._filesystem.invalidate_cache()
-        try:
-            found = self._filesystem.ls(self._root, detail=False)
-        except FileNotFoundError:
-            return None
-        names = (self._relative(name) for name in found)
-        return next((name for name in names if name and not is_passing(name)), None)
+    def page(self, prefix: str, token: str | None, at_most: int | None) -> Page:
+        keys, following = self._filesystem.page(self._bucket, self._folder + prefix, token, at_most)
+        return [key.removeprefix(self._folder) for key in keys], following
 
     def remove(self, path: str) -> None:
         try:
@@ -66,13 +73,10 @@ class Objects(Backend):
         self._filesystem.end()
 
     def _full(self, path: str) -> str:
-        return f"{self._root}/{path}".rstrip("/")
-
-    def _relative(self, name: str) -> str:
-        return name.strip("/").removeprefix(self._root).strip("/")
+        return f"{self._bucket}/{self._folder}{path}"
 
 
-def _google(options: dict[str, Any]) -> Any:
+def _google(options: dict[str, Any]) -> Filesystem:
     from aiohttp import ClientTimeout
     from fsspec.asyn import sync
     from gcsfs.core import GCSFileSystem
@@ -81,6 +85,12 @@ def _google(options: dict[str, Any]) -> Any:
         """gcsfs that asks once: `Retry` decides on the next try, and sees every answer."""
 
         _request = GCSFileSystem._request.__wrapped__
+
+        def page(self, bucket: str, prefix: str, token: str | None, at_most: int | None) -> Page:
+            query = {"prefix": prefix, "pageToken": token, "maxResults": at_most or PAGE_OBJECTS}
+            asked = {name: value for name, value in query.items() if value}
+            found = self.call("GET", "b/{}/o", bucket, json_out=True, **asked)
+            return [item["name"] for item in found.get("items", [])], found.get("nextPageToken")
 
         def end(self) -> None:
             session = self._session
@@ -94,7 +104,7 @@ def _google(options: dict[str, Any]) -> Any:
     return OneTry(skip_instance_cache=True, use_listings_cache=False, **options)
 
 
-def _s3(options: dict[str, Any]) -> Any:
+def _s3(options: dict[str, Any]) -> Filesystem:
     try:
         from s3fs import S3FileSystem
     except ImportError as error:
@@ -107,6 +117,12 @@ def _s3(options: dict[str, Any]) -> Any:
         """s3fs that asks once, for the same reason."""
 
         retries = 1
+
+        def page(self, bucket: str, prefix: str, token: str | None, at_most: int | None) -> Page:
+            query = {"Prefix": prefix, "ContinuationToken": token, "MaxKeys": at_most}
+            asked = {name: value for name, value in query.items() if value}
+            found = self.call_s3("list_objects_v2", Bucket=bucket, **asked)
+            return [item["Key"] for item in found.get("Contents", [])], found.get("NextContinuationToken")
 
         def end(self) -> None:
             if self._s3 is not None:
@@ -121,13 +137,24 @@ def _s3(options: dict[str, Any]) -> Any:
     return OneTry(skip_instance_cache=True, use_listings_cache=False, **options)
 
 
-def _memory(options: dict[str, Any]) -> Any:
+def _memory(options: dict[str, Any]) -> Filesystem:
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Memory(MemoryFileSystem):
         """fsspec's memory, whose create-only write is made atomic."""
 
         _one_at_a_time = threading.Lock()
+
+        def page(
+            self,
+            bucket: str,
+            prefix: str,
+            token: str | None,  # noqa: ARG002  one page holds all
+            at_most: int | None,
+        ) -> Page:
+            start = f"/{bucket}/"
+            keys = [name.removeprefix(start) for name in sorted(self.store) if name.startswith(start)]
+            return [key for key in keys if key.startswith(prefix)][:at_most], None
 
         def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
             with self._one_at_a_time:

@@ -17,13 +17,16 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from influence_job.errors import PermanentError, Reason
-from influence_job.storage.backend import OWN_PREFIX, Backend
+from influence_job.storage.backend import OWN_PREFIX, Backend, Page, is_passing
 from influence_job.storage.local_files import LocalFiles
 from influence_job.storage.objects import PROTOCOLS, Objects
 from influence_job.storage.retry import Retry
 
 THREADS = 16
 """Requests in flight when many objects are read or deleted: their latency is what costs."""
+
+A_FEW = 100
+"""More than there can be passing objects of killed processes where nothing else is."""
 
 T = TypeVar("T")
 
@@ -93,18 +96,29 @@ class Store:
             try:
                 self._backend.create(path, data)
             except FileExistsError:
-                return tries > 1 and self._backend.read(path) == data
+                return False
             return True
 
-        return self._retry.call(f"creating {path}", attempt)
+        return self._retry.call(f"creating {path}", attempt) or (tries > 1 and self.get(path) == data)
 
     def list(self, prefix: str = "") -> list[str]:
         """Sorted paths that start with `prefix`, as the storage knows them now."""
-        return self._retry.call(f"listing {prefix or 'it'}", lambda: self._backend.names(prefix))
+        names, token = self._page(prefix, None, None)
+        while token is not None:
+            more, token = self._page(prefix, token, None)
+            names += more
+        return sorted(names)
 
     def first_path(self) -> str | None:
-        """Any one object or folder there, None when there is nothing."""
-        return self._retry.call("listing it", self._backend.first_name)
+        """Any one object there, None when there is nothing; never reads all names of a large place."""
+        names, _ = self._page("", None, A_FEW)
+        return next(iter(names), None)
+
+    def _page(self, prefix: str, token: str | None, at_most: int | None) -> Page:
+        names, following = self._retry.call(
+            f"listing {prefix or 'it'}", lambda: self._backend.page(prefix, token, at_most)
+        )
+        return [name for name in names if not is_passing(name)], following
 
     def delete(self, path: str) -> None:
         """Removes the object if there is one."""

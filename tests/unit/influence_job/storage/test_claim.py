@@ -209,6 +209,15 @@ def test_a_finished_store_says_so(store: Store) -> None:
     assert not inspect(store).empty
 
 
+def test_a_reader_sees_the_epoch_that_holds(store: Store) -> None:
+    assert inspect(store).latest() is None
+    attempt(store, "a")
+    attempt(store, "b", on_existing="Overwrite")
+    latest = inspect(store).latest()
+    assert latest is not None
+    assert (latest.number, latest.claim.job_uid, latest.counts_from, latest.must_delete) == (2, "b", 2, True)
+
+
 def test_what_a_killed_probe_left_does_not_make_the_store_foreign(store: Store) -> None:
     store.put(".influence-probe-1", b".")
     assert attempt(store, "a").number == 1

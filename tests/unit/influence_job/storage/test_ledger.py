@@ -249,6 +249,16 @@ def test_rows_may_be_added_from_many_threads_while_another_flushes(store: Store)
     assert ledger.count("region") == 2000
 
 
+def test_a_row_that_was_forgotten_is_missing_until_it_comes_again(store: Store) -> None:
+    ledger = next_ledger(store)
+    ledger.add([Row("region", 0, "odd", "", "cpu"), row(1)])
+    ledger.forget("region", [0, 7])
+    assert ledger.missing("region", 2).tolist() == [0]
+    assert ledger.count("region") == 1
+    ledger.add([row(0)])
+    assert list(ledger.rows("region")) == [row(0), row(1)]
+
+
 def test_a_row_takes_little_memory() -> None:
     table, batch, batches = Table(), 20_000, 5
     tracemalloc.start()
