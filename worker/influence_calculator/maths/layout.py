@@ -98,10 +98,15 @@ class Layout:
         """One `[t, P]` as per-block `[t, P_b]`; the inverse of `flatten`."""
         if len(self.blocks) == 1:
             return {self.blocks[0]: flat}
-        pieces: dict[str, list[Tensor]] = {block: [] for block in self.blocks}
-        for slot in self.slots:
-            pieces[slot.block].append(flat[:, slot.flat_start : slot.flat_start + slot.size])
-        return {block: torch.cat(columns, dim=1) for block, columns in pieces.items()}
+        return {block: self._columns(flat, block) for block in self.blocks}
+
+    def _columns(self, flat: Tensor, block: str) -> Tensor:
+        """One block's columns of `[t, P]`: a view where they stand together, as a layer's do."""
+        slots = self.slots_of(block)
+        start, stop = slots[0].flat_start, slots[-1].flat_start + slots[-1].size
+        if stop - start == self.widths[block]:
+            return flat[:, start:stop]
+        return torch.cat([flat[:, s.flat_start : s.flat_start + s.size] for s in slots], dim=1)
 
 
 def tensors_of(columns: Tensor, slots: Iterable[Slot], dtype: torch.dtype) -> dict[str, Tensor]:
