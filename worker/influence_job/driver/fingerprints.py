@@ -14,8 +14,8 @@ from influence_job.worker.loading import Loaded
 SOURCE_CURE = "use another output.url, or output.onExisting: Overwrite to throw away what is stored"
 
 
-def of_spec(spec: InfluenceJobSpec) -> dict[str, Any]:
-    """The part that is known without the model."""
+def of_spec(spec: InfluenceJobSpec, factors: str | None) -> dict[str, Any]:
+    """The part that is known without the model; `factors` is the digest of those that are taken over."""
     return _known(
         {
             "numericsVersion": NUMERICS_VERSION,
@@ -30,7 +30,7 @@ def of_spec(spec: InfluenceJobSpec) -> dict[str, Any]:
                 "arguments": spec.task.arguments,
                 "source": entrypoint.source_digest(spec.task.entrypoint),
             },
-            "factors": None if spec.factors is None else spec.factors.url,
+            "factors": factors,
         }
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from distributed import Client
 
-from influence_job.driver import fingerprints, layout
+from influence_job.driver import factor_source, fingerprints, layout
 from influence_job.driver.preflight import Opened, preflight
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stages import Stages
@@ -94,6 +94,7 @@ def _compute(
     loaded: Loaded = submitter.call(load, context)
     fingerprint = fingerprints.with_model(opened.fingerprint, loaded)
     fingerprints.refuse_differences(opened.store.url, opened.record.get("fingerprint"), fingerprint, [])
+    factor_source.refuse_other(job.spec, opened.factors, fingerprint)
     _refuse_other_hardware(job, opened, loaded)
     plan = _plan(job, opened, loaded)
     if not opened.begun:
