@@ -1,4 +1,4 @@
-"""Influence functions on torch models: which training examples made the model behave like this?
+"""Which training examples made the model behave like this? Influence functions for torch models.
 
 Influences are `z_test · g_train` with factors `z_test = (H + λI)^-1 g_test`, `[T, N]`. Positive: the
 training example helps, removing it raises the test loss by about score / N. Neither negated nor divided

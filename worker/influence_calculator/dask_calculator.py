@@ -65,7 +65,7 @@ class DaskInfluenceCalculator:
     Attributes:
         group_bytes: memory for the factors of one group of test chunks and their scores against one
             training chunk (default 1 GiB). Each worker holds about twice as much: the chunks, and the
-            group put together. Fewer bytes mean more groups; each further group differentiates the
+            group put together, which stays until the calculator and its arrays are gone. Fewer bytes mean more groups; each further group differentiates the
             training data once more.
 
     Raises:
@@ -145,7 +145,8 @@ class DaskInfluenceCalculator:
 
         Up: `z_test · g_train`, `[T, N]`; positive: the training example helps, removing it raises the
         test loss by about score / N. Perturbation: `∇x (z_test · g_train(x))`, `[T, N, F...]`. Neither
-        is negated or divided by N. Chunks are those of x_test and x; the dtype is the factors'.
+        is negated or divided by N. Chunks are those of x_test and x; the dtype is the factors'. A test
+        chunk is solved once, a training chunk differentiated once per group (see `group_bytes`).
 
         Raises:
             NotFittedException, UnsupportedInfluenceModeException, UnknownChunksError,

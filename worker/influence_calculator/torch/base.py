@@ -111,12 +111,12 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     @property
     def device(self) -> torch.device:
-        """pyDVL's other name of `model_device`."""
+        """Another name of `model_device`, as in pyDVL."""
         return self.model_device
 
     @property
     def dtype(self) -> torch.dtype:
-        """pyDVL's other name of `model_dtype`."""
+        """Another name of `model_dtype`, as in pyDVL."""
         return self.model_dtype
 
     @property

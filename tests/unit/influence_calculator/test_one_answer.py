@@ -1,0 +1,148 @@
+"""In memory, batch after batch or on a cluster: one answer, and the same word on how solves ended."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from torch import Tensor
+
+from influence_calculator import (
+    CgInfluence,
+    DaskInfluenceCalculator,
+    DirectInfluence,
+    DisableClientSingleThreadCheck,
+    EkfacInfluence,
+    InfluenceMode,
+    NestedTorchCatAggregator,
+    SecondOrderMode,
+    SequentialInfluenceCalculator,
+    SolverStatus,
+    SolverWarning,
+    TorchNumpyConverter,
+)
+from model_cases import CONV2D, MLP, ModelCase
+
+FISHER = {"regularization": 0.1, "second_order_mode": SecondOrderMode.GENERALIZED_GAUSS_NEWTON}
+MODELS: dict[str, Any] = {
+    "direct": lambda case: DirectInfluence(case.model(), case.loss, **FISHER),
+    "cg": lambda case: CgInfluence(
+        case.model(), case.loss, **FISHER, rtol=1e-12, atol=0.0, solve_simultaneously=True
+    ),
+    "ekfac": lambda case: EkfacInfluence(case.model(), True, 0.1, loss=case.loss, seed=3),
+}
+CASES = [(method, case) for method in MODELS for case in (MLP, CONV2D)]
+
+
+def arrays(x: Tensor, y: Tensor, chunk: int) -> tuple[da.Array, da.Array]:
+    return tuple(da.from_array(part.numpy(), chunks=(chunk, *part.shape[1:])) for part in (x, y))  # type: ignore[return-value]
+
+
+def batches(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Two worker processes with one thread each."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
+
+
+@pytest.mark.parametrize(("method", "case"), CASES)
+@pytest.mark.parametrize("mode", list(InfluenceMode))
+def test_distributed_sequential_and_in_memory_agree(
+    client: Client, method: str, case: ModelCase, mode: InfluenceMode
+):
+    model = MODELS[method](case).fit(batches(*case.train(), 6))
+    test, train = case.test(), case.train()
+    in_memory = model.influences(*test, *train, mode)
+    scale = float(in_memory.abs().max())
+
+    sequential = SequentialInfluenceCalculator(model)
+    sequential.group_bytes = 5 * 8 * (model.n_parameters + len(train[0]))
+    lazy = sequential.influences(batches(*test, 2), batches(*train, 5), mode)
+    assert float((lazy.compute(NestedTorchCatAggregator()) - in_memory).abs().max()) < 1e-10 * scale
+
+    distributed = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    distributed.group_bytes = 5 * 8 * (model.n_parameters + 5)
+    values = distributed.influences(*arrays(*test, 2), *arrays(*train, 5), mode=mode).compute()
+    assert np.abs(values - in_memory.numpy()).max() < 1e-10 * scale
+
+
+def test_a_test_chunk_longer_than_the_last_training_chunk_is_no_matter():
+    """Mistake 3."""
+    model = MODELS["direct"](MLP).fit(batches(*MLP.train(), 6))
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), DisableClientSingleThreadCheck)
+    moved = calculator.influences(
+        *arrays(*MLP.test(), 7), *arrays(*MLP.train(), 11), mode=InfluenceMode.Perturbation
+    )
+    assert moved.chunks[:2] == ((7,), (11, 11, 1))
+    expected = model.influences(*MLP.test(), *MLP.train(), InfluenceMode.Perturbation)
+    assert np.allclose(moved.compute(scheduler="synchronous"), expected)
+
+
+def test_another_regularization_reaches_the_workers(client: Client):
+    model = MODELS["direct"](MLP).fit(batches(*MLP.train(), 6))
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    test, train = arrays(*MLP.test(), 4), arrays(*MLP.train(), 8)
+    calculator.influences(*test, *train).compute()
+    model.with_regularization(1.0)
+    values = calculator.influences(*test, *train).compute()
+    assert np.allclose(values, model.influences(*MLP.test(), *MLP.train()))
+
+
+def test_how_each_solve_ended_comes_back_from_the_cluster_with_the_factors(client: Client):
+    model = CgInfluence(MLP.model(), MLP.loss, **FISHER, maxiter=3, warn_on_max_iteration=False)
+    model.fit(batches(*MLP.train(), 6))
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    factors, report = dask.compute(*calculator.influence_factors_and_report(*arrays(*MLP.test(), 3)))
+    solved = model.solve(*MLP.test())
+    assert np.allclose(factors, model.layout.flatten(solved.left))
+    assert report["status"].tolist() == solved.report.status.tolist()
+    assert SolverStatus.MAX_ITERATIONS in report["status"]
+    assert report["iterations"].tolist() == solved.report.iterations.tolist()
+    assert np.allclose(report["residual"], solved.report.residual)
+
+
+def test_a_solver_that_did_not_converge_on_a_worker_warns_the_client(client: Client):
+    model = CgInfluence(MLP.model(), MLP.loss, **FISHER, maxiter=1).fit(batches(*MLP.train(), 6))
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calculator.influence_factors(*arrays(*MLP.test(), 7)).compute()
+        deadline = time.monotonic() + 20  # the event takes its own way to the client
+        while time.monotonic() < deadline and not any(w.category is SolverWarning for w in caught):
+            time.sleep(0.02)
+    (warning,) = [w for w in caught if w.category is SolverWarning]
+    assert "right-hand sides did not converge" in str(warning.message)
+
+
+def test_a_model_whose_class_lives_in_the_calling_program_reaches_the_workers(client: Client):
+    class Doubling(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = MLP.model()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    scale = 0.5
+    model = DirectInfluence(
+        Doubling().eval(), lambda outputs, y: scale * MLP.loss(outputs, y), regularization=1.0
+    )
+    model.fit(batches(*MLP.train(), 6))
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    values = calculator.influences(*arrays(*MLP.test(), 4)).compute()
+    assert np.allclose(values, model.influences(*MLP.test()))
