@@ -65,8 +65,8 @@ class DaskInfluenceCalculator:
     Attributes:
         group_bytes: memory for the factors of one group of test chunks and their scores against one
             training chunk (default 1 GiB). Each worker holds about twice as much: the chunks, and the
-            group put together, which stays until the calculator and its arrays are gone. Fewer bytes mean more groups; each further group differentiates the
-            training data once more.
+            group put together, which stays until the calculator and its arrays are gone. Fewer bytes
+            mean more groups; each further group differentiates the training data once more.
 
     Raises:
         ThreadSafetyViolationError: workers with several threads and a model that is not thread-safe.
