@@ -217,7 +217,7 @@ def test_inputs_that_do_not_count_examples_first_are_refused() -> None:
             return x.sum() + self.positions(torch.ones(3, 4, dtype=x.dtype)).sum(0) * torch.ones(len(x), 3)
 
     x, y = _data((4,))
-    with pytest.raises(UnsupportedModelError, match="'positions'.*5 examples"):
+    with pytest.raises(UnsupportedModelError, match=r"'positions'.*5 examples"):
         dict(captured_gradients(xy_objective(_double(Broadcast), F.cross_entropy), (x, y)))
 
 
@@ -277,7 +277,7 @@ def test_measured_sizes_are_the_models() -> None:
 
 
 def test_what_a_forward_pass_keeps_is_measured_per_example() -> None:
-    """Outputs of both nonlinearities, which layers and tanh share, the logits, and less than 100 bytes of loss."""
+    """Outputs of both nonlinearities (shared with the next layer), logits, and at most 100 bytes of loss."""
     model = nn.Sequential(nn.Linear(8, 100), nn.Tanh(), nn.Linear(100, 50), nn.Tanh(), nn.Linear(50, 3))
     x, y = torch.randn(4, 8), torch.randint(3, (4,))
     kept = measure(xy_objective(model, F.cross_entropy), (x, y)).activation_bytes

@@ -155,7 +155,7 @@ def test_dropout_inside_attention_is_refused() -> None:
 
 def test_batch_statistics_without_running_ones_are_refused_in_evaluation_too() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3))
-    with pytest.raises(TrainingModeError, match="1: .*track_running_stats"):
+    with pytest.raises(TrainingModeError, match=r"1: .*track_running_stats"):
         probe(_objective(model.eval()), _batch(4))
 
 

@@ -31,17 +31,16 @@ def ekfac_footprint(
     largest_layer = item * max((_width(layer) for layer in shapes.layers), default=0)
     by_functions = 2 * item * micro_batch * others
     graph = _graph(shapes, micro_batch)
-    covariance = (
-        bases
-        + item * others
-        + max(graph + by_functions + _covariance(shapes, micro_batch), _eigen(shapes, bases))
-    )
-    correction = bases + eigenvalues + graph + _correction(shapes, micro_batch)
-    capture = graph + by_functions + 2 * micro_batch * largest_layer
+    drawing = OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
+    covariance = item * others + graph + drawing + _covariance(shapes, micro_batch)
+    correction = eigenvalues + graph + drawing + _correction(shapes, micro_batch)
+    capture = graph + by_functions + _per_sample(shapes, micro_batch)
     return Footprint(
-        fit=max(covariance, correction if update_diagonal else 0),
-        # Gradients and factors of all rows; of the largest layer its matrix and three rotated copies.
-        factors=bases + eigenvalues + rows * (2 * row + 4 * largest_layer) + capture,
+        # Both passes hold one of: the covariances' sums, the bases.
+        fit=bases + max(covariance, _eigen(shapes, bases), correction if update_diagonal else 0),
+        # While rows are differentiated their gradients; then those, the factors, and of one layer the
+        # matrix and a rotated copy more than its factors take.
+        factors=bases + eigenvalues + rows * row + max(capture, rows * (row + 2 * largest_layer)),
         capture=capture,
         factor_row=row,
     )
@@ -57,10 +56,23 @@ def _width(layer: LayerShape) -> int:
 
 
 def _graph(shapes: ModelShapes, micro_batch: int) -> int:
-    """The examples, the graph, the gradients that flow back through it, and what drawing outputs takes."""
+    """The examples, the graph, and the gradients that flow back through it."""
     output_gradients = shapes.itemsize * sum(layer.tokens * layer.outputs for layer in shapes.layers)
     example = shapes.example_bytes + 2 * shapes.activation_bytes + output_gradients
-    return micro_batch * (example + OUTPUT_COPIES_BYTES * shapes.outputs)
+    return micro_batch * example
+
+
+def _per_sample(shapes: ModelShapes, micro_batch: int) -> int:
+    """The unfolded inputs of one layer and its per-sample gradients.
+
+    The gradients of the layer before live on if nothing smaller (a bias) came between.
+    """
+    most, before = 0, 0
+    for layer in shapes.layers:
+        weight = layer.inputs * layer.outputs
+        most = max(most, before + weight + layer.tokens * layer.inputs)
+        before = layer.outputs if layer.bias else weight
+    return shapes.itemsize * micro_batch * most
 
 
 def _covariance(shapes: ModelShapes, micro_batch: int) -> int:

@@ -91,7 +91,7 @@ class OutputExpectation:
         self, objective: Objective, outputs: Any, indexed: IndexedBatch, indices: Tensor, k: int
     ) -> list[Tensor] | None:
         leaves, structure = pytree.tree_flatten(outputs)
-        leaves = [leaf.requires_grad_() if leaf.is_floating_point() else leaf for leaf in leaves]
+        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
 
         def one(own: list[Tensor], example: Any, index: Tensor) -> Tensor:
             own = [leaf.unsqueeze(0) for leaf in own]

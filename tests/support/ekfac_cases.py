@@ -1,0 +1,213 @@
+"""What EK-FAC is tested on, as data: layers of every kind, losses of every kind, frozen parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dense_ekfac import Loss, PseudoGradients
+from influence_calculator.maths.draws import normals, uniforms
+
+Sampler = Callable[[int, int, Tensor, Tensor], Tensor]
+"""(seed, example's index, outputs of a batch of one, its label) -> v of the draw."""
+
+
+@dataclass(frozen=True)
+class EkfacCase:
+    """A model with its loss and how the definition draws from it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Loss
+    sampler: Sampler
+    features: tuple[int, ...]
+    labels: Callable[[int, torch.Generator], Tensor]
+    """(number of examples, generator) -> labels."""
+    frozen: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def model(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            model = self.build().double().eval()
+        for name in self.frozen:
+            model.get_parameter(name).requires_grad_(False)
+        return model
+
+    def data(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(count, *self.features, generator=generator, dtype=torch.float64)
+        return x, self.labels(count, generator)
+
+    def sampled(self, seed: int) -> PseudoGradients:
+        """One draw per example."""
+        return lambda index, outputs, y: [self.sampler(seed, index, outputs, y)]
+
+
+def _uniform(seed: int, index: int, token: int) -> float:
+    return float(uniforms(seed, torch.tensor(index), token + 1, 0)[token])
+
+
+def _drawn_class(p: Tensor, u: float) -> int:
+    """The class in whose stretch of [0, 1] u lies."""
+    reached = 0.0
+    for label in range(len(p)):
+        reached += float(p[label])
+        if u < reached:
+            return label
+    return len(p) - 1
+
+
+def softmax_sampler(mean: bool, ignored: int | None = None) -> Sampler:
+    """`(p − e_y) / √m` token by token, m the number of tokens that count; tokens stand in dimension 1."""
+
+    def drawn(seed: int, index: int, outputs: Tensor, y: Tensor) -> Tensor:
+        logits, labels = outputs.reshape(-1, outputs.shape[-1]), y.reshape(-1)
+        counted = [s for s in range(len(labels)) if labels[s] != ignored]
+        v = torch.zeros_like(logits)
+        for s in counted:
+            p = logits[s].softmax(0)
+            v[s] = p
+            v[s, _drawn_class(p, _uniform(seed, index, s))] -= 1
+        return (v / (len(counted) if mean else 1) ** 0.5).reshape(outputs.shape)
+
+    return drawn
+
+
+def normal_sampler(scale: Callable[[int], float]) -> Sampler:
+    """`scale(d) ε`."""
+
+    def drawn(seed: int, index: int, outputs: Tensor, _: Tensor) -> Tensor:
+        d = outputs.numel()
+        return scale(d) * normals(seed, torch.tensor(index), d, 0).reshape(outputs.shape)
+
+    return drawn
+
+
+def binary_sampler(seed: int, index: int, outputs: Tensor, _: Tensor) -> Tensor:
+    """`(p − y) / √d`, y drawn from Bernoulli(p)."""
+    p = outputs.reshape(-1).sigmoid()
+    y = torch.tensor([1.0 if _uniform(seed, index, k) < float(p[k]) else 0.0 for k in range(len(p))])
+    return ((p - y) / len(p) ** 0.5).reshape(outputs.shape)
+
+
+def log_cosh(outputs: Tensor, y: Tensor) -> Tensor:
+    """Twice differentiable and none of those with a closed form; ∇² is `diag(1 − tanh²)`."""
+    return (outputs - y).cosh().log().sum()
+
+
+def log_cosh_sampler(seed: int, index: int, outputs: Tensor, y: Tensor) -> Tensor:
+    noise = normals(seed, torch.tensor(index), outputs.numel(), 0).reshape(outputs.shape)
+    return (1 - (outputs - y).tanh() ** 2).sqrt() * noise
+
+
+def per_token(reduction: str, ignored: int = -100) -> Loss:
+    """Cross-entropy over tokens of `[n, S, C]`, as language models write it."""
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        flat = outputs.reshape(-1, outputs.shape[-1])
+        return F.cross_entropy(flat, y.reshape(-1), reduction=reduction, ignore_index=ignored)
+
+    return loss
+
+
+def _classes(*shape: int) -> Callable[[int, torch.Generator], Tensor]:
+    return lambda count, generator: torch.randint(3, (count, *shape), generator=generator)
+
+
+def _some_ignored(count: int, generator: torch.Generator) -> Tensor:
+    labels = torch.randint(3, (count, 4), generator=generator)
+    labels[:, 1] = 7
+    labels[0, 2:] = 7
+    return labels
+
+
+def _reals(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, 2, generator=generator, dtype=torch.float64)
+
+
+def _bits(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(2, (count, 2), generator=generator).double()
+
+
+def _mlp(outputs: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, outputs)
+    )
+
+
+def _tokens() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3, bias=False))
+
+
+class _Pooled(nn.Module):
+    """A layer over tokens, called twice, then a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(3, 3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.shared(x).tanh()).tanh().mean(1))
+
+
+def _conv() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(1, 2), bias=False),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 2, padding="same"),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+SOFTMAX = softmax_sampler(mean=True)
+
+MLP_CASE = EkfacCase("mlp", _mlp(3), F.cross_entropy, SOFTMAX, (4,), _classes())
+TOKENS_MEAN = EkfacCase("tokens, mean", _tokens, per_token("mean"), SOFTMAX, (4, 3), _classes(4))
+
+EKFAC_CASES = (
+    MLP_CASE,
+    EkfacCase("one linear", lambda: nn.Linear(4, 3), nn.CrossEntropyLoss(), SOFTMAX, (4,), _classes()),
+    EkfacCase("squared error", _mlp(2), F.mse_loss, normal_sampler(lambda d: (2 / d) ** 0.5), (4,), _reals),
+    EkfacCase(
+        "summed squares",
+        _mlp(2),
+        nn.MSELoss(reduction="sum"),
+        normal_sampler(lambda _: 2**0.5),
+        (4,),
+        _reals,
+    ),
+    EkfacCase("binary", _mlp(2), F.binary_cross_entropy_with_logits, binary_sampler, (4,), _bits),
+    EkfacCase("any loss", _mlp(2), log_cosh, log_cosh_sampler, (4,), _reals),
+    TOKENS_MEAN,
+    EkfacCase("tokens, sum", _tokens, per_token("sum"), softmax_sampler(mean=False), (4, 3), _classes(4)),
+    EkfacCase(
+        "tokens, ignored",
+        _tokens,
+        per_token("mean", ignored=7),
+        softmax_sampler(mean=True, ignored=7),
+        (4, 3),
+        _some_ignored,
+    ),
+    EkfacCase("called twice", _Pooled, F.cross_entropy, SOFTMAX, (4, 3), _classes()),
+    EkfacCase("conv", _conv, F.cross_entropy, SOFTMAX, (2, 4, 6), _classes()),
+    EkfacCase(
+        "frozen parts",
+        _mlp(3),
+        F.cross_entropy,
+        SOFTMAX,
+        (4,),
+        _classes(),
+        ("0.weight", "4.bias"),
+    ),
+    EkfacCase("frozen layer", _mlp(3), F.cross_entropy, SOFTMAX, (4,), _classes(), ("0.weight", "0.bias")),
+)

@@ -1,0 +1,76 @@
+"""Measures EK-FAC's memory in a process of its own and prints what was planned beside it, as JSON.
+
+Run as a script: the largest resident size since a mark can be read once the mark is set through
+/proc/self/clear_refs, and only a process that did nothing else before starts from an idle heap.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from influence_calculator.maths.capture import measure
+from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.method import fit
+from influence_calculator.maths.objective import xy_objective
+from training_sets import TrainingSet
+
+MICRO_BATCH, ROWS = 96, 32
+IMAGES = (3, 64, 64)
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _mark() -> int:
+    """Forgets the largest size so far; returns the size now, with freed memory given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _since(mark: int) -> int:
+    return _resident("VmHWM") - mark
+
+
+def _warm_up(method: Ekfac) -> None:
+    """Loads what torch loads on first use."""
+    objective = xy_objective(nn.Linear(3, 2), F.cross_entropy)
+    fit(method, objective, TrainingSet((torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), 2))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1, stride=2), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+    x, y = torch.randn(MICRO_BATCH, *IMAGES), torch.randint(10, (MICRO_BATCH,))
+    objective, method = xy_objective(model, F.cross_entropy), Ekfac(regularization=0.1)
+    _warm_up(method)
+    shapes = measure(objective, (x, y))
+    planned = method.footprint(shapes, MICRO_BATCH, ROWS)
+    mark = _mark()
+    state = fit(method, objective, TrainingSet((x, y), MICRO_BATCH))
+    result = {"fit": [_since(mark), planned.fit]}
+    fitted = method.fitted(objective, state, None)
+    mark = _mark()
+    left = fitted.solve(fitted.gradients(objective, (x[:ROWS], y[:ROWS]))).left
+    result["factors"] = [_since(mark), method.footprint(shapes, ROWS, ROWS).factors]
+    mark = _mark()
+    fitted.score(left, (x, y))
+    result["capture"] = [_since(mark), planned.capture]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
