@@ -477,4 +477,4 @@ def test_a_footprint_is_what_a_process_takes() -> None:
     slack = 200 * 2**20
     for stage, (taken, planned) in json.loads(done.stdout).items():
         assert abs(taken - planned) <= 0.2 * planned + slack, f"{stage}: took {taken}, planned {planned}"
-    assert json.loads(done.stdout)["fit"][0] > 3 * slack
+    assert json.loads(done.stdout)["fit"][0] > 2 * slack
