@@ -82,14 +82,14 @@ class Submitter:
         try:
             while self._fill(source, waiting) or self._flight:
                 self._tick()
+                if self.client.status not in ("running", "connecting"):
+                    waiting.extend(self._reattach())
                 for future in self._completed():
                     again = self._settle(future, self._flight.pop(future), on_value)
                     if again is not None:
                         waiting.append(again)
                     on_row()
                 on_row()
-                if self.client.status not in ("running", "connecting"):
-                    waiting.extend(self._reattach())
             self.ledger.flush()
         finally:
             self._abandon()
@@ -130,9 +130,9 @@ class Submitter:
         self.ledger.add([row for row in rows if not self.ledger.has(row.kind, row.index)])
 
     def _fill(self, source: Iterator[Work], waiting: list[Work]) -> bool:
-        """Submits until the window is full; whether anything was left to submit."""
+        """Submits until the window is full; False when nothing is left to submit."""
         window = max(2, TASKS_PER_WORKER * self.workers())
-        while len(self._flight) < window:
+        while len(self._flight) < window and self.client.status == "running":
             work = waiting.pop() if waiting else next(source, None)
             if work is None:
                 return False
@@ -189,7 +189,7 @@ class Submitter:
         self._strikes[failure.kind, failure.index] += 1
         if self._strikes[failure.kind, failure.index] >= STRIKES:
             raise PermanentError(
-                Reason.REGION_FAILED,
+                failure.reason,
                 f"{failure.message} ({failure.kind} {failure.index} raised {STRIKES} times)",
             )
 
@@ -202,7 +202,9 @@ class Submitter:
         """Waits for a restarted scheduler; the work whose futures went with the old one."""
         self.tracker.warn("the scheduler was lost; waiting for it")
         lost = list(self._flight.values())
-        self._abandon()
+        self._flight.clear()
+        self._workers = (0.0, 0)
+        self.client.close(timeout=1)
         deadline = time.monotonic() + SCHEDULER_GRACE_SECONDS
         while True:
             self._tick()
