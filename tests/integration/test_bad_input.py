@@ -1,4 +1,4 @@
-"""Bad input ends with a documented code and a sentence that names the place and the cure. Nothing is damaged."""
+"""Bad input ends with a documented code and a sentence that names place and cure; nothing is damaged."""
 
 from __future__ import annotations
 
@@ -101,14 +101,26 @@ IN_THE_TASK: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         ("640", "639", "one label for every example"),
     ),
     "no examples": (entry("has_no_examples"), "InvalidData", ("test", "empty")),
-    "dropout left on": (entry("leaves_dropout_on"), "UnsupportedModel", ("1", "Dropout", "model.eval()")),
-    "batch norm left on": (entry("leaves_batch_norm_on"), "UnsupportedModel", ("BatchNorm", "model.eval()")),
+    "dropout left on": (
+        entry("leaves_dropout_on"),
+        "UnsupportedModel",
+        ("dropout is on in 1", "model.eval()"),
+    ),
+    "batch norm left on": (
+        entry("leaves_batch_norm_on"),
+        "UnsupportedModel",
+        ("1: ", "statistics of the batch", "model.eval()"),
+    ),
     "a selection of no parameter": (
         entry("selects_nothing"),
         "InvalidTask",
         ("InfluenceTask.parameters", "lora_", "0.weight"),
     ),
-    "inputs of another width": (entry("has_the_wrong_inputs"), "", ("train", "5", "6")),
+    "inputs of another width": (
+        entry("has_the_wrong_inputs"),
+        "InvalidData",
+        ("train example 0", "1x5 and 6x5", "entry point"),
+    ),
     "annotations of the wrong length": (
         entry("annotates_too_little"),
         "InvalidTask",
@@ -133,8 +145,7 @@ def test_a_mistake_in_the_task_is_found_before_the_old_result_is_deleted(
 FAULTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "raises": ("InvalidData", ("train example 333", "OSError", "image 0333.png is truncated")),
     "nan": ("NotFinite", ("train example 333", "not finite", "NaN")),
-    "nan-test": ("NotFinite", ("test example 23", "not finite", "NaN")),
-    "class": ("", ("train example", "333", "Target 7 is out of bounds")),
+    "class": ("InvalidData", ("train example 333", "IndexError", "Target 7 is out of bounds")),
     "short": ("InvalidData", ("train", "first dimension")),
 }
 """What is wrong with one example -> reason, and what the message must say."""
@@ -151,6 +162,23 @@ def test_a_bad_example_is_named_and_once_it_is_mended_the_job_resumes(
     _assert_refused(run, reason, words)
     jobs.finish(manifest, output=path)
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
+
+
+@pytest.mark.parametrize("method", ["Direct", "Cg"])
+def test_nan_in_a_gradient_is_named_whatever_the_method(method: str, jobs: Jobs, tmp_path: Path) -> None:
+    """One such example would make every score of these methods NaN."""
+    changes = {
+        **TASK,
+        "method": {"name": method, "regularization": 0.05, "secondOrder": "GeneralizedGaussNewton"},
+    }
+    run = jobs.run(jobs.manifest(changes), output=tmp_path / "result.zarr", workers=1, env={"FAULT": "nan"})
+    _assert_refused(run, *FAULTS["nan"])
+
+
+def test_nan_in_a_test_example_is_named(jobs: Jobs, tmp_path: Path) -> None:
+    """With its index on the test side."""
+    run = jobs.run(jobs.manifest(TASK), output=tmp_path / "result.zarr", workers=1, env={"FAULT": "nan-test"})
+    _assert_refused(run, "NotFinite", ("test example 23", "not finite", "NaN"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -7,6 +7,7 @@ is set while it starts, and only there.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -106,7 +107,10 @@ def _cluster(workers: int) -> Iterator[Callable[[], Client]]:
 
 def _start(workers: int) -> LocalCluster:
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    with dask.config.set(SETTINGS):
+    # Workers say as much as this process's own Dask does.
+    level = logging.getLevelName(logging.getLogger("distributed").getEffectiveLevel()).lower()
+    environ = dask.config.get("distributed.nanny.pre-spawn-environ") | {"DASK_LOGGING__DISTRIBUTED": level}
+    with dask.config.set({**SETTINGS, "distributed.nanny.pre-spawn-environ": environ}):
         return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,

@@ -11,10 +11,10 @@ from torch import Tensor
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Solved, SolverStatus
 from influence_calculator.maths.objective import IndexedBatch, micro_batches
-from influence_job.errors import PermanentError, Reason
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
 from influence_job.worker.annotations import write_annotations
+from influence_job.worker.blame import blame, blaming, not_finite
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, session
 
@@ -34,16 +34,30 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
         own = session(context)
         start, stop = own.plan.test_range(index)
         batch, inputs = own.read("test", start, stop)
-        write_annotations(own, "test", index, batch)
-        gradients = _gradients(own, IndexedBatch(start, batch))
+        with blaming(own, own.test_objective, "test", start, stop):
+            write_annotations(own, "test", index, batch)
+            gradients = _gradients(own, IndexedBatch(start, batch))
         _require_finite(gradients, start)
-        solved = own.fitted.solve(gradients)
+        solved = _solve(own, gradients)
         digest = _store(own, index, solved)
         outcome.value = _counts(solved)
         outcome.report(Row(KIND, index, digest, inputs, own.environment))
 
     outcome.attempt(KIND, index, f"factors of test chunk {index}", work)
     return outcome
+
+
+def _solve(own: Session, gradients: Left) -> Solved:
+    """Solves; a training example that makes the solve raise or end in NaN is named."""
+    if not own.method.needs_data:
+        return own.fitted.solve(gradients)
+    with blaming(own, own.objective, "train", 0, own.length):
+        solved = own.fitted.solve(gradients)
+    if bool((solved.report.status == SolverStatus.NOT_FINITE).any()):
+        error = blame(own, own.objective, "train", 0, own.length)
+        if error is not None:
+            raise error
+    return solved
 
 
 def load_group(own: Session, group: int) -> Left:
@@ -84,16 +98,6 @@ def _require_finite(gradients: Left, start: int) -> None:
         if bad.any():
             index = start + int(bad.nonzero()[0])
             raise not_finite("test", index)
-
-
-def not_finite(side: str, index: int) -> PermanentError:
-    """The error for an example whose gradient is NaN or infinite."""
-    return PermanentError(
-        Reason.NOT_FINITE,
-        f"{side} example {index}: its gradient is not finite; look for NaN or infinity in the "
-        f"example, a logarithm or division by zero in the loss, or overflow in half precision, and mend or "
-        f"drop the example",
-    )
 
 
 def _store(own: Session, index: int, solved: Solved) -> str:

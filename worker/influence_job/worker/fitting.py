@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from influence_calculator.maths.method import FitPass
+import torch
+
+from influence_calculator.maths.method import FitPass, Sums
 from influence_calculator.maths.objective import IndexedBatch, micro_batches
+from influence_job.errors import PermanentError, Reason
 from influence_job.storage.ledger import Row
 from influence_job.worker import tensor_file
+from influence_job.worker.blame import blame, blaming
 from influence_job.worker.fit_state import FitReader, range_kind, store_partials, unit_kind, unit_path
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, session
@@ -25,7 +29,10 @@ def fit_range(context: WorkerContext, step_name: str, index: int) -> Outcome:
         start, stop = own.plan.fit_range(index)
         inputs = hashlib.blake2b(digest_size=16)
         batches = _digested(own.training_reads(start, stop), inputs, own.plan.micro_batch)
-        sums = step.accumulate(own.objective, batches, own.fit_before(step_name))
+        with blaming(own, own.objective, "train", start, stop):
+            sums = step.accumulate(own.objective, batches, own.fit_before(step_name))
+        if not _is_finite(sums):
+            raise blame(own, own.objective, "train", start, stop) or _overflow(start, stop)
         written = store_partials(own.store, step, index, sums, step.units(own.objective))
         outcome.report(Row(kind, index, _digest(written), inputs.hexdigest(), own.environment))
 
@@ -61,6 +68,18 @@ def _digested(
     for indexed, digest in reads:
         inputs.update(digest.encode())
         yield from micro_batches(indexed, micro_batch)
+
+
+def _is_finite(sums: Sums) -> bool:
+    return all(bool(torch.isfinite(value).all()) for values in sums.values() for value in values.values())
+
+
+def _overflow(start: int, stop: int) -> PermanentError:
+    return PermanentError(
+        Reason.NOT_FINITE,
+        f"train examples {start} to {stop - 1}: every gradient is finite and their sum is not; scale the "
+        f"loss down, or take a model in float64",
+    )
 
 
 def _digest(objects: Iterable[bytes]) -> str:

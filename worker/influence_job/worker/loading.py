@@ -19,6 +19,7 @@ from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation
 from influence_job.storage import arrays
 from influence_job.worker import model_state
 from influence_job.worker.annotations import annotate
+from influence_job.worker.blame import blaming
 from influence_job.worker.factors import factor_path
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, build, session
@@ -75,7 +76,8 @@ def describe(own: Session) -> Loaded:
     """Probes a few examples and measures sizes; reads 64 examples of each side at most."""
     task = own.task
     few, _ = own.read("train", 0, min(PROBED, len(task.train)))
-    probe(own.objective, few)
+    with blaming(own, own.objective, "train", 0, min(PROBED, len(task.train))):
+        probe(own.objective, few)
     annotations = {f"train_{name}": str(c.dtype) for name, c in annotate(task, own.objective, few).items()}
     test_identity = None
     if own.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:

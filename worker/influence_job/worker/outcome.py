@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from distributed import get_worker
 
-from influence_job.errors import JobError
+from influence_calculator.maths.errors import CalculatorError, NotFiniteError
+from influence_job.data import ReadError
+from influence_job.errors import JobError, PermanentError, Reason
 from influence_job.storage.ledger import Row
 
 REPORT_SECONDS = 0.25
@@ -32,6 +34,8 @@ class Failure:
     """The traceback."""
     error: JobError | None
     """Set when no retry by the driver makes sense: it ends the job with this error."""
+    reason: Reason = Reason.REGION_FAILED
+    """What the job ends with when every retry failed the same way."""
 
 
 @dataclass
@@ -62,6 +66,11 @@ class Outcome:
             work()
         except JobError as error:
             self.failure = Failure(kind, index, f"{what}: {error}", traceback.format_exc(), error)
+        except CalculatorError as error:
+            # The maths refuses what it is given: it would refuse it again.
+            reason = Reason.NOT_FINITE if isinstance(error, NotFiniteError) else Reason.UNSUPPORTED_MODEL
+            refusal = PermanentError(reason, f"{what}: {error}")
+            self.failure = Failure(kind, index, refusal.message, traceback.format_exc(), refusal)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             self.failure = _failure(kind, index, what, error)
@@ -72,4 +81,6 @@ class Outcome:
 
 def _failure(kind: str, index: int, what: str, error: Exception) -> Failure:
     last_line = (str(error).strip().splitlines() or [""])[-1]
-    return Failure(kind, index, f"{what}: {type(error).__name__}: {last_line}", traceback.format_exc(), None)
+    reason = Reason.INVALID_DATA if isinstance(error, ReadError) else Reason.REGION_FAILED
+    message = f"{what}: {type(error).__name__}: {last_line}"
+    return Failure(kind, index, message, traceback.format_exc(), None, reason)

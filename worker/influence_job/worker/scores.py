@@ -23,7 +23,8 @@ from influence_job.storage import arrays, sink_arrays
 from influence_job.storage.ledger import Row
 from influence_job.storage.sinks import Partial
 from influence_job.worker.annotations import write_annotations
-from influence_job.worker.factors import as_array, load_group, not_finite
+from influence_job.worker.blame import blame, blaming, not_finite
+from influence_job.worker.factors import as_array, load_group
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, session
 
@@ -101,9 +102,10 @@ class _Pipeline:
         pending, self._next = self._next, None
         batch, inputs = pending.result()
         self._prefetch(position + 1)
-        if self.group == 0:
-            write_annotations(self.own, "train", chunk, batch)
-        block = as_array(self._compute(batch))
+        with blaming(self.own, self.own.objective, "train", *self.plan.train_range(chunk)):
+            if self.group == 0:
+                write_annotations(self.own, "train", chunk, batch)
+            block = as_array(self._compute(batch))
         self._require_finite(block, chunk)
         self._settle()
         put = self.writes.submit(_store, self.own, self.group, chunk, block)
@@ -116,10 +118,26 @@ class _Pipeline:
         return region.influences(fitted, self.left, batch, micro_batch)
 
     def _require_finite(self, block: np.ndarray, chunk: int) -> None:
+        """Refuses a training example without finite scores.
+
+        Test rows whose solve did not end finite have none at all: `solver_status` tells of them.
+        """
         finite = np.isfinite(block)
-        if not finite.all():
-            columns = np.moveaxis(~finite, 1, 0).reshape(block.shape[1], -1).any(axis=1)
-            raise not_finite("train", self.plan.train_range(chunk)[0] + int(columns.argmax()))
+        if finite.all():
+            return
+        bad = ~finite.reshape(*block.shape[:2], -1).all(axis=2)
+        start, stop = self.plan.train_range(chunk)
+        columns = bad[self._solved_rows()].any(axis=0)
+        if columns.any():
+            raise not_finite("train", start + int(columns.argmax()))
+        error = blame(self.own, self.own.objective, "train", start, stop)
+        if error is not None:
+            raise error
+
+    def _solved_rows(self) -> np.ndarray:
+        """Which test rows of the group have finite factors."""
+        finite = [torch.isfinite(block).all(dim=1) for block in self.left.values()]
+        return torch.stack(finite).all(dim=0).cpu().numpy()
 
     def _settle(self) -> None:
         """Waits for the previous region's PUT and reports it."""

@@ -143,9 +143,13 @@ class Session:
         batch, digest = read_batch(source, side, start, stop, self.device)
         if self._seen.setdefault((side, start, stop), digest) != digest:
             raise data_changed(side, start, stop)
+        return self.at_precision(batch), digest
+
+    def at_precision(self, batch: Batch) -> Batch:
+        """The batch in the dtype that forward passes take."""
         if self.spec.precision is Precision.BFLOAT16:
-            batch = pytree.tree_map(_to_bfloat16, batch)
-        return batch, digest
+            return pytree.tree_map(_to_bfloat16, batch)
+        return batch
 
     def group(self, group: int, load: Any) -> Left:
         """The factors of a group on the device; one group is kept, the next replaces it."""

@@ -1,0 +1,91 @@
+"""Which example it was: looked for one by one, after something went wrong with many.
+
+Costs nothing until then. The user's model and loss are called again, so that the message names the
+index of the first example that raises or has no finite gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from influence_calculator.maths.objective import Batch, Objective
+from influence_job.data import ReadError, read_batch
+from influence_job.errors import JobError, PermanentError, Reason
+from influence_job.worker.session import Session
+
+AT_ONCE = 64
+"""Examples that are tried together first, when all of them may be sound."""
+
+
+@contextmanager
+def blaming(own: Session, objective: Objective, side: str, start: int, stop: int) -> Iterator[None]:
+    """Replaces an exception by one that names the example of the range that causes it, if one does."""
+    try:
+        yield
+    except (JobError, ReadError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        found = blame(own, objective, side, start, stop)
+        if found is None:
+            raise
+        raise found from error
+
+
+def blame(own: Session, objective: Objective, side: str, start: int, stop: int) -> PermanentError | None:
+    """The error for the first example of the range that raises or is not finite; None if all are sound."""
+    for first in range(start, stop, AT_ONCE):
+        last = min(first + AT_ONCE, stop)
+        if _is_sound(own, objective, side, first, last):
+            continue
+        for index in range(first, last):
+            error = _error_of(own, objective, side, index)
+            if error is not None:
+                return error
+    return None
+
+
+def not_finite(side: str, index: int) -> PermanentError:
+    """The error for an example whose gradient is NaN or infinite."""
+    return PermanentError(
+        Reason.NOT_FINITE,
+        f"{side} example {index}: its gradient is not finite; look for NaN or infinity in the "
+        f"example, a logarithm or division by zero in the loss, or overflow in half precision, and mend or "
+        f"drop the example",
+    )
+
+
+def _is_sound(own: Session, objective: Objective, side: str, start: int, stop: int) -> bool:
+    try:
+        return _has_finite_gradient(objective, _read(own, side, start, stop))
+    except Exception:
+        return False
+
+
+def _error_of(own: Session, objective: Objective, side: str, index: int) -> PermanentError | None:
+    try:
+        finite = _has_finite_gradient(objective, _read(own, side, index, index + 1))
+    except Exception as error:
+        return PermanentError(
+            Reason.INVALID_DATA,
+            f"{side} example {index}: the model or the loss raised {type(error).__name__}: {error}; mend or "
+            f"drop the example, or correct what the entry point returns",
+        )
+    return None if finite else not_finite(side, index)
+
+
+def _read(own: Session, side: str, start: int, stop: int) -> Batch:
+    source = own.task.train if side == "train" else own.task.test
+    batch, _ = read_batch(source, side, start, stop, own.device)
+    return own.at_precision(batch)
+
+
+def _has_finite_gradient(objective: Objective, batch: Batch) -> bool:
+    """Of the sum over the batch; one that is not finite makes the sum so."""
+    parameters = {name: p.detach().requires_grad_() for name, p in objective.parameters().items()}
+    total = objective.losses_at(parameters, batch).sum()
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    values = [total, *(gradient for gradient in gradients if gradient is not None)]
+    return all(bool(torch.isfinite(value).all()) for value in values)
