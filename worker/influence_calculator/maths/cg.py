@@ -28,7 +28,13 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
 from influence_calculator.maths.curvature_passes import TracePass
-from influence_calculator.maths.footprints import block_widths, capture_bytes, row_bytes, workspace
+from influence_calculator.maths.footprints import (
+    block_widths,
+    capture_bytes,
+    collect_bytes,
+    row_bytes,
+    workspace,
+)
 from influence_calculator.maths.gradient_methods import (
     BlockSolver,
     BlockwiseFitted,
@@ -137,24 +143,18 @@ class Cg(Method):
         widths = block_widths(shapes, self.blocks)
         row = row_bytes(shapes, sum(widths))
         largest = row_bytes(shapes, max(widths))
-        capture = capture_bytes(shapes, micro_batch, sum(widths))
-        product = (
-            max(workspace(shapes, micro_batch), capture)
-            if self._is_fisher
-            else workspace(shapes, micro_batch)
-        )
-        # Alive in an iteration: b, x, r, d, the product, z and three temporaries of the updates.
-        solving = 9 * (rows if self.simultaneous else 1) * largest
+        product = workspace(shapes, micro_batch)
+        if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
+            product = max(product, collect_bytes(shapes, micro_batch, sum(widths)))
+        block = (rows if self.simultaneous else 1) * largest
         return Footprint(
             fit=product + 3 * row if self.passes() else 0,
-            factors=KEPT_BYTES + product + solving + 2 * rows * row,
-            capture=capture,
+            # b, x, r, d, what is multiplied and the sum of products are alive beside a batch's product;
+            # afterwards z and two temporaries of the updates. Gradients and factors of all rows are outside.
+            factors=KEPT_BYTES + max(product + 6 * block, 9 * block) + 2 * rows * row,
+            capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
         )
-
-    @property
-    def _is_fisher(self) -> bool:
-        return self.second_order is SecondOrderMode.EMPIRICAL_FISHER
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,13 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import MatrixPass
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError, SingularCurvatureError
-from influence_calculator.maths.footprints import block_widths, capture_bytes, row_bytes, workspace
+from influence_calculator.maths.footprints import (
+    block_widths,
+    capture_bytes,
+    collect_bytes,
+    row_bytes,
+    workspace,
+)
 from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
@@ -76,14 +82,14 @@ class Direct(Method):
         matrices = sum(width * width for width in widths) * item
         largest = max(widths) ** 2 * item
         row = row_bytes(shapes, sum(widths))
-        capture = capture_bytes(shapes, micro_batch, sum(widths))
+        collect = collect_bytes(shapes, micro_batch, sum(widths))
         return Footprint(
             # The sums of all blocks, and either one batch's gradients or the directions at once.
-            fit=matrices + max(capture, workspace(shapes, micro_batch)),
+            fit=matrices + max(collect, workspace(shapes, micro_batch)),
             # All matrices and their factors (the solver copies H + λI once more while it factorizes),
             # gradients, factors and the transposed copy that the triangular solve makes.
-            factors=2 * matrices + largest + 3 * rows * row + capture,
-            capture=capture,
+            factors=2 * matrices + largest + 3 * rows * row + collect,
+            capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
         )
 

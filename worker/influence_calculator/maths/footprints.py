@@ -25,13 +25,29 @@ def row_bytes(shapes: ModelShapes, width: int) -> int:
     return width * max(4, shapes.itemsize)
 
 
-def capture_bytes(shapes: ModelShapes, micro_batch: int, width: int) -> int:
-    """Differentiating one micro-batch: the examples, activations and their gradients, gradients.
+def capture_bytes(shapes: ModelShapes, micro_batch: int) -> int:
+    """Differentiating one micro-batch of which one captured layer's gradients live at a time.
 
-    The per-sample gradients count twice: as they are formed and as the score's or the sum's operand.
+    The examples, the activations and their gradients; of the largest captured layer the inputs and
+    output gradients by tokens and the per-sample gradients; those of all other parameters at once.
     """
-    graph = 2 * shapes.activation_bytes + shapes.example_bytes
-    return micro_batch * (graph + 2 * row_bytes(shapes, width))
+    layers = [
+        layer.inputs * layer.outputs + layer.tokens * (layer.inputs + layer.outputs)
+        for layer in shapes.layers
+    ]
+    captured = sum((layer.inputs + layer.bias) * layer.outputs for layer in shapes.layers)
+    elements = max(layers, default=0) + max(0, shapes.width - captured)
+    return micro_batch * (_graph_bytes(shapes) + elements * max(4, shapes.itemsize))
+
+
+def collect_bytes(shapes: ModelShapes, micro_batch: int, width: int) -> int:
+    """The same with all gradients `[n, P]` side by side, as the empirical Fisher takes them."""
+    return capture_bytes(shapes, micro_batch) + micro_batch * row_bytes(shapes, width)
+
+
+def _graph_bytes(shapes: ModelShapes) -> int:
+    """Of one example: itself, its activations and their gradients."""
+    return 2 * shapes.activation_bytes + shapes.example_bytes
 
 
 def workspace(shapes: ModelShapes, micro_batch: int) -> int:
@@ -41,5 +57,4 @@ def workspace(shapes: ModelShapes, micro_batch: int) -> int:
     of which the largest (a GPU's) is counted.
     """
     one = GRAPH_COPIES * micro_batch * shapes.activation_bytes + 4 * shapes.width * shapes.itemsize
-    graph = micro_batch * (2 * shapes.activation_bytes + shapes.example_bytes)
-    return graph + max(one, max(WORKSPACE_BYTES.values()))
+    return micro_batch * _graph_bytes(shapes) + max(one, max(WORKSPACE_BYTES.values()))

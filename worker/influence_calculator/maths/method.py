@@ -113,7 +113,10 @@ class FitPass(ABC):
     def finish(
         self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
     ) -> dict[str, Tensor]:
-        """What the fit keeps of one unit, from its sums over all `length` training examples."""
+        """What the fit keeps of one unit, from its sums over all `length` training examples.
+
+        The sums are given away: what is kept may be the same tensors, changed in place.
+        """
 
 
 class Fitted(ABC):

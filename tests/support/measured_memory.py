@@ -1,0 +1,89 @@
+"""One stage of one method in a process of its own: prints its predicted and its measured bytes.
+
+`python measured_memory.py METHOD SECOND_ORDER HIDDEN EXAMPLES MICRO_BATCH ROWS STAGE`
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from influence_calculator.maths import region
+from influence_calculator.maths.capture import measure
+from influence_calculator.maths.cg import Cg
+from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.direct import Direct
+from influence_calculator.maths.gradients import collected
+from influence_calculator.maths.method import Method, fit
+from influence_calculator.maths.objective import Objective, xy_objective
+from training_sets import TrainingSet
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _objective(inputs: int, hidden: int) -> Objective:
+    model = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    return xy_objective(model, F.cross_entropy)
+
+
+def _run(method: Method, objective: Objective, data: TrainingSet, rows: int, stage: str) -> None:
+    x, y = data.whole
+    state = fit(method, objective, data)
+    if stage == "fit":
+        return
+    fitted = method.fitted(objective, state, data)
+    pieces = TrainingSet((x[:rows], y[:rows]), data.size)
+    found = [collected(objective, piece.batch, fitted.layout)[""] for piece in pieces.batches()]
+    left = {"": torch.cat(found)}
+    del found
+    if stage == "capture":
+        region.influences(fitted, left, data.whole, data.size)
+    else:
+        fitted.solve(left)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    name, mode, *sizes, stage = sys.argv[1:]
+    hidden, examples, micro_batch, rows = map(int, sizes)
+    second_order = SecondOrderMode(mode)
+    method: Method = Direct(0.1, second_order=second_order)
+    if name == "cg":
+        method = Cg(0.1, maxiter=2, second_order=second_order)
+    # What torch loads and allocates once for all, whatever the model's size.
+    tiny = TrainingSet((torch.randn(4, 3), torch.zeros(4, dtype=torch.long)), 2)
+    for each in ("factors", "capture"):
+        _run(method, _objective(3, 4), tiny, 2, each)
+    objective = _objective(hidden, hidden)
+    whole = (torch.randn(examples, hidden), torch.randint(0, 10, (examples,)))
+    footprint = method.footprint(measure(objective, whole), micro_batch, rows)
+    before = _resident()
+    _run(method, objective, TrainingSet(whole, micro_batch), rows, stage)
+    seen = max(0, _peak() - before)
+    print(
+        json.dumps(
+            {
+                "fit": footprint.fit,
+                "factors": footprint.factors,
+                "capture": footprint.capture,
+                "factor_row": footprint.factor_row,
+                "seen": seen,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

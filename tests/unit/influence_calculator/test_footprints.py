@@ -1,0 +1,51 @@
+"""Planned bytes against what a process measured: within 20 % and 200 MiB."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+SUPPORT = Path(__file__).parents[2] / "support"
+"""Folder of the script that measures itself."""
+
+
+def _measured(*arguments: object) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "measured_memory.py", *map(str, arguments)],
+        cwd=SUPPORT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    result: dict[str, int] = json.loads(done.stdout)
+    return result
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("method", "mode", "hidden", "examples", "micro_batch", "rows", "stage"),
+    [
+        ("direct", "empirical_fisher", 100, 64, 32, 16, "fit"),
+        ("direct", "empirical_fisher", 100, 64, 32, 16, "factors"),
+        ("cg", "hessian", 900, 64, 32, 24, "factors"),
+        ("cg", "empirical_fisher", 900, 128, 64, 24, "factors"),
+        ("cg", "hessian", 900, 256, 128, 16, "capture"),
+    ],
+)
+def test_a_footprint_is_what_the_stage_takes(
+    method: str, mode: str, hidden: int, examples: int, micro_batch: int, rows: int, stage: str
+) -> None:
+    seen = _measured(method, mode, hidden, examples, micro_batch, rows, stage)
+    planned = seen[stage]
+    if stage == "capture":
+        planned += rows * seen["factor_row"]
+    allowance = 0.2 * seen["seen"] + 200 * MIB
+    assert abs(planned - seen["seen"]) <= allowance, (
+        f"planned {planned / MIB:.0f} MiB, seen {seen['seen'] / MIB:.0f} MiB"
+    )
