@@ -64,7 +64,12 @@ class Linear(Method):
         row = self.row or shapes.width * max(4, shapes.itemsize)
         capture = micro_batch * (shapes.activation_bytes + shapes.example_bytes)
         return Footprint(
-            fit=self.state + capture, factors=self.state + rows * row, capture=capture, factor_row=row
+            fit=self.state + capture,
+            factors=self.state + rows * row,
+            capture=capture,
+            factor_row=row,
+            resident=self.state,
+            stored=self.state,
         )
 
 

@@ -154,6 +154,8 @@ class Cg(Method):
             factors=KEPT_BYTES + max(product + 6 * block, 9 * block) + 2 * rows * row,
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
+            resident=KEPT_BYTES,
+            stored=self.preconditioner.rows_kept * row if self.preconditioner is not None else 0,
         )
 
 

@@ -91,6 +91,8 @@ class Direct(Method):
             factors=2 * matrices + largest + 3 * rows * row + collect,
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
+            resident=2 * matrices,
+            stored=matrices,
         )
 
 

@@ -43,6 +43,8 @@ def ekfac_footprint(
         factors=bases + eigenvalues + rows * row + max(capture, rows * (row + 2 * largest_layer)),
         capture=capture,
         factor_row=row,
+        resident=bases + eigenvalues,
+        stored=max(bases + item * others, eigenvalues if update_diagonal else 0),
     )
 
 

@@ -89,6 +89,10 @@ class Footprint:
     """Differentiating one micro-batch of training examples in the score stage."""
     factor_row: int
     """Left representation of one test example."""
+    resident: int
+    """What the fitted method keeps while it scores."""
+    stored: int
+    """Partial sums of one range, of the pass that leaves the most: what a job keeps in its store."""
 
 
 def score_dtype(left: Tensor) -> torch.dtype:

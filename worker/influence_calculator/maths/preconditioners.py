@@ -29,6 +29,11 @@ class Preconditioner(ABC):
     tensors: tuple[str, ...]
     """Names of what its pass leaves behind per block."""
 
+    @property
+    @abstractmethod
+    def rows_kept(self) -> int:
+        """Numbers that its pass sums per parameter."""
+
     @abstractmethod
     def fit_pass(self, blocks: BlockStructure, second_order: SecondOrderMode) -> CurvaturePass:
         """The pass over the training data that it needs."""
@@ -47,6 +52,11 @@ class JacobiPreconditioner(Preconditioner):
     seed: int = 0
 
     tensors = ("diagonal",)
+
+    @property
+    @override
+    def rows_kept(self) -> int:
+        return 1
 
     def __post_init__(self) -> None:
         _check_count("num_samples_estimator", self.num_samples_estimator)
@@ -78,6 +88,11 @@ class NystroemPreconditioner(Preconditioner):
     seed: int = 0
 
     tensors = ("basis", "eigenvalues")
+
+    @property
+    @override
+    def rows_kept(self) -> int:
+        return self.rank
 
     def __post_init__(self) -> None:
         _check_count("rank", self.rank)

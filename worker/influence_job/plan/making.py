@@ -80,7 +80,7 @@ def _itemsize(sizes: Sizes) -> int:
 
 def _resident(method: Method, sizes: Sizes) -> int:
     """Model and fit, which stay on the device while test and training examples come and go."""
-    return sizes.shapes.model_bytes + method.footprint(sizes.shapes, 1, 1).factors
+    return sizes.shapes.model_bytes + method.footprint(sizes.shapes, 1, 1).resident
 
 
 def _factor_row(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> int:
@@ -188,7 +188,7 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
 
     stages = {"Loading": stage(shapes.model_bytes, shapes.model_bytes)}
     if plan.fit_passes:
-        scratch += (plan.fit_ranges + plan.fit_passes) * method.footprint(shapes, 1, 1).fit
+        scratch += (plan.fit_ranges + plan.fit_passes) * footprint.stored
         stages["Fitting"] = stage(shapes.model_bytes + footprint.fit, reads)
     if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
         scratch += plan.factor_bytes if plan.has_scores else 0
