@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from functools import singledispatch
 
-from influence_calculator.maths.ekfac import Ekfac
-
 from influence_calculator.maths.blocks import BlockMode, BlockStructure, Regularization, Relative
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
+from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.preconditioners import (
     JacobiPreconditioner,
