@@ -43,7 +43,7 @@ format: $(STAMP) ## put the code into the project's format
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run
-	$(BIN)/python -m benchmarks
+	$(BIN)/python tests/benchmarks/run.py
 
 clean: ## remove what `make` made
 	rm -rf $(VENV) digits.zarr .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,97 @@
+"""How fast EK-FAC could be on this machine: its arithmetic at the rate of matrix products of its shapes.
+
+Shapes: a layer has i inputs (one more with a bias), o outputs and S tokens per example; P = Σ i·o.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+Rate = Callable[[int, int, int, int], float]
+"""`rate(batch, m, k, n)`: FLOP per second of `batch` products `[m, k] @ [k, n]` on all cores."""
+
+
+class Layer(NamedTuple):
+    """What one layer costs by."""
+
+    inputs: int
+    """i, the bias's 1 included."""
+    outputs: int
+    """o"""
+    tokens: int = 1
+    """S"""
+
+
+def physical_bound(
+    layers: Sequence[Layer], train: int, test: int, chunk: int, rate: Rate, bytes_per_second: float
+) -> float:
+    """Seconds that EK-FAC fit and score take at least, when `chunk` examples are differentiated at once.
+
+    Per training example: 3 captures (2 in the fit, 1 in the score; each a forward, 2Sio, and activation
+    gradients, 2Sio, none below the first layer), covariances and the rotation of captures at 2S(i² + o²)
+    each, per-sample gradients 2PS twice. Per test example: 1 capture, 2PS, rotation 4io(i + o).
+    Eigenproblems 10(i³ + o³) per layer. 2P FLOP and 4 bytes per pair.
+    """
+    seconds = 0.0
+    P = sum(layer.inputs * layer.outputs for layer in layers)
+    for position, (i, o, S) in enumerate(layers):
+        rows = chunk * S
+        capture = 2 * S * i * o / rate(1, rows, i, o)
+        if position > 0:
+            capture += 2 * S * i * o / rate(1, rows, o, i)
+        gradient = 2 * S * i * o / rate(chunk, o, S, i)
+        covariance = 2 * S * (i * i / rate(1, i, rows, i) + o * o / rate(1, o, rows, o))
+        rotation = 2 * S * (i * i / rate(1, rows, i, i) + o * o / rate(1, rows, o, o))
+        seconds += train * (3 * capture + covariance + rotation + 2 * gradient)
+        turn = 4 * i * o * (o / rate(chunk, o, o, i) + i / rate(chunk, o, i, i))
+        seconds += test * (capture + gradient + turn)
+        seconds += 10 * (i**3 / rate(1, i, i, i) + o**3 / rate(1, o, o, o))
+    pair = max(2 * P / rate(1, test, P, chunk), 4 / bytes_per_second)
+    return seconds + train * test * pair
+
+
+def measured_rate(cores: int) -> Rate:
+    """The rate of float32 products of each shape asked for, measured on one thread, times `cores`."""
+
+    @cache
+    def rate(batch: int, m: int, k: int, n: int) -> float:
+        left, right, out = torch.randn(batch, m, k), torch.randn(batch, k, n), torch.empty(batch, m, n)
+        if batch == 1:
+            left, right, out = left[0], right[0], out[0]
+        seconds = shortest(lambda: torch.matmul(left, right, out=out))
+        return cores * 2 * batch * m * k * n / seconds
+
+    return rate
+
+
+def measured_bandwidth(size: int = 2**26) -> float:
+    """Bytes per second that one thread writes to memory: what `cores` threads share."""
+    target = torch.empty(size, dtype=torch.uint8)
+    return size / shortest(lambda: target.fill_(1))
+
+
+def shortest(work: Callable[[], object], trials: int = 5, at_least: float = 0.01) -> float:
+    """Seconds per call: the best of `trials`, each of as many calls as take `at_least` seconds."""
+    calls, best = 1, float("inf")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while _seconds(work, calls) < at_least:
+            calls *= 2
+        for _ in range(trials):
+            best = min(best, _seconds(work, calls) / calls)
+    finally:
+        torch.set_num_threads(threads)
+    return best
+
+
+def _seconds(work: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return time.perf_counter() - start
