@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: a storage emulator, and a proxy that makes it fail."""
+"""Fixtures that several folders of tests share: storage emulators, and a proxy that makes one fail."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+import gcs as google
+import s3 as amazon
 from faulty_proxy import FaultyProxy, running_proxy
-from gcs import GcsEmulator, running_emulator
+from gcs import GcsEmulator
+from s3 import S3Emulator
 
 # Read when gcsfs is imported: without it each first access of an emulator's bucket stalls for a minute.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -17,7 +20,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 @pytest.fixture(scope="session")
 def gcs() -> Iterator[GcsEmulator]:
     """A running Google Cloud Storage emulator."""
-    with running_emulator() as emulator:
+    with google.running_emulator() as emulator:
         yield emulator
 
 
@@ -32,3 +35,16 @@ def faulty_gcs(gcs: GcsEmulator) -> Iterator[FaultyProxy]:
     """A proxy before the emulator, without faults until told."""
     with running_proxy(gcs.endpoint) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Emulator]:
+    """A running S3 emulator."""
+    with amazon.running_emulator() as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def s3_bucket(s3: S3Emulator) -> str:
+    """The name of a new, empty bucket."""
+    return s3.new_bucket()
