@@ -110,7 +110,7 @@ def _start(workers: int) -> LocalCluster:
     # Workers say as much as this process's own Dask does.
     level = logging.getLevelName(logging.getLogger("distributed").getEffectiveLevel()).lower()
     environ = dask.config.get("distributed.nanny.pre-spawn-environ") | {"DASK_LOGGING__DISTRIBUTED": level}
-    with dask.config.set({**SETTINGS, "distributed.nanny.pre-spawn-environ": environ}):
+    with dask.config.set({**SETTINGS, "distributed.nanny.pre-spawn-environ": environ}), _ctrl_c_held():
         return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -119,6 +119,19 @@ def _start(workers: int) -> LocalCluster:
             dashboard_address="127.0.0.1:0",  # None means 8787, which another cluster may hold
             env={**THREAD_SETTINGS, "PYTHONPATH": path},
         )
+
+
+@contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    """What starts meanwhile, threads and processes, never gets SIGINT, which a terminal sends to all of them.
+
+    This process gets it when the context ends, and stops its workers itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _default_workers(job: InfluenceJob) -> int:

@@ -1,7 +1,8 @@
 """What determines the numbers of a job, and how two of them differ, in words.
 
 A fingerprint is a nested JSON dict made by the driver: parameter digest, method, stored plan, device,
-precision, source digest, data identity. A part that is None is not known (yet) and is not compared.
+precision, source digest, data identity. A part that is None, or a whole part that is missing, is not
+known (yet) and is not compared; a key that is missing inside a part differs from one that is there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 Fingerprint = Mapping[str, Any]
 
+_NOTHING = "nothing"
 _SHOWN = 80
 """Characters of a value in a sentence."""
 
@@ -27,8 +29,9 @@ def _differing(path: tuple[str, ...], stored: Any, given: Any) -> Iterator[tuple
     if stored is None or given is None:
         return
     if isinstance(stored, Mapping) and isinstance(given, Mapping):
+        missing = _NOTHING if path else None
         for name in [*stored, *(name for name in given if name not in stored)]:
-            yield from _differing((*path, str(name)), stored.get(name), given.get(name))
+            yield from _differing((*path, str(name)), stored.get(name, missing), given.get(name, missing))
     elif _plain(stored) != _plain(given):
         yield ".".join(path), stored, given
 

@@ -42,6 +42,13 @@ def changed(**parts: Any) -> dict[str, Any]:
             ["method.blocks: the store was made with ['a', 'b'], this job says ['a', 'c']"],
         ),
         (changed(extra=1), []),
+        (
+            changed(method={"name": "Ekfac", "regularization": 0.01, "samples": 2}),
+            [
+                "method.blocks: the store was made with ['a', 'b'], this job says nothing",
+                "method.samples: the store was made with nothing, this job says 2",
+            ],
+        ),
         (changed(method="Cg"), [f"method: the store was made with {STORED['method']}, this job says Cg"]),
     ],
 )
