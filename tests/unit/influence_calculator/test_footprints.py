@@ -27,7 +27,6 @@ def _measured(*arguments: object) -> dict[str, int]:
     return result
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("method", "mode", "hidden", "examples", "micro_batch", "rows", "stage"),
     [
