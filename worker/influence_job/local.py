@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import dask
@@ -127,6 +128,7 @@ def _ctrl_c_held() -> Iterator[None]:
 
     This process gets it when the context ends, and stops its workers itself.
     """
+    resource_tracker.ensure_running()  # the first process that is started starts it, and unblocks SIGINT there
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
