@@ -59,7 +59,7 @@ def gauss_newton(model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor) 
         found: Tensor = functional_call(model, at, (x,))
         return found
 
-    logits, pull_back = vjp(outputs, values)
+    logits, pull_back = vjp(outputs, values)[:2]
     p = logits.softmax(1)
 
     def product(v: Tensor) -> Tensor:
