@@ -37,6 +37,11 @@ SETTINGS = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": False,
     "distributed.comm.timeouts.connect": "60s",
+    # It looks at all threads every 10 ms, and CPython before 3.12.4 may wait for itself while it does
+    # (sys._current_frames collecting a threading.local, gh-106883): a worker that hangs for minutes.
+    "distributed.worker.profile.enabled": False,
+    # Each connection and topic keeps its last messages for debugging; 1000 of ours are tens of megabytes.
+    "distributed.admin.low-level-log-length": 100,
     # All workers import torch while they start, side by side, instead of each with its first task.
     "distributed.worker.preload": ["influence_job.worker.loading"],
 }
