@@ -27,7 +27,7 @@ run: $(STAMP) ## the influences of 1400 handwritten digits on 300 others, then w
 	$(BIN)/influence show digits.zarr
 
 test: $(STAMP) ## every test that needs no accelerator
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-unit: $(STAMP) ## the tests that start no processes
 	$(BIN)/python -m pytest tests/unit tests/contract

@@ -15,6 +15,8 @@ from s3 import S3Emulator
 
 # Read when gcsfs is imported: without it each first access of an emulator's bucket stalls for a minute.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+# For the workers that tests start themselves; `influence_job.local` says what it is good for.
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "false")
 
 
 @pytest.fixture(scope="session")
