@@ -133,7 +133,7 @@ def _ctrl_c_held() -> Iterator[None]:
 
     This process gets it when the context ends, and stops its workers itself.
     """
-    resource_tracker.ensure_running()  # the first process that is started starts it, and unblocks SIGINT there
+    resource_tracker.ensure_running()  # else the first worker starts it, and with that unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
