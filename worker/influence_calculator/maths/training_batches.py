@@ -1,11 +1,12 @@
-"""The training set for solvers that go over it again and again: kept in memory when it fits.
+"""The training set in batches of a good length, kept in memory for solvers that go over it again and again.
 
 Shapes: n examples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -67,7 +68,36 @@ class TrainingBatches:
         return int(workspace_bytes(self._objective) // (8 * one))
 
 
-def joined(batches: list[IndexedBatch], size: int) -> Iterator[IndexedBatch]:
+class JoinedBatches:
+    """Short batches joined to what the workspace holds; for fitting, whose sums take any length.
+
+    Numbers do not depend on it but for rounding.
+    """
+
+    def __init__(self, objective: Objective, data: TrainingData) -> None:
+        self._objective = objective
+        self._data = data
+
+    @property
+    def length(self) -> int:
+        """Number of examples."""
+        return self._data.length
+
+    def batches(self) -> Iterator[IndexedBatch]:
+        """One pass over all examples, in order."""
+        batches = self._data.batches()
+        first = next(batches, None)
+        if first is not None:
+            yield from joined(chain([first], batches), self._examples_at_once(first.batch))
+
+    def _examples_at_once(self, batch: Batch) -> int:
+        """By an example's graph and its gradient of the largest parameter."""
+        gradient = max(value.numel() for value in self._objective.parameters().values())
+        graph = GRAPH_COPIES * activation_elements(self._objective, batch)
+        return int(workspace_bytes(self._objective) // (self._objective.dtype.itemsize * (graph + gradient)))
+
+
+def joined(batches: Iterable[IndexedBatch], size: int) -> Iterator[IndexedBatch]:
     """Consecutive batches of equal shapes joined to at most `size` examples; longer ones as they are."""
     group: list[IndexedBatch] = []
     count = 0

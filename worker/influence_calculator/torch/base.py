@@ -42,6 +42,7 @@ from influence_calculator.maths.method import (
 from influence_calculator.maths.objective import Objective, batch_size, xy_objective
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
+from influence_calculator.maths.training_batches import JoinedBatches
 from influence_calculator.torch.by_block import influences_by_block, perturbations_by_block
 from influence_calculator.torch.training_data import IterableTrainingData
 from influence_calculator.torch.util import LossType
@@ -143,7 +144,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
         probe(self.objective, training.first())
-        self._state = fit(self.method, self.objective, training)
+        self._state = fit(self.method, self.objective, JoinedBatches(self.objective, training))
         self._data = training if self.method.needs_data else None
         self._refresh()
         return self

@@ -9,6 +9,7 @@ import torch
 
 from influence_calculator.maths.method import FitPass, Sums
 from influence_calculator.maths.objective import IndexedBatch, micro_batches
+from influence_calculator.maths.training_batches import joined
 from influence_job.errors import PermanentError, Reason
 from influence_job.storage.ledger import Row
 from influence_job.worker import tensor_file
@@ -64,10 +65,17 @@ def fit_unit(context: WorkerContext, step_name: str, unit: int) -> Outcome:
 def _digested(
     reads: Iterator[tuple[IndexedBatch, str]], inputs: hashlib.blake2b, micro_batch: int
 ) -> Iterator[IndexedBatch]:
-    """The micro-batches of what is read, whose digests go into `inputs` on the way."""
-    for indexed, digest in reads:
-        inputs.update(digest.encode())
-        yield from micro_batches(indexed, micro_batch)
+    """The micro-batches of what is read, whose digests go into `inputs` on the way.
+
+    Chunks shorter than a micro-batch are joined: tiny ones would pay for nothing but their bookkeeping.
+    """
+
+    def pieces() -> Iterator[IndexedBatch]:
+        for indexed, digest in reads:
+            inputs.update(digest.encode())
+            yield from micro_batches(indexed, micro_batch)
+
+    yield from joined(pieces(), micro_batch)
 
 
 def _is_finite(sums: Sums) -> bool:
