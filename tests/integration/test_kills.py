@@ -110,14 +110,14 @@ def test_a_run_that_is_killed_again_and_again_still_ends_with_the_same_bits(
 ) -> None:
     """Every attempt adds to what the ones before have done."""
     path, done = tmp_path / "result.zarr", 0
-    for hit in (4, 3, 3):
+    for hit in (4, 3):
         barrier = Barrier("put", "before", "^influences/c/", hit)
         run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=barrier)
         run.wait_for_barrier()
         run.wait_until(lambda: _rows(path)["region"] > done, "a flush of a region")  # noqa: B023
         run.kill()
         done = _rows(path)["region"]
-    assert 3 <= done < REGIONS
+    assert 2 <= done < REGIONS
     resume(path, workers=2)
 
 
@@ -138,13 +138,10 @@ def test_an_undisturbed_run_writes_every_region_once(undisturbed: object) -> Non
     assert regions == Counter({f"influences/c/0/{chunk}": 1 for chunk in range(REGIONS)})
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_workers_does_not_change_a_bit(
-    workers: int, jobs: Jobs, tmp_path: Path, undisturbed: object
-) -> None:
+def test_the_number_of_workers_does_not_change_a_bit(jobs: Jobs, tmp_path: Path, undisturbed: object) -> None:
     """Grid, ranges and micro-batches are the stored plan's, whoever computes them."""
     path = tmp_path / "result.zarr"
-    jobs.finish(jobs.manifest(), output=path, workers=workers)
+    jobs.finish(jobs.manifest(), output=path, workers=3)
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
 
 

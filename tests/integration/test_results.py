@@ -23,6 +23,13 @@ LAMBDA = 0.05
 SMALL = {"task": {"arguments": {"train": 96, "test": 8}}, "chunks": {"test": 4, "train": 16}}
 
 
+def test_a_good_run_says_nothing_but_its_stages(undisturbed: Any) -> None:
+    """No log of Dask, no warning of a library."""
+    lines = undisturbed.run.stderr.splitlines()
+    stages = "Preflight|Loading|Fitting|Factors|Scores|Verifying"
+    assert [line for line in lines if not re.match(rf"({stages}): ", line)] == []
+
+
 def test_xarray_reads_influences_by_test_and_train(undisturbed: Any) -> None:
     """With the task's annotations as coordinates."""
     opened = xarray.open_zarr(undisturbed.path)
