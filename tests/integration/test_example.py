@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import stored
 import xarray
+
+import stored
 from jobs import Jobs
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "digits.yaml"
@@ -41,7 +42,7 @@ def test_show_names_the_training_images_behind_each_misread_digit(digits: Path) 
         for side, order in (("mostHelpful", -scores[row]), ("mostHarmful", scores[row])):
             named = [entry["train"] for entry in case[side]]
             assert named == np.argsort(order, kind="stable")[:3].tolist()
-            labels = [entry["label"] for entry in case[side]]
+            labels = [entry["coordinates"]["label"] for entry in case[side]]
             assert labels == opened["train_label"].values[named].tolist()
 
 
