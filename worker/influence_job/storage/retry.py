@@ -46,7 +46,8 @@ class Verdict(Enum):
     INVALID = "correct output.url or output.storageOptions"
 
 
-_TRANSIENT_STATUS = {408, 429}
+# 409: S3 answers it when two conditional writes meet; the second try finds who won.
+_TRANSIENT_STATUS = {408, 409, 429}
 _VERDICT_OF_STATUS = {401: Verdict.UNAUTHORIZED, 403: Verdict.DENIED, 404: Verdict.MISSING}
 _VERDICT_OF_ERRNO = {
     errno.EACCES: Verdict.DENIED,

@@ -45,6 +45,7 @@ TRANSIENT = [
     google.auth.exceptions.TransportError(),
     google.auth.exceptions.RefreshError(),
     botocore.exceptions.EndpointConnectionError(endpoint_url="u"),
+    botocore_error(409),
     botocore_error(503),
     caused(OSError(errno.EINVAL, "translated"), botocore_error(500)),
 ]
