@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -22,6 +21,7 @@ from distributed import Client, LocalCluster
 
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.run import run
+from influence_job.driver.stop import stopped_by_signals
 from influence_job.driver.submission import ALLOWED_DEATHS
 from influence_job.identity import JobIdentity
 from influence_job.progress import Progress
@@ -74,24 +74,10 @@ def run_local(
     count = workers or _default_workers(job)
     with (
         serving(tracker.snapshot, "127.0.0.1", progress_port, metrics_port),
-        stop_on_sigterm() as stop,
+        stopped_by_signals() as stop,
         _cluster(count) as connect,
     ):
         return run(job, identity, connect, tracker, stop)
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; the driver then flushes the ledger and exits with 75, never 0."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

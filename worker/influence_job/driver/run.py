@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from influence_job.driver import factor_source, fingerprints, layout
 from influence_job.driver.preflight import Opened, preflight
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stages import Stages
+from influence_job.driver.stop import Stop
 from influence_job.driver.submission import Submitter, ended_with
 from influence_job.errors import JobError, PermanentError, Reason
 from influence_job.identity import JobIdentity
@@ -31,7 +31,7 @@ def run(
     identity: JobIdentity,
     connect: Callable[[], Client],
     tracker: ProgressTracker,
-    stop: threading.Event | None = None,
+    stop: Stop | None = None,
     trust_finished: bool = False,
 ) -> Progress:
     """Runs the job and returns its last progress document.
@@ -41,14 +41,14 @@ def run(
         identity: UID, attempt and pod, as the claim on the store records them.
         connect: connects to the scheduler; called again when it is lost.
         tracker: the progress document, which others serve or draw.
-        stop: set by a signal handler; the ledger is flushed and the run ends with exit code 75.
+        stop: asked by a signal handler; the ledger is flushed before the run ends.
         trust_finished: end a finished job without comparing its model and data, which needs a worker.
 
     Raises:
         JobError: with the reason and the exit code.
     """
     try:
-        _attempt(job, identity, connect, tracker, stop or threading.Event(), trust_finished)
+        _attempt(job, identity, connect, tracker, stop or Stop(), trust_finished)
     except BaseException as error:
         tracker.fail(ended_with(error))
         raise
@@ -60,7 +60,7 @@ def _attempt(
     identity: JobIdentity,
     connect: Callable[[], Client],
     tracker: ProgressTracker,
-    stop: threading.Event,
+    stop: Stop,
     trust_finished: bool,
 ) -> None:
     tracker.enter(Stage.PREFLIGHT)

@@ -7,7 +7,6 @@ result: what the ledger does not hold is submitted again.
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
 from influence_job.driver.reporting import ProgressTracker
+from influence_job.driver.stop import Stop
 from influence_job.errors import InfrastructureError, JobError, PermanentError, Reason
 from influence_job.storage.ledger import Ledger, Row
 from influence_job.worker.outcome import ROWS_TOPIC, Failure, Outcome
@@ -51,7 +51,7 @@ class Submitter:
     connect: Callable[[], Client]
     ledger: Ledger
     tracker: ProgressTracker
-    stop: threading.Event
+    stop: Stop
     client: Client = field(init=False)
     _strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
     _done: queue.SimpleQueue[Future[Any]] = field(default_factory=queue.SimpleQueue)
@@ -194,8 +194,7 @@ class Submitter:
             )
 
     def _tick(self) -> None:
-        if self.stop.is_set():
-            raise InfrastructureError(Reason.TERMINATED, "told to stop; run it again and it resumes")
+        self.stop.check()
         self.ledger.flush_if_due()
 
     def _reattach(self) -> list[Work]:
