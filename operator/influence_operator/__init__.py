@@ -1,0 +1,1 @@
+"""Watches InfluenceJobs, owns their children and tells their state. `influence-operator` starts it."""

@@ -1,0 +1,1 @@
+"""Builders: each returns a whole manifest from its arguments."""
