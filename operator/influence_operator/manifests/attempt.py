@@ -1,0 +1,48 @@
+"""Everything that one attempt of a job is made of. Called by `influence_operator.decisions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from influence_job.spec import InfluenceJobSpec
+from influence_operator.decisions.snapshot import Object
+from influence_operator.settings import Settings
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AttemptManifests:
+    """The children of one attempt, in the order in which they are created."""
+
+    config_map: Manifest
+    secret: Manifest
+    """Without data: the cluster package adds `ca.crt`, `tls.crt` and `tls.key`."""
+    network_policies: tuple[Manifest, ...]
+    driver_job: Manifest
+    dask_cluster: Manifest
+    """Created once the driver says that workers are needed."""
+
+
+def attempt_manifests(
+    job: Object, spec: InfluenceJobSpec, attempt: int, settings: Settings, source: Object | None
+) -> AttemptManifests:
+    """The manifests of attempt number `attempt`.
+
+    Args:
+        job: the InfluenceJob as stored.
+        spec: its parsed spec.
+        attempt: from 1.
+        settings: the operator's.
+        source: the ConfigMap that `task.source.configMap` names, if it names one.
+    """
+    raise NotImplementedError
+
+
+def certificate_end(spec: InfluenceJobSpec, now: datetime) -> datetime:
+    """When the certificate of an attempt that starts now runs out."""
+    if spec.active_deadline_seconds is None:
+        return now + timedelta(days=365)
+    return now + timedelta(seconds=spec.active_deadline_seconds, days=7)
