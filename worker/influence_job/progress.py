@@ -73,6 +73,8 @@ class Progress(_Document):
     stage: Stage = Stage.PREFLIGHT
     stages: list[StageTimes] = Field(default_factory=list, max_length=16)
     regions: Regions = Field(default_factory=Regions)
+    recorded: int | None = Field(None, ge=0)
+    """Ledger rows that this attempt wrote, of all stages; null from a driver that does not count them."""
     rate: float | None = None
     """Regions per second over the last minute; null before the first."""
     eta_seconds: float | None = None

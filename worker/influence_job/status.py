@@ -1,8 +1,8 @@
 """The status of an InfluenceJob: what the operator writes and everybody else reads.
 
-The CRD's status schema is made from it. `phase` and `progress` are for people and never read back; the
-conditions follow kstatus, and `Complete` and `Failed` alone tell whether there is a result. Pydantic and the
-standard library only.
+The CRD's status schema is made from it. `phase` is for people and never read back; `attempts` and the times
+are what the operator remembers from one pass to the next. The conditions follow kstatus, and `Complete` and
+`Failed` alone tell whether there is a result. Pydantic and the standard library only.
 """
 
 from __future__ import annotations
@@ -98,7 +98,15 @@ class AttemptsStatus(_StatusModel):
     current: int = Field(0, ge=0, description="Number of the last attempt; names its children. 0: none yet.")
     counted_failures: int = Field(0, ge=0, description="Failures that count against backoffLimit.")
     started: datetime | None = Field(None, description="When the present attempt's driver was created.")
-    ended: datetime | None = Field(None, description="When the last attempt was found to have ended.")
+    driver: Annotated[str, Field(max_length=63)] | None = Field(
+        None, description="Name of the present attempt's driver Job, once it was seen."
+    )
+    recorded: int = Field(
+        0, ge=0, description="Ledger rows that the present attempt is known to have written; may lag behind."
+    )
+    ended: datetime | None = Field(
+        None, description="When the present attempt ended; absent while it goes on."
+    )
     next_start: datetime | None = Field(None, description="When the next attempt may start.")
     counted: bool | None = Field(None, description="Whether the last ended attempt counted.")
     last_exit_code: int | None = Field(None, description="Of the last ended attempt's driver.")
@@ -151,6 +159,9 @@ class InfluenceJobStatus(_StatusModel):
     )
     progressed: datetime | None = Field(
         None, description="Last stage change, region or fit step seen, or the first ready worker."
+    )
+    cluster_incomplete_since: datetime | None = Field(
+        None, description="Since when dask-kubernetes has left a part of the cluster unmade; else absent."
     )
     conditions: Annotated[list[Condition], Field(max_length=16)] = Field(
         default_factory=list,

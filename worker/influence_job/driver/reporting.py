@@ -22,7 +22,7 @@ class ProgressTracker:
 
     def __init__(self, identity: JobIdentity, on_progress: Callable[[Progress], None]) -> None:
         self._lock = threading.Lock()
-        self._document = Progress(job_uid=identity.uid, attempt=identity.attempt)
+        self._document = Progress(job_uid=identity.uid, attempt=identity.attempt, recorded=0)
         self._marks: deque[tuple[float, int]] = deque()
         self._on_progress = on_progress
         self._told = 0.0
@@ -57,6 +57,8 @@ class ProgressTracker:
         """`done` rows of the present stage are computed."""
         with self._lock:
             document, now = self._document, time.monotonic()
+            if document.stage is not Stage.VERIFYING:  # which reads rows and writes none
+                document.recorded = (document.recorded or 0) + max(0, done - document.regions.done)
             document.regions.done = done
             self._marks.append((now, done))
             while now - self._marks[0][0] > RATE_SECONDS:
