@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 import stored
+from influence_job.dask_settings import THREAD_SETTINGS
 from influence_job.exit_codes import ExitCode
-from influence_job.worker.environment import THREAD_SETTINGS
 from jobs import SUPPORT, Jobs, Run, times_written
 from resuming import count
 

@@ -19,32 +19,14 @@ from pathlib import Path
 import dask
 from distributed import Client, LocalCluster
 
+from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.run import run
 from influence_job.driver.stop import stopped_by_signals
-from influence_job.driver.submission import ALLOWED_DEATHS
 from influence_job.identity import JobIdentity
 from influence_job.progress import Progress
 from influence_job.server import serving
 from influence_job.spec import Device, InfluenceJob
-from influence_job.worker.environment import THREAD_SETTINGS
-
-SETTINGS = {
-    "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
-    # Memory is planned; a worker that spilled or paused would only hide a wrong plan.
-    "distributed.worker.memory.target": False,
-    "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.pause": False,
-    "distributed.worker.memory.terminate": False,
-    "distributed.comm.timeouts.connect": "60s",
-    # It looks at all threads every 10 ms, and CPython before 3.12.4 may wait for itself while it does
-    # (sys._current_frames collecting a threading.local, gh-106883): a worker that hangs for minutes.
-    "distributed.worker.profile.enabled": False,
-    # Each connection and topic keeps its last messages for debugging; 1000 of ours are tens of megabytes.
-    "distributed.admin.low-level-log-length": 100,
-    # All workers import torch while they start, side by side, instead of each with its first task.
-    "distributed.worker.preload": ["influence_job.worker.loading"],
-}
 
 
 def run_local(

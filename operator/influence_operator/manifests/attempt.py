@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from influence_job.spec import InfluenceJobSpec
 from influence_operator.decisions.snapshot import Object
+from influence_operator.manifests.child import Attempt, Manifest
+from influence_operator.manifests.config_map import config_map
+from influence_operator.manifests.dask_cluster import dask_cluster
+from influence_operator.manifests.driver_job import driver_job
+from influence_operator.manifests.policies import network_policies
 from influence_operator.settings import Settings
-
-Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,23 @@ def attempt_manifests(
         attempt: from 1.
         settings: the operator's.
         source: the ConfigMap that `task.source.configMap` names, if it names one.
+
+    Raises:
+        ValueError: the spec names a source that was not given.
     """
-    raise NotImplementedError
+    if spec.task.source is None:
+        source = None
+    elif source is None:
+        name = spec.task.source.config_map.name
+        raise ValueError(f"task.source.configMap: expected the ConfigMap {name}, got none; look it up first")
+    made = Attempt(job, spec, attempt, settings, source)
+    return AttemptManifests(
+        config_map=config_map(made),
+        secret=_secret(made),
+        network_policies=network_policies(made),
+        driver_job=driver_job(made),
+        dask_cluster=dask_cluster(made),
+    )
 
 
 def certificate_end(spec: InfluenceJobSpec, now: datetime) -> datetime:
@@ -46,3 +63,13 @@ def certificate_end(spec: InfluenceJobSpec, now: datetime) -> datetime:
     if spec.active_deadline_seconds is None:
         return now + timedelta(days=365)
     return now + timedelta(seconds=spec.active_deadline_seconds, days=7)
+
+
+def _secret(attempt: Attempt) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": attempt.metadata(attempt.base),
+        "immutable": True,
+        "type": "kubernetes.io/tls",
+    }

@@ -16,6 +16,7 @@ from typing import Any
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
+from influence_job.dask_settings import ALLOWED_DEATHS
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stop import Stop
 from influence_job.errors import InfrastructureError, JobError, PermanentError, Reason
@@ -24,8 +25,6 @@ from influence_job.worker.outcome import ROWS_TOPIC, Failure, Outcome
 
 STRIKES = 3
 """A region that raises this often ends the job."""
-ALLOWED_DEATHS = 20
-"""Workers that may die under one task (Dask's `allowed-failures`, set where the scheduler starts)."""
 SCHEDULER_GRACE_SECONDS = 60.0
 """How long the driver waits for a restarted scheduler, or for a first worker."""
 TICK_SECONDS = 0.1

@@ -6,16 +6,6 @@ import os
 
 import torch
 
-THREAD_SETTINGS = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    # Fixed code paths inside MKL whatever the load of the machine.
-    "MKL_CBWR": "AUTO",
-    # cuBLAS is deterministic only with a workspace of its own per stream.
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-}
-"""Environment variables that must stand before torch is imported; set for every worker process."""
-
 
 def make_deterministic(tf32: bool) -> None:
     """One intra-op thread and deterministic algorithms, for this process."""

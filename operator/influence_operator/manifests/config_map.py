@@ -1,0 +1,72 @@
+"""The attempt's ConfigMap: the job document, and a copy of the task's source beside it.
+
+The copy keeps an attempt's pods alike while somebody edits the original. Immutable: a kubelet need not watch
+it, and an attempt cannot change under its driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from influence_job.document import FILE, JobDocument
+from influence_job.spec import API_VERSION, KIND, InfluenceJob, InfluenceJobSpec, Metadata, Quantity
+from influence_operator.decisions.snapshot import Object
+from influence_operator.manifests import names
+from influence_operator.manifests.child import Attempt, Manifest
+from influence_operator.manifests.names import Role
+from influence_operator.manifests.resources import container_resources
+
+_SOURCE_KEY = "task."
+"""Before the copied keys, none of which then is the document's."""
+
+
+def config_map(attempt: Attempt) -> Manifest:
+    """The ConfigMap that driver, scheduler and workers mount parts of."""
+    source = attempt.source or {}
+    manifest: Manifest = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": attempt.metadata(attempt.base),
+        "immutable": True,
+        "data": {FILE: document(attempt).model_dump_json(by_alias=True, indent=2), **_copy(source, "data")},
+    }
+    binary = _copy(source, "binaryData")
+    return manifest | {"binaryData": binary} if binary else manifest
+
+
+def source_items(source: Object) -> list[dict[str, str]]:
+    """The copied keys with the names of their files, for a volume."""
+    keys = [*(source.get("data") or {}), *(source.get("binaryData") or {})]
+    return [{"key": _SOURCE_KEY + key, "path": key} for key in sorted(keys)]
+
+
+def document(attempt: Attempt) -> JobDocument:
+    """What the driver reads: the spec with the operator's defaults, which its plan depends on."""
+    return JobDocument(
+        uid=attempt.uid,
+        attempt=attempt.number,
+        scheduler=names.scheduler_address(attempt.base, attempt.namespace),
+        job=InfluenceJob(
+            api_version=API_VERSION,
+            kind=KIND,
+            metadata=Metadata(name=attempt.job_name, namespace=attempt.namespace),
+            spec=_with_defaults(attempt),
+        ),
+    )
+
+
+def _with_defaults(attempt: Attempt) -> InfluenceJobSpec:
+    spec = attempt.spec
+    given = attempt.pod(Role.WORKER).resources
+    limits = container_resources(Role.WORKER, given, attempt.settings.defaults)["limits"]
+    memory = {"memory": Quantity(limits["memory"])}
+    own = spec.workers.resources
+    resources = own.model_copy(update={"limits": {**own.limits, **memory}})
+    workers = spec.workers.model_copy(update={"resources": resources})
+    return spec.model_copy(update={"image": attempt.image, "workers": workers})
+
+
+def _copy(source: Mapping[str, object], part: str) -> dict[str, str]:
+    entries = source.get(part) or {}
+    assert isinstance(entries, Mapping), part
+    return {_SOURCE_KEY + key: value for key, value in entries.items()}
