@@ -13,7 +13,7 @@ import venv
 from pathlib import Path
 
 CONSTRAINTS = Path(__file__).with_name("pydvl-constraints.txt")
-WANTED = ["pyDVL", "dask", "distributed", "scikit-learn", "torch"]
+WANTED = ["pyDVL[influence]", "scikit-learn"]
 
 
 def location() -> Path:
@@ -47,7 +47,7 @@ def _differences(python: Path) -> list[str]:
     installed = {_normal(entry["name"]): entry["version"] for entry in json.loads(listed.stdout)}
     pinned = dict(line.split("==") for line in CONSTRAINTS.read_text().split())
     expected = {_normal(name): version for name, version in pinned.items()}
-    missing = [name for name in WANTED if _normal(name) not in installed]
+    missing = [name for name in expected if name not in installed]
     other = [
         f"{name} is {version}"
         for name, version in installed.items()

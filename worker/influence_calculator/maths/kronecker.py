@@ -86,8 +86,10 @@ class KroneckerSolver:
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         Q_A, Q_G = self._basis.inputs, self._basis.outputs
         V = self._matrices(right_hand_sides.to(Q_A.dtype))
-        V = (Q_G.T @ (V @ Q_A)).div_(self._shifted)
-        V = Q_G @ (V @ Q_A.T)
+        turned = torch.matmul(Q_G.T, V @ Q_A).div_(self._shifted)
+        # Two buffers serve all four products: fresh memory costs as much as the arithmetic.
+        V = torch.matmul(turned, Q_A.T)
+        V = torch.matmul(Q_G, V, out=turned)
         return self._columns(V), SolverReport.exact(right_hand_sides.shape[0])
 
     def _matrices(self, columns: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from influence_calculator.base_influence_function_model import (
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import Regularization
+from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.gradient_methods import GradientFitted
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
@@ -131,6 +132,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         kept = torch.promote_types(self.model_dtype, torch.float32)
         return np.dtype(str(kept).removeprefix("torch."))
 
+    @denormals_flushed()
     def fit(self, data: Iterable[Any]) -> Self:
         """Fits the method to training data: a DataLoader (shuffled or not) or any iterable of (x, y).
 
@@ -159,6 +161,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             self._refresh()
         return self
 
+    @denormals_flushed()
     def solve(self, x: Tensor, y: Tensor) -> Solved:
         """Factors of each example by block, and how each right-hand side ended.
 
@@ -186,6 +189,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             return self._on_each_other(fitted, x_test, y_test)
         return self._scores(*self._sides(x_test, y_test, x, y), mode)
 
+    @denormals_flushed()
     def _on_each_other(self, fitted: GradientFitted, x: Tensor, y: Tensor) -> Tensor:
         """`[t, t]`: each example is differentiated once, its gradient being the training side too."""
         gradients = fitted.gradients(self.objective, self._batch(x, y))
@@ -211,6 +215,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         left = fitted.layout.split(z_test_factors.detach().to(self.model_device))
         return self._scores(left, self._batch(x, y), as_mode(mode))
 
+    @denormals_flushed()
     def _scores(self, left: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
         fitted, pieces = self._require_fitted(), self._micro_batch(batch)
         if mode is InfluenceMode.Up:

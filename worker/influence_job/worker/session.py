@@ -169,6 +169,7 @@ def session(context: WorkerContext) -> Session:
     Raises:
         PermanentError: GpuNotVisible, a bad entry point, or a model of other shapes than the stored one.
     """
+    torch.set_flush_denormal(True)  # of this thread, as `maths.denormals` says why
     key = (context.identity.uid, context.identity.attempt)
     with _lock:
         if key not in _sessions:
