@@ -1,7 +1,7 @@
 """Denormal numbers count as zero while influences are computed.
 
-Examples that a model is certain of have gradients of 1e-20 and eigenvectors of unused inputs have entries as
-small; their products, below 1.2e-38 in float32, change no result but take a processor a hundred times as long.
+Examples that a model is certain of have gradients of 1e-20, and eigenvectors of unused inputs have entries
+as small; their products, below 1.2e-38 in float32, change no result but take a processor ten times as long.
 Entered by whoever calls the maths: the torch models and a job's workers.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """This thread flushes denormals to zero while the context lasts, and does afterwards what it did before."""
+    """In this thread and while the context lasts; afterwards the thread does what it did before."""
     before = _flushing()
     torch.set_flush_denormal(True)
     try:
