@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-unit lint format bench clean
+.PHONY: help venv run test test-unit lint format bench cluster cluster-down images clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,16 @@ format: $(STAMP) ## put the code into the project's format
 
 bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run
 	$(BIN)/python tests/benchmarks/run.py
+
+cluster: ## a real Kubernetes on this machine, for the tests: tests/cluster/machine/README.md
+	@tests/cluster/machine/build.sh
+	@tests/cluster/machine/up.sh
+
+cluster-down: ## stop it; `tests/cluster/machine/down.sh --purge` forgets what it held, too
+	@tests/cluster/machine/down.sh
+
+images: ## build the images and load them into that cluster, or push them to IMAGE_REGISTRY
+	@PYTHON=$(PYTHON) tests/cluster/machine/images.sh
 
 clean: ## remove what `make` made
 	rm -rf $(VENV) digits.zarr .mypy_cache .ruff_cache .pytest_cache

@@ -74,8 +74,9 @@ def _build(binary: Path) -> None:
             f"fake-gcs-server {VERSION} there"
         )
     built = subprocess.run(
-        [go, "install", MODULE],
-        env=os.environ | {"GOBIN": str(binary.parent)},
+        [go, "install", "-trimpath", MODULE],
+        # Without C it is one static file, which is an image of its own in the test cluster.
+        env=os.environ | {"GOBIN": str(binary.parent), "CGO_ENABLED": "0"},
         capture_output=True,
         text=True,
         check=False,
