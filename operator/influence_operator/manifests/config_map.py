@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from influence_job.document import FILE, JobDocument
-from influence_job.spec import API_VERSION, KIND, InfluenceJob, InfluenceJobSpec, Metadata, Quantity
+from influence_job.spec import (
+    API_VERSION,
+    KIND,
+    InfluenceJob,
+    InfluenceJobSpec,
+    Metadata,
+    PodSettings,
+    ResourcesSpec,
+    WorkersSpec,
+)
 from influence_operator.decisions.snapshot import Object
 from influence_operator.manifests import names
 from influence_operator.manifests.child import Attempt, Manifest
@@ -41,7 +50,7 @@ def source_items(source: Object) -> list[dict[str, str]]:
 
 
 def document(attempt: Attempt) -> JobDocument:
-    """What the driver reads: the spec with the operator's defaults, which its plan depends on."""
+    """What the driver reads: the spec with the operator's defaults, on which its plan depends."""
     return JobDocument(
         uid=attempt.uid,
         attempt=attempt.number,
@@ -50,20 +59,34 @@ def document(attempt: Attempt) -> JobDocument:
             api_version=API_VERSION,
             kind=KIND,
             metadata=Metadata(name=attempt.job_name, namespace=attempt.namespace),
-            spec=_with_defaults(attempt),
+            spec=_for_driver(attempt),
         ),
     )
 
 
-def _with_defaults(attempt: Attempt) -> InfluenceJobSpec:
+def _for_driver(attempt: Attempt) -> InfluenceJobSpec:
+    """The spec with the operator's defaults, and without what concerns pods alone.
+
+    The driver stores the spec beside the result, where an environment variable's value has no business.
+    """
     spec = attempt.spec
     given = attempt.pod(Role.WORKER).resources
-    limits = container_resources(Role.WORKER, given, attempt.settings.defaults)["limits"]
-    memory = {"memory": Quantity(limits["memory"])}
-    own = spec.workers.resources
-    resources = own.model_copy(update={"limits": {**own.limits, **memory}})
-    workers = spec.workers.model_copy(update={"resources": resources})
-    return spec.model_copy(update={"image": attempt.image, "workers": workers})
+    resources = container_resources(Role.WORKER, given, attempt.settings.defaults)
+    workers = WorkersSpec(
+        replicas=spec.workers.replicas,
+        device_memory=spec.workers.device_memory,
+        resources=ResourcesSpec.model_validate(resources),
+    )
+    nothing = PodSettings()
+    return spec.model_copy(
+        update={
+            "image": attempt.image,
+            "workers": workers,
+            "driver": nothing,
+            "scheduler": nothing,
+            "pod_defaults": nothing,
+        }
+    )
 
 
 def _copy(source: Mapping[str, object], part: str) -> dict[str, str]:

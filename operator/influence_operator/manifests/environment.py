@@ -63,7 +63,7 @@ def environment(attempt: Attempt, role: Role) -> list[Variable]:
     user = [dict(variable) for variable in attempt.pod(role).env]
     reserved = {_canonical(variable["name"]) for variable in required} | {_SET_BY_DASK_KUBERNETES}
     user = [variable for variable in user if _canonical(str(variable.get("name"))) not in reserved]
-    given = {variable.get("name") for variable in user}
+    given = {str(variable.get("name")) for variable in user}
     suggested = [_variable(n, v) for n, v in _suggested(attempt, role).items() if n not in given]
     # Ours first, because a value may refer to those above it as $(POD_IP).
     return [*required, *suggested, *user]

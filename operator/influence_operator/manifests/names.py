@@ -1,4 +1,4 @@
-"""Names, labels and owners of a job's children, shared by builders and decisions, so that both mean the same."""
+"""Names, labels and owners of a job's children, shared by builders and decisions: both must mean the same."""
 
 from __future__ import annotations
 

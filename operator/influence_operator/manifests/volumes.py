@@ -37,9 +37,9 @@ def volumes(attempt: Attempt, role: Role) -> list[Volume]:
     """The pod's volumes: the attempt's, scratch space, the user's."""
     own = [volume for volume, _ in _own(attempt, role)]
     reserved = {volume["name"] for volume in own}
-    user = [dict(volume) for volume in attempt.pod(role).volumes if volume.get("name") not in reserved]
-    given = {volume.get("name") for volume in user}
-    mounted = {mount["name"] for mount in mounts(attempt, role)}
+    user = [dict(volume) for volume in attempt.pod(role).volumes if str(volume.get("name")) not in reserved]
+    given = {str(volume.get("name")) for volume in user}
+    mounted = {str(mount.get("name")) for mount in mounts(attempt, role)}
     scratch = [
         {"name": name, "emptyDir": dict(source)}
         for name, (_, source) in SCRATCH.items()
@@ -54,7 +54,7 @@ def mounts(attempt: Attempt, role: Role) -> list[Volume]:
         {"name": volume["name"], "mountPath": path, "readOnly": True} for volume, path in _own(attempt, role)
     ]
     reserved = {mount["mountPath"] for mount in own}
-    user = [dict(m) for m in attempt.pod(role).volume_mounts if m.get("mountPath") not in reserved]
+    user = [dict(m) for m in attempt.pod(role).volume_mounts if str(m.get("mountPath")) not in reserved]
     taken = {str(mount.get("mountPath")).rstrip("/") for mount in user}
     scratch = [{"name": name, "mountPath": path} for name, (path, _) in SCRATCH.items() if path not in taken]
     return [*own, *scratch, *user]

@@ -1,0 +1,76 @@
+"""The job document and the copy of the task's source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from attempts import SETTINGS, UID, build, job, spec_of
+from influence_job.document import FILE, JobDocument
+from influence_job.plan.memory import device_budget
+from influence_operator.manifests.attempt import AttemptManifests, attempt_manifests, certificate_end
+
+
+def read(made: AttemptManifests) -> JobDocument:
+    return JobDocument.model_validate_json(made.config_map["data"][FILE])
+
+
+def test_the_document_reads_back_as_the_job(everything: AttemptManifests) -> None:
+    found = read(everything)
+    assert (found.uid, found.attempt) == (UID, 1)
+    assert found.scheduler == "tls://everything-3f2a9-1-scheduler.research:8786"
+    assert found.job.metadata.name == "everything"
+    assert found.job.spec.task.arguments == {"hidden": 64, "layers": [1, 2], "note": None}
+    assert str(found.job.spec.output.max_bytes) == "2Ti"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"workers": {"resources": {"limits": {"memory": "6Gi"}}}},
+        {"workers": {"resources": {"requests": {"memory": "6Gi"}}}},
+        {"podDefaults": {"resources": {"limits": {"memory": "3Gi"}}}},
+        {"workers": {"resources": {"limits": {"nvidia.com/gpu": 1}}, "deviceMemory": "9Gi"}},
+        {"podDefaults": {"resources": {"limits": {"nvidia.com/gpu": 1}}}},
+    ],
+)
+def test_the_plan_gets_the_budget_that_the_workers_have(changes: dict[str, Any]) -> None:
+    made = build(job(**changes))
+    found = read(made).job.spec
+    limits = made.dask_cluster["spec"]["worker"]["spec"]["containers"][0]["resources"]["limits"]
+    assert {name: str(q) for name, q in found.worker_limits.items()} == limits
+    assert found.resolved_device is spec_of(job(**changes)).resolved_device
+    if "deviceMemory" in changes.get("workers", {}):
+        assert device_budget(found) == 9 * 2**30
+
+
+def test_the_document_holds_the_image_and_no_environment(everything: AttemptManifests) -> None:
+    assert read(build(job())).job.spec.image == "registry.example/influence-worker:0.1.0"
+    text = everything.config_map["data"][FILE]
+    assert "TOKEN" not in text
+    assert "last-applied" not in text
+
+
+def test_source_keys_never_meet_the_documents(everything: AttemptManifests) -> None:
+    assert everything.config_map["immutable"] is True
+    assert everything.config_map["data"].keys() == {FILE, "task.my_task.py", "task.job.json"}
+    assert everything.config_map["binaryData"] == {"task.weights.npy": "AAA="}
+    assert read(everything).uid == UID
+
+
+def test_a_source_that_was_not_looked_up_is_refused() -> None:
+    stored = job(task={"source": {"configMap": {"name": "tasks"}}})
+    with pytest.raises(ValueError, match="expected the ConfigMap tasks, got none"):
+        attempt_manifests(stored, spec_of(stored), 1, SETTINGS, None)
+
+
+def test_a_certificate_outlives_the_job(now: Any) -> None:
+    assert (certificate_end(spec_of(job()), now) - now).days == 365
+    assert (certificate_end(spec_of(job(activeDeadlineSeconds=86400)), now) - now).days == 8
+
+
+def test_the_secret_is_immutable_and_comes_without_data(everything: AttemptManifests) -> None:
+    assert everything.secret["immutable"] is True
+    assert not {"data", "stringData"} & everything.secret.keys()
