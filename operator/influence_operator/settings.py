@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Settings:
     """A leader that did not renew for so long is followed by another."""
     status_writes_per_second: float = 10.0
     """Progress over all jobs; transitions are never delayed."""
+    log_format: Literal["json", "plain"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 PREFIX = "INFLUENCE_OPERATOR_"
@@ -68,21 +71,46 @@ def read(environ: Mapping[str, str]) -> Settings:
     for name, text in given.items():
         kind = {f.name: str(f.type) for f in fields(Settings)}.get(name)
         if kind is None or name == "defaults":
-            raise ValueError(f"{PREFIX}{name.upper()}: no such setting")
+            # A Service called influence-operator puts such variables into every pod of its namespace.
+            hint = "; set enableServiceLinks: false" if "_port" in name or "service_" in name else ""
+            raise ValueError(f"{PREFIX}{name.upper()}: no such setting{hint}")
         values[name] = _parse(name, kind, text)
     return Settings(defaults, **values)  # type: ignore[arg-type]
 
 
 def _parse(name: str, kind: str, text: str) -> object:
     try:
-        if kind == "int":
-            return int(text)
-        if kind == "float":
-            return float(text)
+        if kind in ("int", "float"):
+            return _positive(kind, text)
         if kind.startswith("tuple"):
             return tuple(part for part in text.split(",") if part)
         if kind.startswith("Mapping"):
-            return dict(part.split("=", 1) for part in text.split(",") if part)
+            return dict(_pair(part) for part in text.split(",") if part)
+        if kind.startswith("Literal") and f'"{text}"' not in kind:
+            raise ValueError
     except ValueError:
-        raise ValueError(f"{PREFIX}{name.upper()}: expected {kind}, got {text!r}") from None
+        expected = _EXPECTED.get(kind.partition("[")[0], kind)
+        hint = "; set enableServiceLinks: false" if text.startswith("tcp://") else ""
+        raise ValueError(f"{PREFIX}{name.upper()}: expected {expected}, got {text!r}{hint}") from None
     return text
+
+
+_EXPECTED = {
+    "int": "a whole number above 0",
+    "float": "a number above 0",
+    "Mapping": "key=value,key=value",
+}
+
+
+def _positive(kind: str, text: str) -> int | float:
+    number = int(text) if kind == "int" else float(text)
+    if not 0 < number < 1e9:
+        raise ValueError
+    return number
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError
+    return key, value

@@ -1,0 +1,195 @@
+"""Collects what one pass may decide by: from the watches' cache, and from the network where that is needed.
+
+Most of a snapshot costs nothing. Asked for are: the driver's `/progress` while its pod runs, the scheduler's
+workers while its pod is ready, the ConfigMap of the task's source before an attempt is made, the warnings
+about children while the job is not ready, and whatever was found in the way of a child last time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from influence_job.status import ConditionType
+from influence_operator.cluster.api import Api
+from influence_operator.cluster.cache import Cache, JobKey
+from influence_operator.cluster.driver import DriverClient
+from influence_operator.cluster.errors import ApiError, ClusterError
+from influence_operator.cluster.events import Events
+from influence_operator.cluster.kinds import CONFIG_MAP, INFLUENCE_JOB, KINDS
+from influence_operator.cluster.memory import Memory
+from influence_operator.cluster.scheduler import SchedulerClient
+from influence_operator.decisions.snapshot import (
+    Children,
+    Conflict,
+    DriverReport,
+    Object,
+    SchedulerReport,
+    Snapshot,
+)
+from influence_operator.manifests.names import ATTEMPT, ROLE, Role
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gatherer:
+    """Makes snapshots."""
+
+    api: Api
+    cache: Cache
+    events: Events
+    drivers: DriverClient
+    schedulers: SchedulerClient
+    dask_operator: Callable[[], bool]
+    clock: Callable[[], datetime] = field(kw_only=True)
+
+    async def snapshot(self, key: JobKey, job: Object, memory: Memory) -> Snapshot:
+        """Everything that a decision about `job` may depend on."""
+        children = self.cache.children(key)
+        conflicts, source, driver, scheduler, warnings = await asyncio.gather(
+            self._conflicts(key, memory.conflicts),
+            self._source(key, job, children),
+            self._driver(key, children),
+            self._scheduler(children),
+            self._warnings(key, job, children),
+        )
+        return Snapshot(
+            job=job,
+            children=children,
+            now=self.clock(),
+            driver=driver,
+            scheduler=scheduler,
+            conflicts=conflicts,
+            refusals=memory.refusals,
+            source=source[0],
+            missing=source[1],
+            warnings=warnings,
+            dask_operator=self.dask_operator(),
+        )
+
+    async def _conflicts(self, key: JobKey, known: tuple[Conflict, ...]) -> tuple[Conflict, ...]:
+        """Those that still stand in the way."""
+        standing = []
+        for conflict in known:
+            kind = next(kind for kind in KINDS if kind.kind == conflict.kind)
+            try:
+                found = await self.api.get(kind, key.namespace, conflict.name)
+            except ApiError as error:
+                if not error.not_found:
+                    raise
+            else:
+                if not owned_by(found, key.uid):
+                    standing.append(conflict)
+        return tuple(standing)
+
+    async def _source(
+        self, key: JobKey, job: Object, children: Children
+    ) -> tuple[Object | None, tuple[str, ...]]:
+        """The ConfigMap with the task's source and what is missing; read only when an attempt may start."""
+        name = _source_name(job)
+        if name is None or job["spec"].get("suspend") or ended(job) or _has_driver(children):
+            return None, ()
+        try:
+            return await self.api.get(CONFIG_MAP, key.namespace, name), ()
+        except ApiError as error:
+            if not error.not_found:
+                raise
+            return None, (f"ConfigMap {name}",)
+
+    async def _driver(self, key: JobKey, children: Children) -> DriverReport | None:
+        """What the running driver of the latest attempt says."""
+        jobs = {job["metadata"]["uid"] for job in children.driver_jobs}
+        made = [pod for pod in children.pods if _role(pod) == Role.DRIVER and _controller(pod) in jobs]
+        running = [pod for pod in made if pod.get("status", {}).get("phase") == "Running" and _address(pod)]
+        if not running:
+            return None
+        pod = max(running, key=lambda pod: (attempt(pod), pod["metadata"].get("creationTimestamp", "")))
+        return await self.drivers.report(_address(pod), key.uid, attempt(pod))
+
+    async def _scheduler(self, children: Children) -> SchedulerReport | None:
+        """Who is connected to the scheduler of the latest attempt, if it can be asked."""
+        pod = scheduler_pod(children)
+        if pod is None:
+            return None
+        try:
+            return SchedulerReport(tuple(await self.schedulers.workers(_address(pod))))
+        except ClusterError as error:
+            log.debug("%s: %s", pod["metadata"]["name"], error)
+            return None
+
+    async def _warnings(self, key: JobKey, job: Object, children: Children) -> tuple[Object, ...]:
+        idle = ended(job) or job["spec"].get("suspend") or not children.driver_jobs
+        if idle or condition(job, ConditionType.CLUSTER_READY):
+            return ()
+        return await self.events.warnings(key)
+
+
+def scheduler_pod(children: Children) -> Object | None:
+    """The ready pod of the latest attempt's scheduler."""
+    ready = [pod for pod in children.pods if _role(pod) == Role.SCHEDULER and _ready(pod) and _address(pod)]
+    latest = max((attempt(cluster) for cluster in children.dask_clusters), default=0)
+    return next((pod for pod in ready if attempt(pod) == latest), None)
+
+
+def owned_by(obj: Object, uid: str) -> bool:
+    """Whether `uid` is an owner of the object."""
+    return any(owner.get("uid") == uid for owner in obj["metadata"].get("ownerReferences") or ())
+
+
+def attempt(obj: Object) -> int:
+    """The attempt that a child belongs to; 0 when its label says nothing of use."""
+    text = str((obj["metadata"].get("labels") or {}).get(ATTEMPT, ""))
+    return int(text) if text.isdecimal() and len(text) < 10 else 0
+
+
+def condition(job: Object, kind: ConditionType) -> bool:
+    """Whether a condition of the stored status is true."""
+    conditions = (job.get("status") or {}).get("conditions") or ()
+    return any(c.get("type") == kind and c.get("status") == "True" for c in conditions)
+
+
+def ended(job: Object) -> bool:
+    """Complete or Failed."""
+    return condition(job, ConditionType.COMPLETE) or condition(job, ConditionType.FAILED)
+
+
+def _source_name(job: Object) -> str | None:
+    assert job["kind"] == INFLUENCE_JOB.kind
+    source = (job["spec"].get("task") or {}).get("source") or {}
+    name = (source.get("configMap") or {}).get("name")
+    return str(name) if name else None
+
+
+def _has_driver(children: Children) -> bool:
+    """Whether the latest attempt has its driver Job and that has not ended."""
+    for job in children.driver_jobs:
+        finished = any(
+            c.get("type") in ("Complete", "Failed") and c.get("status") == "True"
+            for c in (job.get("status") or {}).get("conditions") or ()
+        )
+        if not finished and not job["metadata"].get("deletionTimestamp"):
+            return True
+    return False
+
+
+def _role(pod: Object) -> str:
+    return str((pod["metadata"].get("labels") or {}).get(ROLE, ""))
+
+
+def _controller(obj: Object) -> str | None:
+    owners = obj["metadata"].get("ownerReferences") or ()
+    return next((owner.get("uid") for owner in owners if owner.get("controller")), None)
+
+
+def _address(pod: Object) -> str:
+    return str((pod.get("status") or {}).get("podIP") or "")
+
+
+def _ready(pod: Object) -> bool:
+    conditions = (pod.get("status") or {}).get("conditions") or ()
+    ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
+    return ready and not pod["metadata"].get("deletionTimestamp")

@@ -1,0 +1,40 @@
+"""What passes over a job remember for the next one. Lost at a restart, which costs a request or two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from influence_operator.cluster.errors import ClusterError
+from influence_operator.decisions.snapshot import Conflict
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the actions of one pass went."""
+
+    done: int = 0
+    """Actions that changed something."""
+    conflicts: tuple[Conflict, ...] = ()
+    refusals: tuple[str, ...] = ()
+    error: ClusterError | None = None
+    """Why the rest was not done; also set for conflicts and refusals."""
+
+
+@dataclass
+class Memory:
+    """What stood in the way of the last pass, and what it wrote."""
+
+    conflicts: tuple[Conflict, ...] = ()
+    refusals: tuple[str, ...] = ()
+    written: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
+    """The status that was wanted, and what the API server made of it."""
+
+    def learn(self, standing: tuple[Conflict, ...], outcome: Outcome) -> None:
+        """Takes up how a pass went; `standing` are the conflicts that it found still there."""
+        self.conflicts = tuple(dict.fromkeys(standing + outcome.conflicts))
+        if outcome.refusals:
+            self.refusals = outcome.refusals
+        elif outcome.done and outcome.error is None:
+            self.refusals = ()

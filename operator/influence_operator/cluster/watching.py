@@ -1,0 +1,210 @@
+"""The watches: kopf lists and watches, `handlers` take what it tells, and this module adds what it lacks.
+
+kopf runs in a thread with an event loop of its own, because at its end it cancels every task of its loop and
+waits 5 s. A tap on its stream of events (`_tap`) adds three things: objects that vanished while no watch ran
+are told as deleted after the next list, an API server's refusal (a CRD that was removed, a right not yet
+granted) is waited out instead of ending the process, and every list, event and bookmark is a sign of life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import kopf
+from kopf._cogs.clients import errors as kopf_errors
+from kopf._cogs.clients import watching as kopf_watching
+from kubernetes.aio.client import Configuration
+
+from influence_operator.cluster.kinds import INFLUENCE_JOB, WATCHED_KINDS, Kind
+from influence_operator.manifests.names import JOB_UID
+
+Object = Mapping[str, Any]
+
+_kopf_stream = kopf_watching.infinite_watch
+REFUSED_DELAY = 5.0
+"""Seconds until a list that the API server refused is tried again."""
+log = logging.getLogger(__name__)
+
+
+Seen = Callable[[Kind, str | None, Object], None]
+"""Is told of an object that was listed (None), ADDED, MODIFIED or DELETED."""
+Listed = Callable[[], None]
+"""Is told that everything that exists of one more kind has been told."""
+
+
+class _Stream:
+    """One kind in one namespace (None: all), as far as kopf has told of it."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, dict[str, Any]] = {}
+        self.listing: set[str] | None = None
+        """UIDs of the list that is arriving; None between lists."""
+        self.untold: set[str] = set()
+        """UIDs of the first list whose handlers have not run yet."""
+        self.listed = False
+        self.told = False
+        self.served = True
+        self.last_sign = time.monotonic()
+
+
+class Watches:
+    """All watches, and what is known of their health. `start` once; they end with the process."""
+
+    def __init__(
+        self, seen: Seen, listed: Listed, configuration: Configuration, namespaces: tuple[str, ...]
+    ) -> None:
+        """`seen` and `listed` are called in the event loop that runs now."""
+        self._seen, self._listed = seen, listed
+        self._configuration = configuration
+        self._namespaces: tuple[str | None, ...] = namespaces or (None,)
+        self._home = asyncio.get_running_loop()
+        self._streams: dict[tuple[Kind, str | None], _Stream] = {}
+        self.failed: asyncio.Future[None] = self._home.create_future()
+        """Ends with the error that ended kopf."""
+        kopf_watching.infinite_watch = self._tap
+
+    def start(self, kinds: tuple[Kind, ...], registry: kopf.OperatorRegistry) -> None:
+        """Watches these kinds from now on. The API server must serve them."""
+        for kind in kinds:
+            for namespace in self._namespaces:
+                self._streams[kind, namespace] = _Stream()
+        name = f"watch {kinds[0].kind}"
+        threading.Thread(target=self._run, args=(registry,), name=name, daemon=True).start()
+
+    def tell(self, kind: Kind, event_type: str | None, obj: Object) -> None:
+        """Takes an event from a handler, in kopf's thread."""
+        self._home.call_soon_threadsafe(self._seen, kind, event_type, obj)
+        stream = self._stream(kind, obj["metadata"].get("namespace"))
+        stream.untold.discard(obj["metadata"]["uid"])
+        self._announce(stream)
+
+    def serves(self, kind: Kind) -> bool:
+        """Whether a watch of the kind is running."""
+        streams = [stream for (k, _), stream in self._streams.items() if k == kind]
+        return bool(streams) and all(stream.served for stream in streams)
+
+    def complete(self) -> bool:
+        """Whether everything that existed at the start has been told. Absent kinds have nothing to tell."""
+        return all(stream.told or not stream.served for stream in self._streams.values())
+
+    def silence(self) -> float:
+        """Seconds since the quietest watch gave a sign of life."""
+        signs = [stream.last_sign for stream in self._streams.values() if stream.served]
+        return time.monotonic() - min(signs) if signs else 0.0
+
+    async def _tap(self, *, resource: Any, namespace: Any, **rest: Any) -> AsyncIterator[Any]:
+        """Kopf's endless stream of one resource, with what it lacks."""
+        kind = next(k for k in WATCHED_KINDS if (k.group, k.plural) == (resource.group, resource.plural))
+        stream = self._streams[kind, namespace]
+        while True:
+            try:
+                async for event in _kopf_stream(resource=resource, namespace=namespace, **rest):
+                    stream.last_sign = time.monotonic()
+                    stream.served = True
+                    for vanished in self._follow(kind, stream, event):
+                        yield vanished
+                    yield event
+            except (kopf_errors.APIError, kopf_watching.WatchingError) as error:
+                stream.served = not isinstance(error, kopf_errors.APINotFoundError)
+                stream.last_sign = time.monotonic()
+                log.warning("watching %s: %s; again in %.0f s", kind.plural, error, REFUSED_DELAY)
+                await asyncio.sleep(REFUSED_DELAY)
+
+    def _follow(self, kind: Kind, stream: _Stream, event: Any) -> list[dict[str, Any]]:
+        """Notes the event; returns deletions that no watch has seen, once a list is complete."""
+        if event is kopf_watching.Bookmark.LISTED:
+            present, stream.listing = stream.listing or set(), None
+            gone = [stream.known.pop(uid) for uid in list(stream.known) if uid not in present]
+            if not stream.listed:
+                stream.listed = True
+                self._announce(stream)
+            return [{"type": "DELETED", "object": obj} for obj in gone]
+        event_type, obj = event["type"], event["object"]
+        if event_type == "BOOKMARK":
+            return []
+        uid = obj["metadata"]["uid"]
+        if event_type is None:
+            stream.listing = stream.listing or set()
+            stream.listing.add(uid)
+            if not stream.listed:
+                stream.untold.add(uid)
+        if event_type == "DELETED":
+            stream.known.pop(uid, None)
+        else:
+            stream.known[uid] = _identity(kind, obj)
+        return []
+
+    def _announce(self, stream: _Stream) -> None:
+        if stream.listed and not stream.told and not stream.untold:
+            stream.told = True
+            self._home.call_soon_threadsafe(self._listed)
+
+    def _stream(self, kind: Kind, namespace: str | None) -> _Stream:
+        return self._streams.get((kind, namespace)) or self._streams[kind, None]
+
+    def _run(self, registry: kopf.OperatorRegistry) -> None:
+        try:
+            asyncio.run(self._operate(registry))
+            error: BaseException = RuntimeError("the watches ended")
+        except BaseException as raised:
+            error = raised
+        self._home.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def _operate(self, registry: kopf.OperatorRegistry) -> None:
+        configuration = self._configuration
+
+        @kopf.on.login(registry=registry)
+        async def login(**_: object) -> kopf.ConnectionInfo:
+            return await _connection(configuration)
+
+        namespaces = [namespace for namespace in self._namespaces if namespace]
+        await kopf.operator(
+            registry=registry,
+            settings=_settings(),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
+
+
+def _identity(kind: Kind, obj: Object) -> dict[str, Any]:
+    """What a handler needs to know of an object that is gone."""
+    kept = ("name", "namespace", "uid", "labels", "resourceVersion")
+    metadata = {key: obj["metadata"][key] for key in kept if key in obj["metadata"]}
+    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata}
+
+
+async def _connection(configuration: Configuration) -> kopf.ConnectionInfo:
+    """The same credentials as `cluster.api` uses, for kopf."""
+    scheme, _, token = (await configuration.get_api_key_with_prefix("BearerToken") or "").rpartition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        scheme=scheme or None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        proxy_url=configuration.proxy,
+    )
+
+
+def _settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    # Only what belongs to a job crosses the wire: thousands of foreign pods cost nothing.
+    settings.watching.label_selectors[lambda resource: resource.plural != INFLUENCE_JOB.plural] = JOB_UID
+    settings.scanning.disabled = True  # needs no rights on namespaces and CRDs; `process` looks for CRDs
+    settings.posting.enabled = False
+    settings.queueing.idle_timeout = 1.0
+    settings.networking.error_backoffs = (0.2, 1.0, 2.0, 4.0)
+    settings.process.ultimate_exiting_timeout = None
+    return settings
