@@ -49,7 +49,7 @@ def test_the_documented_example_of_the_dask_calculator_runs(tmp_path: Path):
             infl_model, TorchNumpyConverter(device=torch.device("cpu")), client
         )
         da_influences = infl_calc.influences(da_x_test, da_y_test, da_x, da_y)
-        assert da_influences.chunks == ((10, 2), (10, 10, 10))
+        assert da_influences.chunks == ((12,), (10, 10, 10))
         da_influences.to_zarr(str(tmp_path / "influences.zarr"))
 
     stored = zarr.open_array(str(tmp_path / "influences.zarr"), mode="r")[:]

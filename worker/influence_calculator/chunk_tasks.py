@@ -118,8 +118,3 @@ def region(
             left, side.converter.from_numpy(x), side.converter.from_numpy(y), mode
         )
         return side.converter.to_numpy(values).astype(dtype, copy=False)
-
-
-def rows_of(block: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
-    """Rows of a region that belong to one test chunk."""
-    return block[start:stop]

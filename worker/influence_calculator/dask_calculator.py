@@ -1,8 +1,8 @@
 """Influences over Dask arrays that need not fit into memory.
 
 Two phases: factors once per test chunk, as chunks of an array; then each training chunk is
-differentiated once per GROUP of test chunks (not once per pair), and the region is cut into the
-output's chunks, which are the input's chunks along both axes.
+differentiated once per GROUP of test chunks (not once per pair). Such a region is one chunk of the
+result: the input's chunks along the training axis, groups of them along the test axis.
 
 `chunk_tasks` is what a worker runs, `dask_graph` how the tasks hang together, `dask_checks` what is
 refused before.
@@ -145,8 +145,9 @@ class DaskInfluenceCalculator:
 
         Up: `z_test · g_train`, `[T, N]`; positive: the training example helps, removing it raises the
         test loss by about score / N. Perturbation: `∇x (z_test · g_train(x))`, `[T, N, F...]`. Neither
-        is negated or divided by N. Chunks are those of x_test and x; the dtype is the factors'. A test
-        chunk is solved once, a training chunk differentiated once per group (see `group_bytes`).
+        is negated or divided by N. Chunks are x's along its axis, and whole groups of x_test's (see
+        `group_bytes`) along the other; the dtype is the factors'. A test chunk is solved once, a training
+        chunk differentiated once per group.
 
         Raises:
             NotFittedException, UnsupportedInfluenceModeException, UnknownChunksError,

@@ -1,8 +1,8 @@
 """The graphs of the Dask calculator: which task runs on which chunks, under which key.
 
 Graphs are written down task by task, so that what is computed once is computed once: factors per test
-chunk, a region per group of test chunks and training chunk, and cheap cuts of the region for the
-output's chunks. `dask_calculator` decides whether; here is how.
+chunk, then a region per group of test chunks and training chunk, which is a chunk of the output.
+`dask_calculator` decides whether; here is how.
 
 Shapes: T test examples, N training examples, P parameters, F... feature dimensions of x.
 """
@@ -10,8 +10,7 @@ Shapes: T test examples, N training examples, P parameters, F... feature dimensi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -19,10 +18,11 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.delayed import Delayed
-from dask.highlevelgraph import HighLevelGraph
-from dask.task_spec import Alias, GraphNode, List, Task, TaskRef
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.task_spec import GraphNode, List, Task, TaskRef
 from dask.typing import Key
 from distributed import Future
+from numpy.typing import NDArray
 
 from influence_calculator import chunk_tasks
 from influence_calculator.groups import group_chunks
@@ -63,51 +63,53 @@ def influences(
 ) -> da.Array:
     """Influences `[T, N]` (in mode perturbation `[T, N, F...]`) of (x, y) from factors `left`.
 
-    One region per group of test chunks and training chunk.
+    One region per group of test chunks and training chunk, and one chunk of the output per region.
     """
     name = f"influences-{tokenize(side.key, left.name, x.name, y.name, mode, group_bytes)}"
     features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
     rows, columns = left.chunks[0], x.chunks[0]
-    widest = left.shape[1] + max(columns) * math.prod(features)
-    groups = group_chunks(rows, widest * left.dtype.itemsize, group_bytes)
+    scores = max(columns) * math.prod(features) * left.dtype.itemsize
+    factors = left.shape[1] * left.dtype.itemsize
+    groups = group_chunks(rows, factors + scores, group_bytes, scores)
     layer: Layer = {}
+    chunks_of = _read_once if len(groups) == 1 else _chunks
+    training = list(zip(chunks_of(x), chunks_of(y), strict=True))
+    factor_chunks = _chunks(left)
     for number, group in enumerate(groups):
-        together = List(*(_chunk(left, i) for i in group))
-        for column in range(len(columns)):
-            key: Key = (f"region-{name}", number, column)
-            data = _chunk(x, column), _chunk(y, column)
+        together = List(*(factor_chunks[i] for i in group))
+        for column, data in enumerate(training):
+            key: Key = (name, number, column, *(0 for _ in features))
             layer[key] = Task(
                 key, chunk_tasks.region, _reference(side), f"{name}-{number}", together, *data, mode
             )
-            layer |= _cuts(key, name, group, rows, (column, *(0 for _ in features)))
-    chunks = (rows, columns, *((extent,) for extent in features))
+    heights = tuple(sum(rows[i] for i in group) for group in groups)
+    chunks = (heights, columns, *((extent,) for extent in features))
     return _array(name, layer, chunks, left.dtype, left, x, y, side)
-
-
-def _cuts(region: Key, name: str, group: range, rows: tuple[int, ...], rest: tuple[int, ...]) -> Layer:
-    """The output's chunks of one region: one test chunk each."""
-    if len(group) == 1:
-        only: Key = (name, group[0], *rest)
-        return {only: Alias(only, region)}
-    stops = list(accumulate(rows[i] for i in group))
-    layer: Layer = {}
-    for i, stop in zip(group, stops, strict=True):
-        key: Key = (name, i, *rest)
-        layer[key] = Task(key, chunk_tasks.rows_of, TaskRef(region), stop - rows[i], stop)
-    return layer
 
 
 def _per_chunk(
     name: str, rest: tuple[int, ...], function: Callable[..., Any], side: Side, x: da.Array, y: da.Array
 ) -> Layer:
-    keys: list[Key] = [(name, i, *rest) for i in range(x.numblocks[0])]
-    return {
-        key: Task(key, function, _reference(side), _chunk(x, i), _chunk(y, i)) for i, key in enumerate(keys)
-    }
+    layer: Layer = {}
+    for i, data in enumerate(zip(_read_once(x), _read_once(y), strict=True)):
+        key: Key = (name, i, *rest)
+        layer[key] = Task(key, function, _reference(side), *data)
+    return layer
 
 
-def _chunk(array: da.Array, index: int) -> TaskRef:
-    return TaskRef((array.name, index, *(0 for _ in array.shape[1:])))
+def _chunks(array: da.Array) -> list[TaskRef]:
+    rest = (0,) * (array.ndim - 1)
+    return [TaskRef((array.name, index, *rest)) for index in range(array.numblocks[0])]
+
+
+def _read_once(array: da.Array) -> Sequence[TaskRef | NDArray[Any]]:
+    """The chunks, each for one task alone: those in memory travel with it, without tasks of their own."""
+    references = _chunks(array)
+    layer = array.dask.layers[array.name]
+    if not isinstance(layer, MaterializedLayer):
+        return references
+    chunks = [layer.mapping[reference.key] for reference in references]
+    return chunks if all(isinstance(chunk, np.ndarray) for chunk in chunks) else references
 
 
 def _reference(side: Side) -> TaskRef:
@@ -118,6 +120,13 @@ def _reference(side: Side) -> TaskRef:
 def _array(
     name: str, layer: Layer, chunks: tuple[tuple[int, ...], ...], dtype: np.dtype[Any], *parents: Any
 ) -> da.Array:
-    collections = [parent for parent in parents if not isinstance(parent, Future)]
+    """The array of a layer's tasks; parents that none of them refers to are left out of its graph."""
+    referred = {dependency for task in layer.values() for dependency in task.dependencies}
+    names = {key[0] if isinstance(key, tuple) else key for key in referred}
+    collections = [p for p in parents if not isinstance(p, Future) and _name(p) in names]
     graph = HighLevelGraph.from_collections(name, layer, dependencies=collections)
     return da.Array(graph, name, chunks, meta=np.empty((0,) * len(chunks), dtype))
+
+
+def _name(collection: da.Array | Delayed) -> Key:
+    return collection.name if isinstance(collection, da.Array) else collection.key

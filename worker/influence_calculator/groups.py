@@ -12,11 +12,18 @@ DEFAULT_GROUP_BYTES = 2**30
 """1 GiB for the factors of a group and what is computed from them against one training chunk."""
 
 
-def group_chunks(rows: Sequence[int], row_bytes: int, limit: int) -> list[range]:
-    """Consecutive chunks (of `rows[i]` rows each) in as few groups as fit `limit` bytes.
+REGION_BYTES = 2**27
+"""128 MiB for the scores of a group against one training chunk: Dask's own size of a chunk."""
 
-    A chunk that exceeds the limit alone is a group of its own.
+
+def group_chunks(rows: Sequence[int], row_bytes: int, limit: int, score_bytes: int = 0) -> list[range]:
+    """Consecutive chunks (of `rows[i]` rows each) in as few groups as fit.
+
+    A group's rows take `row_bytes` each, at most `limit` together, and their scores against a training
+    chunk `score_bytes` each, at most `REGION_BYTES` together. A chunk that exceeds a limit alone is a
+    group of its own.
     """
+    row_bytes = max(row_bytes, score_bytes * limit // REGION_BYTES)
     groups: list[range] = []
     start, used = 0, 0
     for index, count in enumerate(rows):

@@ -25,6 +25,7 @@ from influence_calculator import (
     UnalignedChunksError,
     UnknownChunksError,
     UnsupportedInfluenceModeException,
+    groups,
 )
 
 T, N = 11, 14
@@ -108,7 +109,7 @@ class TestHowOftenItWorks:
         influences = local(model).influences(*queries())
         gradients = X_TEST * Y_TEST[:, None]
         assert np.allclose(computed(influences), gradients @ gradients.T)
-        assert influences.chunks == ((3, 3, 3, 2), (3, 3, 3, 2))
+        assert influences.chunks == ((11,), (3, 3, 3, 2))
         assert model.calls == {"factors": 4, "scores": 4}
 
     def test_a_slice_of_the_result_computes_only_the_groups_it_touches(self):
@@ -117,15 +118,33 @@ class TestHowOftenItWorks:
         computed(influences[:2, :3])
         assert model.calls == {"factors": 1, "scores": 1}
 
+    def test_a_group_is_no_larger_than_its_scores_against_a_training_chunk_may_be(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(groups, "REGION_BYTES", 6 * 4 * 4)
+        influences = local(CountingModel()).influences(*queries(), *training())
+        assert influences.chunks == ((6, 5), (4, 4, 4, 2))
+        assert np.allclose(computed(influences), EXPECTED)
+
+    def test_chunks_in_memory_that_one_task_reads_have_no_tasks_of_their_own(self):
+        influences = local(CountingModel()).influences(*queries(), *training())
+        (optimized,) = dask.optimize(influences)
+        assert len(dict(optimized.dask)) == 4 + 4 + 1  # factors, regions, the model
+
 
 class TestWhatItReturns:
-    @pytest.mark.parametrize("group_bytes", [None, 6 * ROW_BYTES])
-    def test_the_output_has_the_inputs_chunks_along_both_axes(self, group_bytes: int | None):
+    @pytest.mark.parametrize(
+        ("group_bytes", "up_rows", "perturbed_rows"),
+        [(None, (11,), (11,)), (6 * ROW_BYTES, (6, 5), (3, 3, 3, 2))],
+    )
+    def test_the_outputs_chunks_are_groups_of_test_chunks_by_training_chunks(
+        self, group_bytes: int | None, up_rows: tuple[int, ...], perturbed_rows: tuple[int, ...]
+    ):
         calculator = local(CountingModel(), group_bytes)
         up = calculator.influences(*queries(), *training())
-        assert up.chunks == ((3, 3, 3, 2), (4, 4, 4, 2))
+        assert up.chunks == (up_rows, (4, 4, 4, 2))
         perturbation = calculator.influences(*queries(), *training(), mode=InfluenceMode.Perturbation)
-        assert perturbation.chunks == ((3, 3, 3, 2), (4, 4, 4, 2), (FEATURES,))
+        assert perturbation.chunks == (perturbed_rows, (4, 4, 4, 2), (FEATURES,))
         for array in (up, perturbation):
             for index in np.ndindex(*array.numblocks):
                 block = array.blocks[index]
