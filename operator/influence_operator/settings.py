@@ -86,7 +86,7 @@ def _parse(name: str, kind: str, text: str) -> object:
             return tuple(part for part in text.split(",") if part)
         if kind.startswith("Mapping"):
             return dict(_pair(part) for part in text.split(",") if part)
-        if kind.startswith("Literal") and f'"{text}"' not in kind:
+        if kind.startswith("Literal") and repr(text) not in kind:
             raise ValueError
     except ValueError:
         expected = _EXPECTED.get(kind.partition("[")[0], kind)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -16,6 +17,8 @@ Key = TypeVar("Key", bound=Hashable)
 FIRST_BACKOFF = 0.5
 """Seconds after the first failure; doubled with each that follows."""
 LAST_BACKOFF = 30.0
+SPACING = 0.2
+"""Seconds between the beginnings of two passes: what happens meanwhile becomes one."""
 EVENT_BACKOFF = 2.0
 """An event may shorten the wait after a failure to this."""
 
@@ -32,6 +35,8 @@ class WorkQueue(Generic[Key]):
         self._times: list[tuple[float, int, Key]] = []
         self._count = 0
         self._running: set[Key] = set()
+        self._began: dict[Key, float] = {}
+        """When the last pass of each key began."""
         self._again: set[Key] = set()
         """Keys that an event named while their pass ran."""
         self._failures: dict[Key, int] = {}
@@ -47,10 +52,16 @@ class WorkQueue(Generic[Key]):
         """
         if changed:
             self._failures.pop(key, None)
-        if key in self._failures and key not in self._running:
-            self.add_after(key, max(0.0, self._failed_at[key] + EVENT_BACKOFF - self._clock()))
-        else:
+        if key in self._running:
+            self._again.add(key)
+            return
+        earliest = self._began.get(key, float("-inf")) + SPACING
+        if key in self._failures:
+            earliest = max(earliest, self._failed_at[key] + EVENT_BACKOFF)
+        if changed or earliest <= self._clock():
             self._make_due(key)
+        else:
+            self.add_after(key, earliest - self._clock())
 
     def add_after(self, key: Key, seconds: float) -> None:
         """The key is due after so many seconds, if no event makes it due before."""
@@ -62,26 +73,33 @@ class WorkQueue(Generic[Key]):
         heapq.heappush(self._times, (time, self._count, key))
         self._changed.set()
 
+    def take_now(self) -> Key | None:
+        """Gives away a key that is due, if there is one; `done` or `failed` must follow."""
+        self._ripen()
+        if not self._due:
+            return None
+        key = next(iter(self._due))
+        del self._due[key]
+        self._running.add(key)
+        self._began[key] = self._clock()
+        return key
+
     async def take(self) -> Key:
-        """Waits for a key that is due and gives it away; `done` or `failed` must follow."""
-        while True:
-            wait = self._ripen()
-            if self._due:
-                key = next(iter(self._due))
-                del self._due[key]
-                self._running.add(key)
-                return key
+        """Waits for a key that is due and gives it away."""
+        while (key := self.take_now()) is None:
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), wait)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), self._next())
+        return key
 
     def done(self, key: Key) -> None:
         """The pass over this key succeeded."""
         self._failures.pop(key, None)
         self._failed_at.pop(key, None)
-        self._finish(key)
+        self._running.discard(key)
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
 
     def failed(self, key: Key) -> float:
         """The pass failed; returns the seconds until the next."""
@@ -99,6 +117,7 @@ class WorkQueue(Generic[Key]):
         self._later.pop(key, None)
         self._failures.pop(key, None)
         self._failed_at.pop(key, None)
+        self._began.pop(key, None)
 
     def depth(self) -> int:
         """Keys that are due."""
@@ -108,12 +127,6 @@ class WorkQueue(Generic[Key]):
         """Seconds for which the first of them has been due."""
         return self._clock() - next(iter(self._due.values())) if self._due else 0.0
 
-    def _finish(self, key: Key) -> None:
-        self._running.discard(key)
-        if key in self._again:
-            self._again.discard(key)
-            self._make_due(key)
-
     def _make_due(self, key: Key) -> None:
         if key in self._running:
             self._again.add(key)
@@ -122,15 +135,14 @@ class WorkQueue(Generic[Key]):
         self._due.setdefault(key, self._clock())
         self._changed.set()
 
-    def _ripen(self) -> float | None:
-        """Makes due what has become so; returns the seconds until the next, None if there is none."""
-        now = self._clock()
-        while self._times:
-            time, _, key = self._times[0]
+    def _ripen(self) -> None:
+        """Makes due what has become so."""
+        while self._times and self._times[0][0] <= self._clock():
+            time, _, key = heapq.heappop(self._times)
             if self._later.get(key) == time:
-                if time > now:
-                    return time - now
                 del self._later[key]
                 self._make_due(key)
-            heapq.heappop(self._times)
-        return None
+
+    def _next(self) -> float | None:
+        """Seconds until a key falls due by itself; None if none will."""
+        return max(0.0, self._times[0][0] - self._clock()) if self._times else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -32,6 +33,9 @@ from influence_operator.decisions.snapshot import (
 )
 from influence_operator.manifests.names import ATTEMPT, ROLE, Role
 
+FRESH_SECONDS = 1.0
+"""A driver or scheduler that was asked so short a time ago is not asked again."""
+
 log = logging.getLogger(__name__)
 
 
@@ -53,8 +57,8 @@ class Gatherer:
         conflicts, source, driver, scheduler, warnings = await asyncio.gather(
             self._conflicts(key, memory.conflicts),
             self._source(key, job, children),
-            self._driver(key, children),
-            self._scheduler(children),
+            self._driver(key, children, memory),
+            self._scheduler(children, memory),
             self._warnings(key, job, children),
         )
         return Snapshot(
@@ -100,21 +104,30 @@ class Gatherer:
                 raise
             return None, (f"ConfigMap {name}",)
 
-    async def _driver(self, key: JobKey, children: Children) -> DriverReport | None:
-        """What the running driver of the latest attempt says."""
+    async def _driver(self, key: JobKey, children: Children, memory: Memory) -> DriverReport | None:
+        """What the running driver of the latest attempt says, or said a moment ago."""
         jobs = {job["metadata"]["uid"] for job in children.driver_jobs}
         made = [pod for pod in children.pods if _role(pod) == Role.DRIVER and _controller(pod) in jobs]
         running = [pod for pod in made if pod.get("status", {}).get("phase") == "Running" and _address(pod)]
         if not running:
             return None
         pod = max(running, key=lambda pod: (attempt(pod), pod["metadata"].get("creationTimestamp", "")))
-        return await self.drivers.report(_address(pod), key.uid, attempt(pod))
+        asked = time.monotonic()
+        if memory.driver is None or asked >= memory.driver[0] + FRESH_SECONDS:
+            memory.driver = asked, await self.drivers.report(_address(pod), key.uid, attempt(pod))
+        return memory.driver[1]
 
-    async def _scheduler(self, children: Children) -> SchedulerReport | None:
+    async def _scheduler(self, children: Children, memory: Memory) -> SchedulerReport | None:
         """Who is connected to the scheduler of the latest attempt, if it can be asked."""
         pod = scheduler_pod(children)
         if pod is None:
             return None
+        asked = time.monotonic()
+        if memory.scheduler is None or asked >= memory.scheduler[0] + FRESH_SECONDS:
+            memory.scheduler = asked, await self._workers(pod)
+        return memory.scheduler[1]
+
+    async def _workers(self, pod: Object) -> SchedulerReport | None:
         try:
             return SchedulerReport(tuple(await self.schedulers.workers(_address(pod))))
         except ClusterError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from influence_operator.cluster.errors import ClusterError
-from influence_operator.decisions.snapshot import Conflict
+from influence_operator.decisions.snapshot import Conflict, DriverReport, SchedulerReport
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Memory:
     refusals: tuple[str, ...] = ()
     written: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
     """The status that was wanted, and what the API server made of it."""
+    driver: tuple[float, DriverReport] | None = None
+    """When the driver was last asked, and what it said."""
+    scheduler: tuple[float, SchedulerReport | None] | None = None
 
     def learn(self, standing: tuple[Conflict, ...], outcome: Outcome) -> None:
         """Takes up how a pass went; `standing` are the conflicts that it found still there."""
