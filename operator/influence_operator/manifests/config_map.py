@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pydantic import ValidationError
+
 from influence_job.document import FILE, JobDocument
 from influence_job.spec import (
     API_VERSION,
@@ -26,7 +28,9 @@ from influence_operator.manifests.names import Role
 from influence_operator.manifests.resources import container_resources
 
 _SOURCE_KEY = "task."
-"""Before the copied keys, none of which then is the document's."""
+"""Before the copied keys, none of which then is one of ours."""
+_SPEC_KEY = "spec.json"
+"""The spec as it was when the attempt began, for children that are made later; mounted nowhere."""
 
 
 def config_map(attempt: Attempt) -> Manifest:
@@ -37,7 +41,13 @@ def config_map(attempt: Attempt) -> Manifest:
         "kind": "ConfigMap",
         "metadata": attempt.metadata(attempt.base),
         "immutable": True,
-        "data": {FILE: document(attempt).model_dump_json(by_alias=True, indent=2), **_copy(source, "data")},
+        "data": {
+            FILE: document(attempt).model_dump_json(by_alias=True, indent=2),
+            _SPEC_KEY: attempt.spec.model_copy(update={"image": attempt.image}).model_dump_json(
+                by_alias=True
+            ),
+            **_copy(source, "data"),
+        },
     }
     binary = _copy(source, "binaryData")
     return manifest | {"binaryData": binary} if binary else manifest
@@ -47,6 +57,28 @@ def source_items(source: Object) -> list[dict[str, str]]:
     """The copied keys with the names of their files, for a volume."""
     keys = [*(source.get("data") or {}), *(source.get("binaryData") or {})]
     return [{"key": _SOURCE_KEY + key, "path": key} for key in sorted(keys)]
+
+
+def copied_source(made: Object) -> Object:
+    """The source as an attempt's ConfigMap keeps it, for children made after the original changed."""
+    parts = {part: made.get(part) or {} for part in ("data", "binaryData")}
+    return {
+        part: {k.removeprefix(_SOURCE_KEY): v for k, v in entries.items() if k.startswith(_SOURCE_KEY)}
+        for part, entries in parts.items()
+    }
+
+
+def begun_with(made: Object, current: InfluenceJobSpec) -> InfluenceJobSpec:
+    """The spec that an attempt began with, from its ConfigMap; the replicas alone follow `current` at once.
+
+    A cluster that is made after the spec changed so fits the driver that asks for it.
+    """
+    try:
+        spec = InfluenceJobSpec.model_validate_json(made["data"][_SPEC_KEY])
+    except (KeyError, TypeError, ValidationError):
+        return current  # written by another version of the operator
+    workers = spec.workers.model_copy(update={"replicas": current.workers.replicas})
+    return spec.model_copy(update={"workers": workers})
 
 
 def document(attempt: Attempt) -> JobDocument:

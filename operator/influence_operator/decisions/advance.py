@@ -1,0 +1,124 @@
+"""Moves a job's course on: attempts end, jobs end, the next attempt begins. Called once per pass.
+
+The whole way is gone in one pass: an attempt that ends and may be followed at once is followed, so that
+the same snapshot with the new status gives the same course again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from influence_job.progress import CONTRACT_VERSION, Progress
+from influence_job.status import ConditionType
+from influence_operator.decisions import attempts, deadlines, driver, observed, remains
+from influence_operator.decisions.attempts import Ending, Verdict
+from influence_operator.decisions.course import Course, Outcome, closed, finished, opened, recall, reopened
+from influence_operator.decisions.reasons import Reason
+from influence_operator.decisions.view import View
+
+
+def advance(view: View) -> Course:
+    """The course after this pass."""
+    course = recall(view)
+    if course.outcome:
+        if course.outcome.complete or not _changed_since_failure(view):
+            return course
+        course = reopened(view, course)
+    if course.open:
+        course = _through_the_attempt(view, course)
+    if not course.open and not course.outcome:
+        course = _between_attempts(view, course)
+    if may_open(view, course):
+        course = opened(view, course)
+    return course
+
+
+def may_open(view: View, course: Course) -> bool:
+    """Whether the next attempt may begin."""
+    if course.outcome or course.open or view.spec.suspend or source_missing(view):
+        return False
+    return not seconds_to_wait(view, course) and not remains.anything_left(view)
+
+
+def seconds_to_wait(view: View, course: Course) -> float:
+    """Seconds until the delay before the next attempt is over."""
+    following = course.attempts.next_start
+    ended = observed.in_utc(following) if following else None
+    return max(0.0, (ended - view.now).total_seconds()) if ended else 0.0
+
+
+def source_missing(view: View) -> str | None:
+    """The ConfigMap with the task's code, if the spec names one that does not exist."""
+    source = view.spec.task.source
+    return f"ConfigMap {source.config_map.name}" if source and view.snapshot.source is None else None
+
+
+def _changed_since_failure(view: View) -> bool:
+    failed = view.condition(ConditionType.FAILED)
+    return failed is not None and failed.observed_generation not in (None, view.generation)
+
+
+def _through_the_attempt(view: View, course: Course) -> Course:
+    job = view.driver_job(course.number)
+    if job is not None:
+        course = course.with_attempts(driver=observed.name(job))
+    course = _listen(view, course)
+    end = driver.driver_end(view, course.attempts)
+    if end is not None:
+        course = _hear(course, end.progress)
+        return closed(view, course, attempts.judge(end, course.attempts.recorded))
+    course = deadlines.with_clocks(view, course)
+    ending = _stopped(view) or deadlines.passed(view, course)
+    return closed(view, course, ending) if ending else course
+
+
+def _between_attempts(view: View, course: Course) -> Course:
+    course = deadlines.with_clocks(view, course)
+    ending = None if view.spec.suspend else deadlines.passed(view, course)
+    if ending is None:
+        return course
+    return finished(view, course, Outcome(False, ending.reason, ending.message))
+
+
+def _stopped(view: View) -> Ending | None:
+    """The user's wish, before any deadline."""
+    if view.spec.suspend:
+        return Ending(Verdict.STOPPED, Reason.SUSPENDED, "suspend was set", view.now)
+    stalled = view.condition(ConditionType.STALLED)
+    if (
+        stalled is not None
+        and stalled.reason == Reason.IMAGE_INCOMPATIBLE
+        and stalled.observed_generation != view.generation
+    ):
+        return Ending(Verdict.STOPPED, Reason.SPEC_CHANGED, "the spec was changed", view.now)
+    return None
+
+
+def _listen(view: View, course: Course) -> Course:
+    report = view.report(course.number)
+    if report is None:
+        return replace(course, incompatible=_still_incompatible(view))
+    if not driver.understood(report):
+        return replace(course, incompatible=_other_contract(report))
+    return _hear(course, report)
+
+
+def _hear(course: Course, progress: Progress | None) -> Course:
+    if progress is None or not driver.understood(progress):
+        return course
+    recorded = max(course.attempts.recorded, driver.recorded(progress))
+    return replace(course, progress=progress).with_attempts(recorded=recorded)
+
+
+def _other_contract(progress: Progress) -> str:
+    return (
+        f"the driver's image speaks contract version {progress.contract_version}, expected "
+        f"{CONTRACT_VERSION} or {CONTRACT_VERSION - 1}; set image to one of this operator's release"
+    )
+
+
+def _still_incompatible(view: View) -> str | None:
+    """A driver that does not answer now still speaks as it did."""
+    stalled = view.condition(ConditionType.STALLED)
+    same = stalled is not None and stalled.reason == Reason.IMAGE_INCOMPATIBLE
+    return stalled.message if stalled is not None and same else None
