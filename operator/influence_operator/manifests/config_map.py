@@ -36,6 +36,7 @@ _SPEC_KEY = "spec.json"
 def config_map(attempt: Attempt) -> Manifest:
     """The ConfigMap that driver, scheduler and workers mount parts of."""
     source = attempt.source or {}
+    spec = attempt.spec.model_copy(update={"image": attempt.image})
     manifest: Manifest = {
         "apiVersion": "v1",
         "kind": "ConfigMap",

@@ -30,7 +30,7 @@ urllib.request.urlopen(urllib.request.Request(
     {"Content-Type": "application/json"},
 ), timeout=%(seconds)d).read()
 """
-_LEAVE_SECONDS = 5
+_LEAVE_SECONDS = 3
 
 
 def dask_cluster(attempt: Attempt) -> Manifest:

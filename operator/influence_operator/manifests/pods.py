@@ -20,8 +20,8 @@ _GRACE = {
     # A driver flushes its ledger, with retries. What a worker or a scheduler holds can be computed again,
     # so that stopping a job need not wait for them.
     Role.DRIVER: 30,
-    Role.SCHEDULER: 10,
-    Role.WORKER: 10,
+    Role.SCHEDULER: 5,
+    Role.WORKER: 5,
 }
 
 

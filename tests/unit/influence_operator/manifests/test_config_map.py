@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from attempts import SETTINGS, UID, build, job, spec_of
 from influence_job.document import FILE, JobDocument
 from influence_job.plan.memory import device_budget
 from influence_operator.manifests.attempt import AttemptManifests, attempt_manifests, certificate_end
+from influence_operator.manifests.config_map import begun_with, copied_source
+from influence_operator.settings import Defaults
 
 
 def read(made: AttemptManifests) -> JobDocument:
@@ -49,13 +52,13 @@ def test_the_plan_gets_the_budget_that_the_workers_have(changes: dict[str, Any])
 def test_the_document_holds_the_image_and_no_environment(everything: AttemptManifests) -> None:
     assert read(build(job())).job.spec.image == "registry.example/influence-worker:0.1.0"
     text = everything.config_map["data"][FILE]
-    assert "TOKEN" not in text
+    assert "TOKEN" not in text  # the driver stores it beside the result
     assert "last-applied" not in text
 
 
 def test_source_keys_never_meet_the_documents(everything: AttemptManifests) -> None:
     assert everything.config_map["immutable"] is True
-    assert everything.config_map["data"].keys() == {FILE, "task.my_task.py", "task.job.json"}
+    assert everything.config_map["data"].keys() == {FILE, "spec.json", "task.my_task.py", "task.job.json"}
     assert everything.config_map["binaryData"] == {"task.weights.npy": "AAA="}
     assert read(everything).uid == UID
 
@@ -74,3 +77,36 @@ def test_a_certificate_outlives_the_job(now: Any) -> None:
 def test_the_secret_is_immutable_and_comes_without_data(everything: AttemptManifests) -> None:
     assert everything.secret["immutable"] is True
     assert not {"data", "stringData"} & everything.secret.keys()
+
+
+def test_the_source_is_read_back_from_the_attempts_copy(everything: AttemptManifests, source: Any) -> None:
+    assert copied_source(everything.config_map) == source
+    assert copied_source({}) == {"data": {}, "binaryData": {}}
+
+
+def test_a_cluster_is_made_from_the_spec_that_its_driver_began_with() -> None:
+    begun = build(job(image="example/mine:1", workers={"resources": {"limits": {"memory": "3Gi"}}}))
+    changed = job(image="example/mine:2", workers={"replicas": 9, "resources": {"limits": {"memory": "9Gi"}}})
+    spec = begun_with(begun.config_map, spec_of(changed))
+    later = attempt_manifests(changed, spec, 1, SETTINGS, None)
+    assert (
+        later.config_map["data"][FILE].replace('"replicas": 9', '"replicas": 1')
+        == (begun.config_map["data"][FILE])
+    )
+    worker = later.dask_cluster["spec"]["worker"]
+    assert worker["replicas"] == 9
+    assert worker["spec"] == begun.dask_cluster["spec"]["worker"]["spec"]
+
+
+@pytest.mark.parametrize("data", [{}, {"spec.json": "{}"}, {"spec.json": "x"}, None])
+def test_a_config_map_without_a_readable_spec_means_the_present_one(data: Any) -> None:
+    current = spec_of(job())
+    assert begun_with({"data": data}, current) is current
+
+
+def test_the_default_image_of_an_attempt_outlives_a_change_of_the_default() -> None:
+    begun = build(job())
+    upgraded = replace(SETTINGS, defaults=Defaults(image="registry.example/influence-worker:0.2.0"))
+    spec = begun_with(begun.config_map, spec_of(job()))
+    later = attempt_manifests(job(), spec, 1, upgraded, None)
+    assert later.dask_cluster == begun.dask_cluster
