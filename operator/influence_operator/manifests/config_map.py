@@ -44,9 +44,7 @@ def config_map(attempt: Attempt) -> Manifest:
         "immutable": True,
         "data": {
             FILE: document(attempt).model_dump_json(by_alias=True, indent=2),
-            _SPEC_KEY: attempt.spec.model_copy(update={"image": attempt.image}).model_dump_json(
-                by_alias=True
-            ),
+            _SPEC_KEY: spec.model_dump_json(by_alias=True),
             **_copy(source, "data"),
         },
     }
