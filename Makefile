@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-unit lint format bench cluster cluster-down images clean
+.PHONY: help venv run test test-unit lint format manifests bench cluster cluster-down images clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ lint: $(STAMP) ## ruff, mypy --strict, import-linter
 format: $(STAMP) ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+manifests: $(STAMP) ## the CRD from the spec: operator/crd.yaml, and the chart's copy
+	$(BIN)/influence crd > operator/crd.yaml
+	mkdir -p charts/influence-operator/templates
+	$(BIN)/influence crd --keep > charts/influence-operator/templates/crd.yaml
 
 bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run
 	$(BIN)/python tests/benchmarks/run.py

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import click
 
+from influence_job.cli.crd import crd
 from influence_job.cli.options import Settings
 from influence_job.cli.plan import plan
 from influence_job.cli.run import run
@@ -42,6 +43,7 @@ def commands() -> None:
 commands.add_command(run)
 commands.add_command(plan)
 commands.add_command(show)
+commands.add_command(crd)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

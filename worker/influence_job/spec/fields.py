@@ -33,17 +33,24 @@ Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 
-ShortString = Annotated[str, Field(min_length=1, max_length=253)]
-"""Names of Kubernetes objects and the like."""
-LongString = Annotated[str, Field(max_length=4096)]
-Url = Annotated[str, Field(min_length=1, max_length=2048)]
-StringMap = Annotated[
-    dict[Annotated[str, Field(max_length=317)], Annotated[str, Field(max_length=4096)]],
-    Field(max_length=64),
-]
+# Written so that pydantic and the API server read them alike: ASCII, no look-around.
+_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+_PREFIXED = rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_NAME}$"
 
-OpenValue = Annotated[JsonValue, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})]
-"""Any JSON value."""
+ShortString = Annotated[str, Field(min_length=1, max_length=253)]
+ObjectName = Annotated[str, Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+"""Name of a Kubernetes object."""
+QualifiedName = Annotated[str, Field(min_length=1, max_length=317, pattern=_PREFIXED)]
+"""Key of a label or an annotation, or name of a resource: `name` or `domain/name`."""
+Labels = Annotated[
+    dict[QualifiedName, Annotated[str, Field(max_length=63, pattern=rf"^({_NAME})?$")]], Field(max_length=64)
+]
+Annotations = Annotated[dict[QualifiedName, Annotated[str, Field(max_length=4096)]], Field(max_length=64)]
+
+OpenValue = Annotated[
+    JsonValue, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True, "nullable": True})
+]
+"""Any JSON value. Nullable, because the API server drops a null that is not."""
 OpenObject = Annotated[
     dict[Annotated[str, Field(max_length=253)], JsonValue],
     Field(max_length=64),
@@ -54,6 +61,7 @@ OpenObjects = Annotated[list[OpenObject], Field(max_length=64)]
 
 _DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
+_LONGEST_QUANTITY = 32
 _QUANTITY = r"^([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([numkMGTPE]?|[KMGTPE]i|[eE][-+]?[0-9]{1,2})$"
 
 
@@ -64,7 +72,7 @@ class Quantity(str):
 
     def __new__(cls, text: str) -> Quantity:
         """Raises ValueError for what Kubernetes would not read as a quantity."""
-        if not re.fullmatch(_QUANTITY, text):
+        if len(text) > _LONGEST_QUANTITY or not re.fullmatch(_QUANTITY, text):
             raise ValueError(f"expected a quantity such as 16Gi, 500m or 1, got {text!r}")
         return super().__new__(cls, text)
 
@@ -103,10 +111,15 @@ class Quantity(str):
     def __get_pydantic_json_schema__(
         cls, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"x-kubernetes-int-or-string": True, "maxLength": 32, "pattern": _QUANTITY}
+        return {
+            "x-kubernetes-int-or-string": True,
+            "minimum": 0,
+            "maxLength": _LONGEST_QUANTITY,
+            "pattern": _QUANTITY,
+        }
 
 
-Quantities = Annotated[dict[Annotated[str, Field(max_length=317)], Quantity], Field(max_length=32)]
+Quantities = Annotated[dict[QualifiedName, Quantity], Field(max_length=32)]
 """Resource name -> quantity."""
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from influence_job.spec.fields import (
     Flag,
     Integer,
-    LongString,
+    ObjectName,
     OpenObject,
     OpenValue,
     Quantity,
     ShortString,
     SpecModel,
-    StringMap,
-    Url,
     refuse,
 )
 from influence_job.spec.methods import MethodSpec
 from influence_job.spec.pods import PodSettings, WorkersSpec
+from influence_job.spec.rules import Refusal, rule, rules
 
 API_VERSION: Literal["influence-operator.dev/v1alpha1"] = "influence-operator.dev/v1alpha1"
 KIND: Literal["InfluenceJob"] = "InfluenceJob"
@@ -103,7 +102,7 @@ class CleanupPolicy(StrEnum):
 class ObjectReference(SpecModel):
     """An object in the job's namespace."""
 
-    name: ShortString = Field(description="Its name.")
+    name: ObjectName = Field(description="Its name.")
 
 
 class SourceSpec(SpecModel):
@@ -119,7 +118,10 @@ class TaskSpec(SpecModel):
 
     entrypoint: Annotated[
         str,
-        Field(max_length=512, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"),
+        Field(
+            max_length=512,
+            pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
+        ),
     ] = Field(description='"module:function"; the function returns an InfluenceTask.')
     arguments: Annotated[dict[Annotated[str, Field(max_length=128)], OpenValue], Field(max_length=64)] = (
         Field(default_factory=dict, description="Keyword arguments of the function. Default none.")
@@ -144,10 +146,27 @@ def _check_scheme(url: str) -> str:
     return url
 
 
+StoreUrl = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=2048,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        json_schema_extra=rules(
+            rule(
+                f"!self.contains('://') || self.matches('^({'|'.join(URL_SCHEMES)})://')",
+                "expected a path or a url that starts with gs://, s3:// or file://",
+            )
+        ),
+    ),
+    AfterValidator(_check_scheme),
+]
+
+
 class OutputSpec(SpecModel):
     """Where the result goes: one Zarr group."""
 
-    url: Url = Field(description="A path, gs://bucket/name.zarr or s3://bucket/name.zarr.")
+    url: StoreUrl = Field(description="A path, gs://bucket/name.zarr or s3://bucket/name.zarr.")
     on_existing: OnExisting = Field(
         OnExisting.RESUME, description="Resume | Overwrite | Fail: what to do with a store that is there."
     )
@@ -173,15 +192,11 @@ class OutputSpec(SpecModel):
         None, description="Secret with the storage's credentials. Default none: workload identity."
     )
 
-    _scheme = field_validator("url")(_check_scheme)
-
 
 class FactorsSpec(SpecModel):
     """Factors of an earlier job."""
 
-    url: Url = Field(description="Store of an InfluenceFactors job.")
-
-    _scheme = field_validator("url")(_check_scheme)
+    url: StoreUrl = Field(description="Store of an InfluenceFactors job.")
 
 
 Seconds = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
@@ -189,6 +204,34 @@ Seconds = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 
 class InfluenceJobSpec(SpecModel):
     """The spec. What determines the numbers is immutable once the job exists."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.operation != 'InfluencesFromFactors' || has(self.factors)",
+                "expected {url: store of an InfluenceFactors job} for InfluencesFromFactors",
+                "factors",
+                Refusal.REQUIRED,
+            ),
+            rule(
+                "self.operation == 'InfluencesFromFactors' || !has(self.factors)",
+                "only for operation InfluencesFromFactors; remove it or change operation",
+                "factors",
+                Refusal.FORBIDDEN,
+            ),
+            rule(
+                "self.operation != 'InfluenceFactors' || self.mode == 'Up'",
+                "expected Up: factors are the same in both modes; Perturbation is for Influences and "
+                "InfluencesFromFactors",
+                "mode",
+            ),
+            rule(
+                "self.output.dense || (self.operation != 'InfluenceFactors' && self.mode == 'Up')",
+                "expected true: factors and perturbations have no top k, so nothing would be stored",
+                "output.dense",
+            ),
+        )
+    )
 
     task: TaskSpec = Field(description="The user's model and data.")
     operation: Operation = Field(
@@ -207,7 +250,7 @@ class InfluenceJobSpec(SpecModel):
     chunks: ChunksSpec | None = Field(None, description="The result's grid. Default: chosen by the plan.")
     output: OutputSpec = Field(description="Where the result goes.")
     factors: FactorsSpec | None = Field(None, description="For InfluencesFromFactors, and only for it.")
-    image: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+    image: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[!-~]+$")] | None = Field(
         None, description="Container image of driver, scheduler and workers. Default: the chart's."
     )
     workers: WorkersSpec = Field(default_factory=WorkersSpec, description="The Dask workers.")
@@ -290,8 +333,8 @@ class Metadata(SpecModel):
         description="At most 40 lower-case letters, digits and dashes, no dots: children's names extend it."
     )
     namespace: ShortString | None = Field(None, description="Namespace; ignored on this machine.")
-    labels: StringMap = Field(default_factory=dict, description="Labels.")
-    annotations: dict[str, LongString] = Field(default_factory=dict, description="Annotations.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations.")
 
 
 class InfluenceJob(SpecModel):

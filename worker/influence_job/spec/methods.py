@@ -8,9 +8,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
+from influence_job.spec.rules import Refusal, rule, rules
 
 
 class BlockStructure(StrEnum):
@@ -92,6 +93,29 @@ PreconditionerSpec = Annotated[JacobiSpec | NystroemSpec, Field(discriminator="n
 class _SolverSpec(SpecModel):
     """What methods that solve with H itself share."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!(has(self.blocks) && self.blocks == 'Custom') || has(self.customBlocks)",
+                "expected block names with parameter names, for blocks is Custom",
+                "customBlocks",
+                Refusal.REQUIRED,
+            ),
+            rule(
+                "!has(self.customBlocks) || (has(self.blocks) && self.blocks == 'Custom')",
+                "only for blocks: Custom; set it or remove this",
+                "customBlocks",
+                Refusal.FORBIDDEN,
+            ),
+            rule(
+                "!(has(self.relative) && self.relative) || !has(self.regularizationByBlock)",
+                "not together with regularizationByBlock; remove one of them",
+                "relative",
+                Refusal.FORBIDDEN,
+            ),
+        )
+    )
+
     regularization: Annotated[Number, Field(ge=0)] = Field(
         description="λ, added to the diagonal of H. No default: 0.01 is a start; 0 needs an invertible H."
     )
@@ -159,6 +183,14 @@ class CgSpec(_SolverSpec):
 
 class EkfacSpec(SpecModel):
     """Eigenvalue-corrected Kronecker factors: two passes over the training set, scales to large models."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "self.name != 'Ekfac' || self.regularization > 0.0", "expected more than 0", "regularization"
+            )
+        )
+    )
 
     name: Literal["Ekfac"]
     regularization: Annotated[Number, Field(gt=0)] = Field(

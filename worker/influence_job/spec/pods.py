@@ -11,14 +11,15 @@ from typing import Annotated
 from pydantic import Field
 
 from influence_job.spec.fields import (
+    Annotations,
     Integer,
+    Labels,
+    ObjectName,
     OpenObject,
     OpenObjects,
     Quantities,
     Quantity,
-    ShortString,
     SpecModel,
-    StringMap,
 )
 
 
@@ -48,13 +49,13 @@ class PodSettings(SpecModel):
         default_factory=ResourcesSpec,
         description="Requests and limits; absent ones come from podDefaults, then from the operator.",
     )
-    node_selector: StringMap = Field(default_factory=dict, description="Labels that a node must have.")
+    node_selector: Labels = Field(default_factory=dict, description="Labels that a node must have.")
     tolerations: OpenObjects = Field(default_factory=list, description="Taints the pods tolerate.")
     affinity: OpenObject = Field(default_factory=dict, description="Kubernetes' affinity object.")
     topology_spread_constraints: OpenObjects = Field(default_factory=list, description="As in a pod's spec.")
-    priority_class_name: ShortString | None = Field(None, description="Name of a PriorityClass.")
-    labels: StringMap = Field(default_factory=dict, description="Further labels of the pods.")
-    annotations: StringMap = Field(default_factory=dict, description="Further annotations of the pods.")
+    priority_class_name: ObjectName | None = Field(None, description="Name of a PriorityClass.")
+    labels: Labels = Field(default_factory=dict, description="Further labels of the pods.")
+    annotations: Annotations = Field(default_factory=dict, description="Further annotations of the pods.")
     env: OpenObjects = Field(default_factory=list, description="Environment variables, as in a container.")
     env_from: OpenObjects = Field(default_factory=list, description="Sources of environment variables.")
     volumes: OpenObjects = Field(default_factory=list, description="Volumes of the pods.")
@@ -62,12 +63,12 @@ class PodSettings(SpecModel):
     fs_group: Annotated[Integer, Field(ge=0, le=2**31 - 1)] | None = Field(
         None, description="Group that owns mounted volumes."
     )
-    service_account_name: ShortString | None = Field(
+    service_account_name: ObjectName | None = Field(
         None, description="ServiceAccount, for workload identity. Its API token is never mounted."
     )
     image_pull_secrets: OpenObjects = Field(default_factory=list, description="[{name: secret}]")
     image_pull_policy: ImagePullPolicy | None = Field(None, description="Always | IfNotPresent | Never.")
-    runtime_class_name: ShortString | None = Field(None, description="Name of a RuntimeClass.")
+    runtime_class_name: ObjectName | None = Field(None, description="Name of a RuntimeClass.")
     termination_grace_period_seconds: Annotated[Integer, Field(ge=0, le=3600)] | None = Field(
         None, description="Seconds between SIGTERM and SIGKILL; at most 3600."
     )

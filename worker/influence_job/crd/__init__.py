@@ -1,0 +1,9 @@
+"""The CustomResourceDefinition of InfluenceJob, made from the pydantic models of spec and status.
+
+`influence crd` prints it, `make manifests` writes the copies that are committed. Pydantic and the standard
+library only.
+"""
+
+from influence_job.crd.definition import KEPT_BY_HELM, PLURAL, custom_resource_definition
+
+__all__ = ["KEPT_BY_HELM", "PLURAL", "custom_resource_definition"]
