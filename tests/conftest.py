@@ -11,6 +11,12 @@ import gcs as google
 import s3 as amazon
 from faulty_proxy import FaultyProxy, running_proxy
 from gcs import GcsEmulator
+from host_tests import (  # noqa: F401  (hooks)
+    pytest_collection_modifyitems,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 from s3 import S3Emulator
 
 # Read when gcsfs is imported: without it each first access of an emulator's bucket stalls for a minute.

@@ -1,7 +1,8 @@
 """An HTTP proxy before the storage emulator that fails as real storage does, and remembers requests.
 
-Runs in threads of the test's process. Faults may be set and taken back at any time; tests count what
-reached the storage by the log, not by the word of what they test.
+Runs in threads of the test's process, or in a pod (`storage_pod`). Faults may be set and taken back at any
+time, for all buckets or for one; tests count what reached the storage by the log, not by the word of what
+they test.
 """
 
 from __future__ import annotations
@@ -51,46 +52,54 @@ class _Faults:
     lost_answers: int = 0
     lost_pattern: re.Pattern[str] = re.compile("")
     down: bool = False
+    requests: int = 0
+    """How many these faults have met."""
 
 
 class FaultyProxy:
-    """A running proxy; `url` is what clients take for the storage's endpoint."""
+    """A running proxy; `url` is what clients take for the storage's endpoint.
 
-    def __init__(self, target: str) -> None:
+    Each method that makes a fault takes the `bucket` that is to have it; without one, all have it that have
+    none of their own.
+    """
+
+    def __init__(self, target: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.target = urlsplit(target).netloc
         self.log: list[Request] = []
-        self._faults = _Faults()
-        self._count = 0
+        self._faults: dict[str, _Faults] = {}
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _Server(address, _Handler)
         self._server.proxy = self
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
-    def fail_every(self, n: int, *statuses: int) -> None:
+    def fail_every(self, n: int, *statuses: int, bucket: str = "") -> None:
         """Answers each n-th request with the next of `statuses`; it does not reach the storage."""
         with self._lock:
-            self._faults.every, self._faults.every_statuses = n, statuses
+            faults = self._faults.setdefault(bucket, _Faults())
+            faults.every, faults.every_statuses = n, statuses
 
-    def fail_all(self, status: int, matching: str = "") -> None:
+    def fail_all(self, status: int, matching: str = "", bucket: str = "") -> None:
         """Answers every request whose object (or listed prefix) matches the pattern with `status`."""
         with self._lock:
-            self._faults.status, self._faults.pattern = status, re.compile(matching)
+            faults = self._faults.setdefault(bucket, _Faults())
+            faults.status, faults.pattern = status, re.compile(matching)
 
-    def lose_answers(self, count: int, matching: str = "") -> None:
+    def lose_answers(self, count: int, matching: str = "", bucket: str = "") -> None:
         """Lets the next `count` uploads of matching objects through, and answers them with 503."""
         with self._lock:
-            self._faults.lost_answers, self._faults.lost_pattern = count, re.compile(matching)
+            faults = self._faults.setdefault(bucket, _Faults())
+            faults.lost_answers, faults.lost_pattern = count, re.compile(matching)
 
-    def go_down(self) -> None:
+    def go_down(self, bucket: str = "") -> None:
         """Resets every connection until `heal`."""
         with self._lock:
-            self._faults.down = True
+            self._faults.setdefault(bucket, _Faults()).down = True
 
-    def heal(self) -> None:
-        """Takes all faults back."""
+    def heal(self, bucket: str = "") -> None:
+        """Takes the faults back."""
         with self._lock:
-            self._faults = _Faults()
+            self._faults.pop(bucket, None)
 
     def clear_log(self) -> None:
         """Forgets the requests so far."""
@@ -106,14 +115,14 @@ class FaultyProxy:
     def decide(self, request: Request) -> Request:
         """What is to happen: `status` 0 with `reached` False resets; `reached` True forwards."""
         with self._lock:
-            faults = self._faults
-            self._count += 1
+            faults = self._faults.get(request.bucket) or self._faults.get("") or _Faults()
+            faults.requests += 1
             if faults.down:
                 return _with(request, 0, reached=False)
             if faults.status and faults.pattern.search(request.object_name or request.prefix):
                 return _with(request, faults.status, reached=False)
-            if faults.every and self._count % faults.every == 0:
-                turn = self._count // faults.every
+            if faults.every and faults.requests % faults.every == 0:
+                turn = faults.requests // faults.every
                 return _with(request, faults.every_statuses[turn % len(faults.every_statuses)], reached=False)
             is_upload = request.action == "PUT" and faults.lost_pattern.search(request.object_name)
             if faults.lost_answers and is_upload:
@@ -195,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             kept = {n: v for n, v in response.getheaders() if n.lower() not in _NOT_FORWARDED}
         finally:
             connection.close()
-        own = urlsplit(self.server.proxy.url).netloc  # the rest of a resumable upload comes here too
+        own = self.headers["Host"]  # the rest of a resumable upload comes here too
         return response.status, {name: value.replace(target, own) for name, value in kept.items()}, content
 
     def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:

@@ -1,0 +1,152 @@
+"""Fixtures of the tests that run on a real cluster: itself, what is installed in it, a namespace per test.
+
+Everything is set up once per run, by whichever process comes first. Tests run side by side in namespaces of
+their own; one that breaks a part that others need is marked `alone`. Without a cluster they fail, saying why.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask_kubernetes
+import pytest
+
+import cluster as cluster_support
+import cluster_storage
+from cluster import CHECKOUT, HOME, OWN_LABEL, Cluster
+from cluster_storage import Bucket, ClusterStorage
+from turns import once, turn
+
+TIMEOUT_SECONDS = 900
+"""Of a test here: pods start, nodes are lost and found."""
+GPUS = 8
+"""What the node advertises; tests marked `alone` may change it."""
+DASK_OPERATOR = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm/dask-kubernetes-operator"
+OPERATOR = CHECKOUT / "charts/influence-operator"
+OPERATOR_NAMESPACE = "influence-system"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Only the test itself counts towards the limit: its fixtures may have to build a cluster."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS, func_only=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that failed shows what stands in its namespace."""
+    report = yield
+    arguments = getattr(item, "funcargs", {})
+    if report.when == "call" and report.failed and "namespace" in arguments:
+        report.sections.append(("the namespace", arguments["cluster"].describe(arguments["namespace"])))
+    return report
+
+
+@pytest.fixture(scope="session")
+def cluster(testrun_uid: str) -> Cluster:
+    """A running cluster that has our images, and GPUs to give."""
+
+    def bring_up() -> None:
+        cluster_support.prepare()
+        ours = Cluster.connect()
+        remove_old_namespaces(ours)
+        ours.advertise_gpus(GPUS)
+
+    try:
+        once(HOME, testrun_uid, "cluster", bring_up)
+    except RuntimeError as error:
+        pytest.fail(str(error), pytrace=False)
+    return Cluster.connect()
+
+
+@pytest.fixture(scope="session")
+def dask_operator(cluster: Cluster, testrun_uid: str) -> None:
+    """The controller of dask-kubernetes, from the chart in its own wheel."""
+    once(HOME, testrun_uid, "dask-operator", lambda: install_dask_operator(cluster))
+
+
+@pytest.fixture(scope="session")
+def operator(cluster: Cluster, dask_operator: None, testrun_uid: str) -> None:
+    """Our operator, from our chart, and the dask operator with it."""
+    once(HOME, testrun_uid, "operator", lambda: install_operator(cluster))
+
+
+@pytest.fixture(scope="session")
+def storage(cluster: Cluster, testrun_uid: str) -> Iterator[ClusterStorage]:
+    """The storage emulator in the cluster."""
+    once(HOME, testrun_uid, "storage", lambda: cluster_storage.install(cluster))
+    storage = ClusterStorage(cluster)
+    yield storage
+    storage.close()
+
+
+@pytest.fixture(autouse=True)
+def take_turn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `alone` run while no other does."""
+    with turn(HOME, alone=request.node.get_closest_marker("alone") is not None):
+        yield
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A new namespace that enforces the restricted Pod Security Standard; KEEP_NAMESPACES keeps it."""
+    name = cluster.make_namespace()
+    yield name
+    if "KEEP_NAMESPACES" not in os.environ:
+        cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture
+def bucket(storage: ClusterStorage) -> Bucket:
+    """A new, empty bucket, with its request log and its faults."""
+    return storage.new_bucket()
+
+
+def remove_old_namespaces(cluster: Cluster) -> None:
+    """What runs that were killed left behind; namespaces of the last two hours may be in use."""
+    begin = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
+    for found in cluster.core.list_namespace(label_selector=OWN_LABEL).items:
+        if found.metadata.creation_timestamp < begin and found.metadata.name.startswith("test-"):
+            cluster.kubectl("delete", "namespace", found.metadata.name, "--wait=false")
+
+
+def install_dask_operator(cluster: Cluster) -> None:
+    """Its ClusterRole lacks what a cluster with OwnerReferencesPermissionEnforcement asks for: given here."""
+    image = cluster.images.dask_operator
+    cluster.helm(
+        *("upgrade", "--install", "dask-kubernetes-operator", str(DASK_OPERATOR)),
+        *("--namespace", "dask-operator", "--create-namespace", "--wait", "--timeout", "180s"),
+        *("--set", f"image.name={image.repository}", "--set", f"image.tag={image.tag}"),
+    )
+    owners = ["daskautoscalers", "daskclusters", "daskjobs", "daskworkergroups"]
+    rule = {
+        "apiGroups": ["kubernetes.dask.org"],
+        "resources": [f"{owner}/finalizers" for owner in owners],
+        "verbs": ["update"],
+    }
+    account = {"kind": "ServiceAccount", "name": "dask-kubernetes-operator", "namespace": "dask-operator"}
+    group, name = "rbac.authorization.k8s.io", "dask-kubernetes-operator-finalizers"
+    named = {"apiVersion": f"{group}/v1", "metadata": {"name": name}}
+    role = {"apiGroup": group, "kind": "ClusterRole", "name": name}
+    cluster.apply(
+        named | {"kind": "ClusterRole", "rules": [rule]},
+        named | {"kind": "ClusterRoleBinding", "roleRef": role, "subjects": [account]},
+    )
+
+
+def install_operator(cluster: Cluster) -> None:
+    """As a user does who follows the README."""
+    if not OPERATOR.exists():
+        pytest.fail(f"{OPERATOR} is missing: no chart to install the operator from")
+    operator, worker = cluster.images.operator, cluster.images.worker
+    cluster.helm(
+        *("upgrade", "--install", "influence-operator", str(OPERATOR)),
+        *("--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s"),
+        *("--set", f"image.repository={operator.repository}", "--set", f"image.tag={operator.tag}"),
+        *("--set", f"worker.image.repository={worker.repository}", "--set", f"worker.image.tag={worker.tag}"),
+    )
