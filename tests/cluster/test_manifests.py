@@ -1,4 +1,4 @@
-"""What the operator builds, on a real API server: accepted, admitted, and a Dask cluster that speaks TLS alone.
+"""What the operator builds, on a real cluster: accepted, admitted, and a Dask cluster that speaks TLS alone.
 
 The manifests belong to a ConfigMap here instead of an InfluenceJob, so that no operator looks after them.
 """
@@ -11,20 +11,19 @@ import json
 import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from attempts import all_of, build, pod_metadata, pod_specs, stored
+from attempts import all_of, pod_metadata, pod_specs, spec_of
 from cluster import CHECKOUT, Cluster
 from influence_operator.cluster.certificates import attempt_material
 from influence_operator.manifests import names
+from influence_operator.manifests.attempt import AttemptManifests, attempt_manifests
 from influence_operator.settings import Defaults, Settings
 from manifests import manifest
 
-HERE = Path(__file__).parent
 EVERYTHING = CHECKOUT / "tests/unit/influence_operator/manifests/everything.yaml"
 SOURCE = {"data": {"my_task.py": "task = None\n"}}
 SMALL = {"resources": {"requests": {"cpu": "20m", "memory": "100Mi"}}}
@@ -64,7 +63,8 @@ class Running:
         """Names of the workers that the scheduler knows."""
         script = """
             import urllib.request
-            print(urllib.request.urlopen("http://127.0.0.1:8787/api/v1/get_workers", timeout=5).read().decode())
+            url = "http://127.0.0.1:8787/api/v1/get_workers"
+            print(urllib.request.urlopen(url, timeout=5).read().decode())
         """
         return {worker["name"] for worker in self.python(names.Role.SCHEDULER, script)["workers"]}
 
@@ -77,9 +77,8 @@ def running(cluster: Cluster, dask_operator: None) -> Iterator[Running]:
     """A scheduler and two workers, ready."""
     namespace = cluster.make_namespace()
     owner = make_owner(cluster, namespace)
-    job = owned(manifest(workers={"replicas": 2} | SMALL, scheduler=SMALL), owner)
-    settings = Settings(Defaults(image=cluster.images.worker.name))
-    made = build(job, settings=settings)
+    document = manifest(workers={"replicas": 2} | SMALL, scheduler=SMALL)
+    made = built(document, owner, cluster.images.worker.name)
     secret = {**made.secret, "data": encoded(material())}
     for child in (made.config_map, secret, *made.network_policies, made.dask_cluster):
         create(cluster, child)
@@ -93,22 +92,13 @@ def running(cluster: Cluster, dask_operator: None) -> Iterator[Running]:
 @pytest.fixture
 def classes(cluster: Cluster) -> Iterator[None]:
     """What the job that sets everything refers to, beyond its namespace."""
+    scheduling, node = "scheduling.k8s.io/v1", "node.k8s.io/v1"
     priorities = [
-        {
-            "apiVersion": "scheduling.k8s.io/v1",
-            "kind": "PriorityClass",
-            "metadata": {"name": name},
-            "value": 1,
-        }
+        {"apiVersion": scheduling, "kind": "PriorityClass", "metadata": {"name": name}, "value": 1}
         for name in ("batch", "important")
     ]
     runtimes = [
-        {
-            "apiVersion": "node.k8s.io/v1",
-            "kind": "RuntimeClass",
-            "metadata": {"name": name},
-            "handler": "runc",
-        }
+        {"apiVersion": node, "kind": "RuntimeClass", "metadata": {"name": name}, "handler": "runc"}
         for name in ("gvisor", "nvidia")
     ]
     cluster.apply(*priorities, *runtimes)
@@ -123,11 +113,10 @@ def make_owner(cluster: Cluster, namespace: str) -> Object:
     return owner
 
 
-def owned(document: Object, owner: Object) -> Object:
-    """The job of `document`, as if `owner` were it."""
-    job = stored(document, owner["metadata"]["namespace"], owner["metadata"]["uid"])
-    metadata = {**job["metadata"], "name": owner["metadata"]["name"]}
-    return {**job, "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
+def built(document: Object, owner: Object, image: str) -> AttemptManifests:
+    """The first attempt of the job in `document`, as if `owner` were that job."""
+    spec = spec_of(document)
+    return attempt_manifests(owner, spec, 1, Settings(Defaults(image=image)), SOURCE)
 
 
 def create(cluster: Cluster, child: Object, *options: str) -> None:
@@ -150,9 +139,7 @@ def test_every_manifest_is_accepted_and_every_pod_admitted_where_pods_are_restri
 ) -> None:
     cluster.kubectl("create", "serviceaccount", "bucket-writer", "--namespace", namespace)
     path = EVERYTHING if case == "everything" else CHECKOUT / "examples/digits.yaml"
-    document = yaml.safe_load(path.read_text())
-    # The owner's name stands for the job's, which is why the parsed spec is that of the document.
-    made = build_for(document, make_owner(cluster, namespace))
+    made = built(yaml.safe_load(path.read_text()), make_owner(cluster, namespace), "influence-worker")
     secret = {**made.secret, "data": encoded(material())}
     for child in (*(m for m in all_of(made) if m["kind"] != "Secret"), secret):
         create(cluster, child, "--dry-run=server")
@@ -160,16 +147,6 @@ def test_every_manifest_is_accepted_and_every_pod_admitted_where_pods_are_restri
         metadata = {"generateName": f"{role}-", "namespace": namespace, **pod_metadata(made)[role]}
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
         create(cluster, pod, "--dry-run=server")
-
-
-def build_for(document: Object, owner: Object) -> Any:
-    from influence_job.spec import InfluenceJob
-    from influence_operator.manifests.attempt import attempt_manifests
-
-    spec = InfluenceJob.model_validate(document, by_alias=True, by_name=False).spec
-    return attempt_manifests(
-        owned(document, owner), spec, 1, Settings(Defaults(image="influence-worker")), SOURCE
-    )
 
 
 def test_workers_register_under_the_names_of_their_deployments(running: Running) -> None:
@@ -198,9 +175,7 @@ def test_a_worker_is_ready_once_it_listens(running: Running) -> None:
 
 
 @pytest.mark.parametrize("role", [names.Role.SCHEDULER, names.Role.WORKER])
-def test_a_process_writes_to_scratch_space_alone_and_finds_no_token(
-    running: Running, role: names.Role
-) -> None:
+def test_a_process_writes_to_scratch_space_alone_and_has_no_token(running: Running, role: names.Role) -> None:
     script = """
         import json, os, pathlib
         def writes(folder):
