@@ -39,6 +39,7 @@ from influence_job.spec.methods import (
     SecondOrder,
     Unsupported,
 )
+from influence_job.spec.parsing import InvalidSpecError, parse_spec
 from influence_job.spec.pods import ImagePullPolicy, PodSettings, ResourcesSpec, WorkersSpec
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "ImagePullPolicy",
     "InfluenceJob",
     "InfluenceJobSpec",
+    "InvalidSpecError",
     "JacobiSpec",
     "Metadata",
     "MethodSpec",
@@ -78,4 +80,5 @@ __all__ = [
     "Unsupported",
     "Verify",
     "WorkersSpec",
+    "parse_spec",
 ]

@@ -5,10 +5,11 @@ Objects whose schema Kubernetes owns stay open; the API server checks them when 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from influence_job.spec.fields import (
     Annotations,
@@ -20,7 +21,28 @@ from influence_job.spec.fields import (
     Quantities,
     Quantity,
     SpecModel,
+    refuse,
 )
+
+
+def _no_token(volumes: list[Any]) -> list[Any]:
+    for field, token in _tokens(volumes):
+        if not token.get("audience"):
+            raise refuse(
+                field,
+                "expected an audience: without one it is the API server's, and no pod of a job holds such",
+            )
+    return volumes
+
+
+def _tokens(volumes: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index, volume in enumerate(volumes):
+        projected = volume.get("projected")
+        sources = projected.get("sources") if isinstance(projected, dict) else None
+        for place, source in enumerate(sources if isinstance(sources, list) else []):
+            token = source.get("serviceAccountToken") if isinstance(source, dict) else None
+            if isinstance(token, dict):
+                yield f"{index}.projected.sources.{place}.serviceAccountToken.audience", token
 
 
 class ImagePullPolicy(StrEnum):
@@ -58,7 +80,9 @@ class PodSettings(SpecModel):
     annotations: Annotations = Field(default_factory=dict, description="Further annotations of the pods.")
     env: OpenObjects = Field(default_factory=list, description="Environment variables, as in a container.")
     env_from: OpenObjects = Field(default_factory=list, description="Sources of environment variables.")
-    volumes: OpenObjects = Field(default_factory=list, description="Volumes of the pods.")
+    volumes: Annotated[OpenObjects, AfterValidator(_no_token)] = Field(
+        default_factory=list, description="Volumes of the pods."
+    )
     volume_mounts: OpenObjects = Field(default_factory=list, description="Where the container mounts them.")
     fs_group: Annotated[Integer, Field(ge=0, le=2**31 - 1)] | None = Field(
         None, description="Group that owns mounted volumes."
