@@ -37,7 +37,6 @@ class Running:
 
     cluster: Cluster
     namespace: str
-    base: str
     uid: str
 
     @property
@@ -53,10 +52,8 @@ class Running:
     def python(self, role: names.Role, script: str) -> Any:
         """What a script in a pod of the role prints, from JSON."""
         pod = self.pods(role)[0]["metadata"]["name"]
-        said = self.cluster.kubectl(
-            *("exec", pod, "--namespace", self.namespace, "--stdin", "--", "python", "-"),
-            stdin=textwrap.dedent(script),
-        )
+        program = ("python", "-c", textwrap.dedent(script))
+        said = self.cluster.kubectl("exec", pod, "--namespace", self.namespace, "--", *program)
         return json.loads(said)
 
     def connected(self) -> set[str]:
@@ -76,17 +73,23 @@ class Running:
 def running(cluster: Cluster, dask_operator: None) -> Iterator[Running]:
     """A scheduler and two workers, ready."""
     namespace = cluster.make_namespace()
+    try:
+        yield start(cluster, namespace)
+    finally:
+        cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+def start(cluster: Cluster, namespace: str) -> Running:
     owner = make_owner(cluster, namespace)
     document = manifest(workers={"replicas": 2} | SMALL, scheduler=SMALL)
     made = built(document, owner, cluster.images.worker.name)
     secret = {**made.secret, "data": encoded(material())}
     for child in (made.config_map, secret, *made.network_policies, made.dask_cluster):
         create(cluster, child)
-    started = Running(cluster, namespace, made.dask_cluster["metadata"]["name"], owner["metadata"]["uid"])
-    started.wait(lambda: started.pods(names.Role.SCHEDULER), "a scheduler")
-    started.wait(lambda: len(started.connected()) == 2, "two workers")
-    yield started
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+    running = Running(cluster, namespace, owner["metadata"]["uid"])
+    running.wait(lambda: running.pods(names.Role.SCHEDULER), "a scheduler")
+    running.wait(lambda: len(running.connected()) == 2, "two workers")
+    return running
 
 
 @pytest.fixture
