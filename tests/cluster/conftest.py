@@ -22,6 +22,7 @@ from turns import once, turn
 
 TIMEOUT_SECONDS = 900
 """Of a test here: pods start, nodes are lost and found."""
+LOCKS = HOME / "tests"
 GPUS = 8
 """What the node advertises; tests marked `alone` may change it."""
 DASK_OPERATOR = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm/dask-kubernetes-operator"
@@ -58,7 +59,7 @@ def cluster(testrun_uid: str) -> Cluster:
         ours.advertise_gpus(GPUS)
 
     try:
-        once(HOME, testrun_uid, "cluster", bring_up)
+        once(LOCKS, testrun_uid, "cluster", bring_up)
     except RuntimeError as error:
         pytest.fail(str(error), pytrace=False)
     return Cluster.connect()
@@ -67,19 +68,19 @@ def cluster(testrun_uid: str) -> Cluster:
 @pytest.fixture(scope="session")
 def dask_operator(cluster: Cluster, testrun_uid: str) -> None:
     """The controller of dask-kubernetes, from the chart in its own wheel."""
-    once(HOME, testrun_uid, "dask-operator", lambda: install_dask_operator(cluster))
+    once(LOCKS, testrun_uid, "dask-operator", lambda: install_dask_operator(cluster))
 
 
 @pytest.fixture(scope="session")
 def operator(cluster: Cluster, dask_operator: None, testrun_uid: str) -> None:
     """Our operator, from our chart, and the dask operator with it."""
-    once(HOME, testrun_uid, "operator", lambda: install_operator(cluster))
+    once(LOCKS, testrun_uid, "operator", lambda: install_operator(cluster))
 
 
 @pytest.fixture(scope="session")
 def storage(cluster: Cluster, testrun_uid: str) -> Iterator[ClusterStorage]:
     """The storage emulator in the cluster."""
-    once(HOME, testrun_uid, "storage", lambda: cluster_storage.install(cluster))
+    once(LOCKS, testrun_uid, "storage", lambda: cluster_storage.install(cluster))
     storage = ClusterStorage(cluster)
     yield storage
     storage.close()
@@ -88,7 +89,7 @@ def storage(cluster: Cluster, testrun_uid: str) -> Iterator[ClusterStorage]:
 @pytest.fixture(autouse=True)
 def take_turn(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests marked `alone` run while no other does."""
-    with turn(HOME, alone=request.node.get_closest_marker("alone") is not None):
+    with turn(LOCKS, alone=request.node.get_closest_marker("alone") is not None):
         yield
 
 

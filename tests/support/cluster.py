@@ -6,6 +6,7 @@ Nothing is mocked: kubectl, helm and the `kubernetes` client talk to a real API 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -104,6 +105,15 @@ class Cluster:
         """For the typed clients: `client.BatchV1Api(cluster.api)`."""
         return config.new_client_from_config(str(self.kubeconfig))
 
+    def api_as(self, account: str, namespace: str) -> client.ApiClient:
+        """The same for a ServiceAccount, by a token of its own: what it may do, not what we may."""
+        token = self.kubectl("create", "token", account, "--namespace", namespace).strip()
+        settings = client.Configuration()
+        settings.host = self.api.configuration.host
+        settings.ssl_ca_cert = self.api.configuration.ssl_ca_cert
+        settings.api_key["authorization"] = f"Bearer {token}"
+        return client.ApiClient(settings)
+
     @cached_property
     def core(self) -> client.CoreV1Api:
         return client.CoreV1Api(self.api)
@@ -187,14 +197,11 @@ class Cluster:
             ("get", kinds, "--output", "wide", "--ignore-not-found"),
             ("get", "pods", "--output", "wide"),
             ("get", "events", "--sort-by=.lastTimestamp", "--no-headers"),
-            (
-                "get",
-                "influencejobs",
-                "--output",
-                "jsonpath={range .items[*]}{.metadata.name}: {.status}{'\\n'}",
-            ),
         ]
         parts = [self._try(*question, "--namespace", namespace) for question in questions]
+        with contextlib.suppress(CommandError):
+            jobs = self.get("influencejobs", namespace=namespace)
+            parts += [f"{job['metadata']['name']}: {json.dumps(job.get('status'))}" for job in jobs]
         for pod in self._try("get", "pods", "--output", "name", "--namespace", namespace).split():
             words = self._try("logs", pod, "--all-containers", "--tail=15", "--namespace", namespace)
             parts.append(f"--- {pod}\n{words}")
