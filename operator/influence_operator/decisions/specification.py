@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from influence_job.spec import API_VERSION, KIND, InfluenceJob, InfluenceJobSpec
 from influence_operator.decisions import observed, words
 from influence_operator.decisions.snapshot import Object
+from influence_operator.manifests.frozen_pod_spec import refused_settings
 
 MOST_PROBLEMS = 5
 US = "influence-operator.dev/influence-operator"
@@ -34,11 +35,14 @@ def spec_of(job: Object) -> InfluenceJobSpec:
         "spec": observed.look(job, "spec"),
     }
     try:
-        return InfluenceJob.model_validate(document, by_alias=True, by_name=False).spec
+        spec = InfluenceJob.model_validate(document, by_alias=True, by_name=False).spec
     except ValidationError as error:
         problems = list(_problems(error, document))
         more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
         raise InvalidSpecError(words.sentence("; ".join(problems[:MOST_PROBLEMS])) + more) from error
+    if refused := refused_settings(spec):
+        raise InvalidSpecError(words.sentence("; ".join(refused)))
+    return spec
 
 
 def managed_elsewhere(job: Object) -> bool:

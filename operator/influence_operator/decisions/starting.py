@@ -6,6 +6,7 @@ stops at the first child that is refused. What exists is not made again, except 
 
 from __future__ import annotations
 
+from influence_job.spec import InfluenceJobSpec
 from influence_operator.decisions import driver, observed
 from influence_operator.decisions.actions import Action, Create, CreateTls
 from influence_operator.decisions.course import Course
@@ -13,7 +14,7 @@ from influence_operator.decisions.snapshot import Conflict, Object
 from influence_operator.decisions.step import Step
 from influence_operator.decisions.view import View
 from influence_operator.manifests.attempt import AttemptManifests, attempt_manifests, certificate_end
-from influence_operator.manifests.config_map import copied_source
+from influence_operator.manifests.config_map import begun_with, copied_source
 from influence_operator.manifests.names import Role
 from influence_operator.settings import Settings
 
@@ -31,7 +32,8 @@ def start(view: View, course: Course, settings: Settings) -> Step:
     job = view.driver_job(course.number)
     if conflicts(view, course) or (job is not None and observed.being_deleted(job)):
         return Step(due=due)
-    lacks_guards = len(view.of(course.number).network_policies) < len(Role)
+    children = view.of(course.number)
+    lacks_guards = len(children.network_policies) < len(Role) or not children.config_maps
     lacks_cluster = _lacks_cluster(view, course)
     if job is not None and not lacks_guards and not lacks_cluster:
         return Step(due=due)
@@ -61,16 +63,18 @@ def workers_needed(view: View, course: Course) -> bool:
 
 def _manifests(view: View, course: Course, settings: Settings) -> AttemptManifests | None:
     """None while the task's source is missing."""
-    source = _source(view, course)
-    if view.spec.task.source is not None and source is None:
+    spec, source = _begun_with(view, course)
+    if spec.task.source is not None and source is None:
         return None
-    return attempt_manifests(view.snapshot.job, view.spec, course.number, settings, source)
+    return attempt_manifests(view.snapshot.job, spec, course.number, settings, source)
 
 
-def _source(view: View, course: Course) -> Object | None:
-    """The attempt's own copy, once there is one."""
+def _begun_with(view: View, course: Course) -> tuple[InfluenceJobSpec, Object | None]:
+    """Spec and source: the attempt's own copies, once there are any, for changes are the next attempt's."""
     copies = view.of(course.number).config_maps
-    return copied_source(copies[0]) if copies else view.snapshot.source
+    if not copies:
+        return view.spec, view.snapshot.source
+    return begun_with(copies[0], view.spec), copied_source(copies[0])
 
 
 def _guards(view: View, course: Course, made: AttemptManifests) -> list[Action]:

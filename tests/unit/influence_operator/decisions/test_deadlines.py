@@ -1,0 +1,151 @@
+"""Three deadlines; none of them runs while a job is suspended."""
+
+from __future__ import annotations
+
+from operator_objects import (
+    World,
+    computing,
+    driver_ends,
+    influence_job,
+    pod,
+    pods_end,
+    progress,
+    started,
+    words,
+)
+
+
+def compute(world: World, done: int) -> None:
+    world.report = progress(
+        world.attempt,
+        workersNeeded=True,
+        stage="Scores",
+        regions={"done": done, "total": 100_000},
+        recorded=done,
+    )
+
+
+def test_active_deadline_fails_the_job_however_well_it_runs():
+    world = computing(activeDeadlineSeconds=100)
+    world.step(88)
+    assert world.condition("Failed") == ""
+    assert world.decide().again_after == 1
+    world.step(1)
+    assert world.condition("Failed") == "True DeadlineExceeded"
+    assert world.condition("Stalled") == "True DeadlineExceeded"
+
+
+def test_active_deadline_sums_attempts_and_resumes_without_the_time_between():
+    world = computing(activeDeadlineSeconds=100)
+    world.step(39)
+    driver_ends(world, 75, words(recorded=1))
+    world.step()
+    pods_end(world)
+    assert world.status["activeSeconds"] == 50
+    world.step(1000)
+    world.add(pod(2, "driver"))
+    world.step(20)
+    world.change(suspend=True)
+    world.step()
+    pods_end(world)
+    world.step(50_000)
+    assert world.status["activeSeconds"] == 70
+    world.change(suspend=False)
+    world.step()
+    world.add(pod(3, "driver"))
+    world.step(29)
+    assert world.condition("Failed") == ""
+    world.step(1)
+    assert world.condition("Failed") == "True DeadlineExceeded"
+
+
+def test_an_attempt_that_ended_while_nobody_looked_is_not_charged_for_that_time():
+    world = computing(activeDeadlineSeconds=10_000)
+    driver_ends(world, 75, words(recorded=1))
+    world.step(5_000)
+    assert world.status["activeSeconds"] == 11
+
+
+def test_startup_deadline_fails_a_job_whose_driver_never_came_and_says_what_was_awaited():
+    world = World(influence_job(startupDeadlineSeconds=60))
+    world.step()
+    status = {"containerStatuses": [{"name": "driver", "state": {"waiting": {"reason": "ImagePullBackOff"}}}]}
+    world.add(pod(1, "driver", phase="Pending", conditions=[], **status))
+    world.step(59)
+    assert world.condition("Failed") == ""
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+    assert "ImagePullFailed" in world.message("Failed")
+
+
+def test_startup_deadline_runs_until_the_first_worker_is_ready():
+    world = started(startupDeadlineSeconds=60)
+    world.report = progress(1, workersNeeded=True)
+    world.step(59)
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+
+
+def test_startup_deadline_stops_when_a_worker_is_ready_and_starts_anew_when_all_are_gone():
+    world = computing(startupDeadlineSeconds=60)
+    assert "waitingSince" not in world.status
+    world.step(1000)
+    world.remove("Pod", "worker")
+    world.step(1)
+    world.step(59)
+    assert world.condition("Failed") == ""
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+
+
+def test_suspended_time_is_no_time_of_waiting():
+    world = World(influence_job(startupDeadlineSeconds=60))
+    world.step()
+    world.step(50)
+    world.change(suspend=True)
+    world.step()
+    pods_end(world)
+    world.step(50_000)
+    world.change(suspend=False)
+    world.step()
+    world.step(59)
+    assert world.condition("Failed") == ""
+
+
+def test_progress_deadline_is_a_counted_failure():
+    world = computing(progressDeadlineSeconds=600)
+    world.step(599)
+    assert world.status["attempts"]["countedFailures"] == 0
+    world.step(1)
+    assert world.status["attempts"]["countedFailures"] == 1
+    assert world.status["attempts"]["lastReason"] == "ProgressDeadlineExceeded"
+    assert world.status["phase"] == "Retrying"
+
+
+def test_a_single_region_pushes_the_progress_deadline_though_the_percent_stays():
+    world = computing(progressDeadlineSeconds=600)
+    for done in range(11, 30):
+        compute(world, done)
+        world.step(590)
+    assert world.condition("Failed") == ""
+    assert world.status["attempts"]["countedFailures"] == 0
+
+
+def test_progress_deadline_does_not_run_while_no_worker_is_ready():
+    world = computing(progressDeadlineSeconds=600, startupDeadlineSeconds=100_000)
+    workers = world.find("Pod", "worker")
+    world.remove("Pod", "worker")
+    world.step(5_000)
+    world.add(*workers)
+    world.step(599)
+    world.step(599)
+    assert world.status["attempts"]["countedFailures"] == 0
+    world.step(1)
+    assert world.status["attempts"]["countedFailures"] == 1
+
+
+def test_a_driver_that_does_not_answer_makes_no_progress():
+    world = computing(progressDeadlineSeconds=600)
+    world.report = None
+    world.step(600)
+    assert world.status["attempts"]["countedFailures"] == 1

@@ -1,0 +1,155 @@
+"""An attempt starts with its driver; workers are asked for when the driver says that work is left."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from influence_operator.decisions.actions import Create, CreateTls
+from influence_operator.decisions.snapshot import Conflict
+from operator_objects import NOW, World, base, child, computing, influence_job, pod, progress, started
+
+
+def created(decision) -> list[str]:
+    return [f"{a.manifest['kind']} {a.manifest['metadata']['name']}" for a in decision.actions]
+
+
+def test_a_new_job_gets_its_first_attempt_guards_before_the_driver():
+    decision = World().decide()
+    name = base(1)
+    assert created(decision) == [
+        f"ConfigMap {name}",
+        f"NetworkPolicy {name}-driver",
+        f"NetworkPolicy {name}-scheduler",
+        f"NetworkPolicy {name}-worker",
+        f"Secret {name}",
+        f"Job {name}",
+    ]
+    assert decision.status["attempts"]["current"] == 1
+    assert [event.reason for event in decision.events] == ["AttemptStarted"]
+
+
+def test_the_attempts_number_is_stored_before_its_children_are_made():
+    assert World().decide().status_first
+
+
+def test_a_pass_that_was_cut_short_is_repeated_with_the_same_names():
+    world = World()
+    first = world.decide()
+    world.job["status"] = first.status
+    again = world.decide()
+    assert again.actions == first.actions
+    assert again.status == first.status
+    assert not again.status_first
+
+
+def test_the_certificate_lives_a_week_longer_than_the_job_may_run():
+    world = World(influence_job(activeDeadlineSeconds=3600))
+    (tls,) = [a for a in world.decide().actions if isinstance(a, CreateTls)]
+    assert tls.not_after == NOW + timedelta(seconds=3600, days=7)
+
+
+def test_without_workers_needed_no_cluster_is_asked_for():
+    world = started()
+    assert not world.step(3).actions
+    assert world.condition("ClusterReady") == "False Preflight"
+
+
+def test_the_cluster_is_made_when_the_driver_needs_workers():
+    world = started()
+    world.report = progress(1, workersNeeded=True)
+    decision = world.step(3)
+    assert created(decision) == [f"DaskCluster {base(1)}"]
+    assert world.condition("Ready") == "True Running"
+    assert world.condition("Reconciling") == ""
+
+
+def test_a_report_of_another_attempt_or_job_starts_nothing():
+    for foreign in (progress(2, workersNeeded=True), progress(1, workersNeeded=True, jobUid="another")):
+        world = started()
+        world.report = foreign
+        assert not world.step(3).actions
+
+
+def test_a_driver_that_is_ending_gets_no_cluster():
+    world = started()
+    world.find("Pod")[0]["metadata"]["deletionTimestamp"] = "2026-03-01T12:00:30Z"
+    world.report = progress(1, workersNeeded=True)
+    assert not world.step(3).actions
+
+
+def test_a_cluster_that_is_being_deleted_is_replaced_only_when_it_is_gone():
+    world = computing()
+    (cluster,) = world.find("DaskCluster")
+    cluster["metadata"]["deletionTimestamp"] = "2026-03-01T12:00:11Z"
+    assert not world.step(1).actions
+    world.remove("DaskCluster")
+    assert created(world.step(1)) == [f"DaskCluster {base(1)}"]
+
+
+def test_a_deleted_policy_is_made_again():
+    world = computing()
+    world.remove("NetworkPolicy", "worker")
+    assert created(world.step(1)) == [f"NetworkPolicy {base(1)}-worker"]
+
+
+def test_a_driver_is_asked_for_its_progress_every_few_seconds():
+    assert 2 <= computing().decide().again_after <= 5
+
+
+def test_a_job_whose_driver_waits_for_a_node_is_looked_at_less_often():
+    world = World()
+    world.step()
+    assert world.step(1).again_after == 10
+
+
+def test_the_tasks_source_must_exist_before_an_attempt_gets_a_number():
+    source = {"source": {"configMap": {"name": "tasks"}}}
+    world = World(influence_job(task=source), more={"missing": ("ConfigMap tasks",)})
+    decision = world.step()
+    assert not decision.actions
+    assert world.condition("ClusterReady") == "False MissingReference"
+    assert "ConfigMap tasks" in world.message("ClusterReady")
+    world.more = {"source": {"data": {"code.py": "pass"}}}
+    assert f"Job {base(1)}" in created(world.step(10))
+
+
+def test_the_cluster_mounts_the_copy_of_the_source_whatever_became_of_the_original():
+    world = World(influence_job(task={"source": {"configMap": {"name": "tasks"}}}))
+    world.more = {"source": {"data": {"code.py": "pass"}}}
+    world.step()
+    world.more = {}
+    world.add(pod(1, "driver"))
+    world.report = progress(1, workersNeeded=True)
+    (action,) = world.step(3).actions
+    assert isinstance(action, Create)
+    assert "code.py" in str(action.manifest)
+
+
+def test_a_name_that_is_taken_stalls_the_job_until_it_is_free():
+    world = World()
+    world.step()
+    world.remove("Job")
+    world.more = {"conflicts": (Conflict("Job", base(1)),)}
+    decision = world.step(1)
+    assert not decision.actions
+    assert world.condition("Stalled") == "True NameConflict"
+    assert world.condition("Ready") == "False NameConflict"
+    assert f"Job {base(1)}" in world.message("Stalled")
+    world.more = {}
+    assert f"Job {base(1)}" in created(world.step(10))
+    assert world.condition("Stalled") == ""
+
+
+def test_a_child_that_another_owner_made_is_none_of_ours():
+    world = World()
+    world.step()
+    world.remove("Job")
+    world.add(child("Job", base(1), 1, "another-owner"))
+    assert f"Job {base(1)}" in created(world.decide())
+
+
+def test_the_number_is_the_highest_of_status_and_children_so_that_no_name_comes_twice():
+    world = World()
+    world.add(child("ConfigMap", base(4), 4, world.job["metadata"]["uid"]))
+    world.step()
+    assert world.attempt == 4
