@@ -1,0 +1,63 @@
+"""The digits job with gates: the task that cluster tests bring in a ConfigMap.
+
+A gate is a storage object that does not exist yet. A process that is about to write an object whose path
+matches GATE_PATH waits until the object at GATE_URL is there, so that a test can kill something while the job
+stands at a known place. Without these variables it is the digits job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from influence_job.examples import digits
+from influence_job.storage.store import Store
+from influence_job.task import InfluenceTask
+
+LONGEST_WAIT_SECONDS = 600.0
+POLL_SECONDS = 0.2
+
+
+def task(**arguments: Any) -> InfluenceTask:
+    """`influence_job.examples.digits:task`."""
+    return digits.task(**arguments)
+
+
+def broken(message: str = "the labels are in another room") -> InfluenceTask:
+    """Always raises."""
+    raise FileNotFoundError(message)
+
+
+def _is_open(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _wait(url: str) -> None:
+    deadline = time.monotonic() + LONGEST_WAIT_SECONDS
+    while not _is_open(url):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody opened {url}")
+        time.sleep(POLL_SECONDS)
+
+
+def _install(url: str, pattern: str) -> None:
+    original = Store.put
+
+    def put(self: Store, path: str, *arguments: Any, **options: Any) -> Any:
+        if re.search(pattern, path):
+            _wait(url)
+        return original(self, path, *arguments, **options)
+
+    Store.put = put  # type: ignore[method-assign]
+
+
+if "GATE_URL" in os.environ:
+    _install(os.environ["GATE_URL"], os.environ["GATE_PATH"])
