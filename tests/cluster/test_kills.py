@@ -1,8 +1,8 @@
 """Everything that a job stands on is killed once while the job is half done.
 
-Each test stops the job at a gate with some regions in the ledger and some not, kills, opens the gate, and looks:
-the job completes, its result is bit for bit that of an undisturbed run, no row that the ledger held was written
-twice, and `backoffLimit` was used up only where it should be.
+Each test stops the job at a gate with some regions in the ledger and some not, kills, opens the gate, and
+looks: the job completes, its result is bit for bit that of an undisturbed run, no row that the ledger held was
+written twice, and `backoffLimit` was used up only where it should be.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +71,11 @@ class Half:
 
 
 @pytest.fixture
-def half(cluster: Cluster, namespace: str, bucket: Bucket, undisturbed: dict[str, bytes]) -> Iterator[Half]:
+def half(cluster: Cluster, namespace: str, bucket: Bucket, undisturbed: dict[str, bytes]) -> Half:
     """A job with two workers, half done, that goes on when its gate is opened."""
     job = ClusterJob(cluster, namespace, bucket)
     job.apply(**job.gate(LATE_REGIONS))
-    yield Half(job, job.half_done(), undisturbed)
+    return Half(job, job.half_done(), undisturbed)
 
 
 # -- pods of the job -----------------------------------------------------------------------------
