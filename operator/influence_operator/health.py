@@ -29,11 +29,11 @@ async def serving(
     probes.router.add_get("/readyz", _answering(ready))
     numbers = web.Application()
     numbers.router.add_get("/metrics", scrape)
-    runners = [web.AppRunner(app, access_log=None) for app in (probes, numbers)]
+    runners = [web.AppRunner(app, access_log=None, shutdown_timeout=0.5) for app in (probes, numbers)]
     try:
         for runner, port in zip(runners, (health_port, metrics_port), strict=True):
             await runner.setup()
-            await web.TCPSite(runner, port=port, shutdown_timeout=0.5).start()
+            await web.TCPSite(runner, port=port).start()
         yield
     finally:
         for runner in runners:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from datetime import UTC, datetime
 from typing import Literal
 
 LogFormat = Literal["json", "plain"]
+SELDOM_SECONDS = 10.0
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,6 +28,22 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class Seldom(logging.Filter):
+    """Lets one error through in a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = float("-inf")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is told."""
+        if record.levelno < logging.ERROR:
+            return True
+        due = time.monotonic() >= self._last + SELDOM_SECONDS
+        self._last = time.monotonic() if due else self._last
+        return due
+
+
 def configure(log_format: LogFormat, level: str) -> None:
     """Sets up the process's logging, to stderr."""
     handler = logging.StreamHandler()
@@ -35,3 +53,7 @@ def configure(log_format: LogFormat, level: str) -> None:
     # kopf tells of each event it hands on, and that it handles no signals in a thread, as it should not.
     logging.getLogger("kopf").setLevel(logging.WARNING)
     logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
+    # Whoever loads the configuration tells what is wrong with it.
+    logging.getLogger("kubernetes").setLevel(logging.ERROR)
+    # With no API server each of nine watches complains of every try to connect.
+    logging.getLogger("kopf._cogs.clients.watching").addFilter(Seldom())

@@ -37,7 +37,8 @@ class BoundedHttp:
             except TimeoutError as error:
                 raise UnreachableError(f"{url}: no whole answer within {seconds:g} s") from error
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise UnreachableError(f"{url}: {type(error).__name__}: {str(error)[:200]}") from error
+                words = " ".join(str(error).split())[:200]  # may quote the answer
+                raise UnreachableError(f"{url}: {type(error).__name__}: {words}") from error
 
     async def close(self) -> None:
         """Ends what is left."""

@@ -88,8 +88,8 @@ RIGHTS: Final = (
     Right(SECRET, ("create", "delete")),
     Right(NETWORK_POLICY, (*WATCH, "create", "delete")),
     Right(JOB, (*WATCH, "create", "delete")),
+    # patch: replicas; a finalizer that holds up a deletion; the status, to heal a cluster without workers
     Right(DASK_CLUSTER, (*WATCH, "create", "patch", "delete")),
-    Right(DASK_CLUSTER, ("patch",), "status"),  # heals clusters without workers, dask-kubernetes #976
     Right(DASK_WORKER_GROUP, WATCH),
     Right(DEPLOYMENT, (*WATCH, "delete")),  # delete: of workers that were retired
     Right(SERVICE, WATCH),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from influence_operator.cluster.bounded_http import BoundedHttp, host
 from influence_operator.cluster.errors import BadAnswerError
@@ -25,6 +25,8 @@ Name = Annotated[str, Field(max_length=253)]
 
 
 class _Worker(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # Dask's own default names are numbers
+
     name: Name
     address: Annotated[str, Field(max_length=512)] = ""
 

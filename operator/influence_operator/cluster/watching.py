@@ -28,6 +28,9 @@ Object = Mapping[str, Any]
 _kopf_stream = kopf_watching.infinite_watch
 REFUSED_DELAY = 5.0
 """Seconds until a list that the API server refused is tried again."""
+CONNECT_DELAYS = (0.2, 1.0, 2.0, 4.0)
+"""Seconds before a request that failed is tried again by kopf; after the last it lists anew."""
+
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +69,7 @@ class Watches:
         self._streams: dict[tuple[Kind, str | None], _Stream] = {}
         self.failed: asyncio.Future[None] = self._home.create_future()
         """Ends with the error that ended kopf."""
+        self._stopping = threading.Event()
         kopf_watching.infinite_watch = self._tap
 
     def start(self, kinds: tuple[Kind, ...], registry: kopf.OperatorRegistry) -> None:
@@ -75,6 +79,10 @@ class Watches:
                 self._streams[kind, namespace] = _Stream()
         name = f"watch {kinds[0].kind}"
         threading.Thread(target=self._run, args=(registry,), name=name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the watches, for whoever outlives them; the operator's process does not."""
+        self._stopping.set()
 
     def tell(self, kind: Kind, event_type: str | None, obj: Object) -> None:
         """Takes an event from a handler, in kopf's thread."""
@@ -153,7 +161,8 @@ class Watches:
             error: BaseException = RuntimeError("the watches ended")
         except BaseException as raised:
             error = raised
-        self._home.call_soon_threadsafe(self._fail, error)
+        if not self._stopping.is_set():
+            self._home.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
@@ -173,6 +182,7 @@ class Watches:
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
+            stop_flag=self._stopping,
         )
 
 
@@ -205,6 +215,6 @@ def _settings() -> kopf.OperatorSettings:
     settings.scanning.disabled = True  # needs no rights on namespaces and CRDs; `process` looks for CRDs
     settings.posting.enabled = False
     settings.queueing.idle_timeout = 1.0
-    settings.networking.error_backoffs = (0.2, 1.0, 2.0, 4.0)
+    settings.networking.error_backoffs = CONNECT_DELAYS
     settings.process.ultimate_exiting_timeout = None
     return settings

@@ -16,7 +16,7 @@ END = NOW + timedelta(days=7)
 
 
 def context(directory: Path, material: dict[str, str], purpose: ssl.Purpose) -> ssl.SSLContext:
-    """As `distributed.security` makes it: both sides must show a certificate of the CA, no host name counts."""
+    """As `distributed.security` makes it: both sides show a certificate of the CA, no host name counts."""
     directory.mkdir()
     for name, text in material.items():
         (directory / name).write_text(text)
