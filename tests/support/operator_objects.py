@@ -215,7 +215,7 @@ class World:
         return [o for o in self.objects if o["kind"] == kind and name in o["metadata"]["name"]]
 
     def condition(self, kind: str) -> str:
-        """ "True Reason", or "" for a condition that is absent."""
+        """`True Reason`; empty for a condition that is absent."""
         for condition in self.status.get("conditions", ()):
             if condition["type"] == kind:
                 return f"{condition['status']} {condition['reason']}"

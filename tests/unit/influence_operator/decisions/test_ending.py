@@ -15,8 +15,8 @@ from operator_objects import (
     pods_end,
     problem,
     progress,
-    started,
     stamp,
+    started,
     terminated,
     words,
 )

@@ -21,8 +21,8 @@ from operator_objects import (
     influence_job,
     pod,
     pods_end,
-    started,
     stamp,
+    started,
     words,
 )
 

@@ -1,0 +1,93 @@
+"""A spec that the API server let through, but that is none, stalls the job and names the field."""
+
+from __future__ import annotations
+
+import pytest
+
+from operator_objects import World, computing, driver_ends, influence_job
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"workers": {"replicas": "many"}}, "spec.workers.replicas"),
+        ({"method": {"name": "Magic"}}, "spec.method"),
+        ({"method": {"name": "Ekfac", "regularization": "much"}}, "spec.method.regularization"),
+        ({"output": {"url": "ftp://somewhere"}}, "spec.output.url"),
+        ({"operation": "InfluencesFromFactors"}, "spec.factors"),
+        ({"backoffLimit": -1}, "spec.backoffLimit"),
+        ({"unknown": 1}, "spec.unknown"),
+    ],
+)
+def test_the_field_is_named(change: dict, field: str):
+    world = World()
+    world.job["spec"] |= change
+    decision = world.step()
+    assert not decision.actions
+    assert world.condition("Stalled") == "True InvalidSpec"
+    assert world.condition("Ready") == "False InvalidSpec"
+    assert world.message("Stalled").startswith(f"{field}: ")
+    assert world.status["observedGeneration"] == 1
+    assert world.status["phase"] == "Pending"
+    assert world.events == ["InvalidSpec"]
+    assert world.step(100).status == world.job["status"]
+
+
+def test_every_problem_is_named_up_to_five():
+    world = World()
+    world.job["spec"] |= {f"unknown{index}": 1 for index in range(9)}
+    world.step()
+    assert world.message("Stalled").endswith("and 4 more")
+
+
+def test_a_spec_that_is_no_mapping_or_missing_is_refused_too():
+    for spec in (None, [], "text", 7):
+        world = World()
+        world.job["spec"] = spec
+        world.step()
+        assert world.condition("Stalled") == "True InvalidSpec"
+
+
+def test_mending_the_spec_starts_the_job():
+    world = World()
+    good = world.job["spec"]
+    world.job["spec"] = good | {"unknown": 1}
+    world.step()
+    world.change()
+    world.job["spec"] = good
+    world.step(1)
+    assert world.condition("Stalled") == ""
+    assert world.attempt == 1
+
+
+def test_what_runs_goes_on_while_the_spec_is_wrong():
+    world = computing()
+    before = world.objects
+    world.change(workers={"replicas": -3})
+    assert not world.step(1).actions
+    assert world.objects == before
+    assert world.status["attempts"]["current"] == 1
+
+
+def test_a_result_stays_a_result():
+    world = computing()
+    driver_ends(world, 0)
+    world.step(1)
+    world.change(unknown=1)
+    world.step(1)
+    assert world.condition("Complete") == "True Complete"
+    assert world.condition("Stalled") == ""
+    assert world.status["observedGeneration"] == 2
+
+
+def test_labels_and_annotations_are_anybodys():
+    world = World(influence_job())
+    world.job["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": "x" * 200_000}
+    world.job["metadata"]["labels"] = {f"label{index}": "x" for index in range(200)}
+    world.step()
+    assert world.attempt == 1
+
+
+def test_managed_by_us_is_no_other_manager():
+    world = World(influence_job(managedBy="influence-operator.dev/influence-operator"))
+    assert world.decide().actions
