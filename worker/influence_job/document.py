@@ -29,6 +29,8 @@ WORKER_PORT = 40000
 """The Dask workers' port."""
 TERMINATION_BYTES = 4096
 """The kubelet keeps so much of a termination message."""
+PROGRESS_BYTES = 64 * 1024
+"""The operator reads so much of `/progress`."""
 
 
 class JobDocument(BaseModel):

@@ -19,6 +19,8 @@ class Reason(StrEnum):
 
     INVALID_SPEC = "InvalidSpec"
     """The job file does not follow the schema."""
+    IMAGE_INCOMPATIBLE = "ImageIncompatible"
+    """The operator's job document is of another contract version than this image reads."""
     INVALID_TASK = "InvalidTask"
     """The entry point cannot be imported, raises, or returns something that is no InfluenceTask."""
     INVALID_DATA = "InvalidData"
@@ -78,3 +80,10 @@ class InfrastructureError(JobError):
     """A retry resumes."""
 
     exit_code = ExitCode.RETRY
+
+
+def ended_with(error: BaseException) -> JobError:
+    """Any exception as the JobError that the exit code and the progress document tell."""
+    if isinstance(error, JobError):
+        return error
+    return JobError(Reason.INTERNAL, f"{type(error).__name__}: {error}")

@@ -57,11 +57,28 @@ class SolverCounts(_Document):
     not_finite: int = Field(0, ge=0)
 
 
+MESSAGE_CHARACTERS = 2048
+WARNING_CHARACTERS = 512
+
+
+def bounded(text: str, characters: int) -> str:
+    """`text` as a document may hold it: valid Unicode, and if it is too long without its middle.
+
+    A message begins with what happened, and ends with the cure or an exception's last line.
+    """
+    text = text.encode("utf-8", "replace").decode()  # names of files may hold what no JSON can
+    if len(text) <= characters:
+        return text
+    head = (characters - 3) * 2 // 3
+    tail = characters - 3 - head
+    return f"{text[:head]}...{text[len(text) - tail :]}"
+
+
 class Problem(_Document):
     """The last error."""
 
     reason: str = Field(max_length=64)
-    message: str = Field(max_length=2048)
+    message: str = Field(max_length=MESSAGE_CHARACTERS)
 
 
 class Progress(_Document):

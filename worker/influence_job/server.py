@@ -14,9 +14,13 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from influence_job.document import PROGRESS_BYTES
 from influence_job.progress import Progress
+from influence_job.termination import shortened
 
 Snapshot = Callable[[], Progress]
+SECONDS = 10.0
+"""For a client that asks slowly, or takes its answer slowly: each holds a thread."""
 
 
 @contextmanager
@@ -36,11 +40,20 @@ def serving(
             close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing: a client that went away before its answer is no news either."""
+
+
 def _serve_progress(snapshot: Snapshot, host: str, port: int) -> Callable[[], None]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = SECONDS
+
         def do_GET(self) -> None:
             if self.path == "/progress":
-                self._answer(200, "application/json", snapshot().model_dump_json(by_alias=True).encode())
+                self._answer(200, "application/json", shortened(snapshot(), PROGRESS_BYTES))
             elif self.path == "/healthz":
                 self._answer(200, "text/plain", b"ok\n")
             else:
@@ -56,8 +69,7 @@ def _serve_progress(snapshot: Snapshot, host: str, port: int) -> Callable[[], No
         def log_message(self, format: str, *args: object) -> None:
             """Says nothing: a probe every second is no news."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
-    server.daemon_threads = True
+    server = _Server((host, port), Handler)
     threading.Thread(target=server.serve_forever, name="progress-http", daemon=True).start()
 
     def close() -> None:

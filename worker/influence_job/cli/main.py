@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import click
 
 from influence_job.cli.crd import crd
+from influence_job.cli.drive import drive
 from influence_job.cli.options import Settings
 from influence_job.cli.plan import plan
 from influence_job.cli.run import run
 from influence_job.cli.show import show
+from influence_job.cli.watch import watch
 from influence_job.errors import JobError
 from influence_job.exit_codes import ExitCode
 
@@ -43,6 +45,8 @@ def commands() -> None:
 commands.add_command(run)
 commands.add_command(plan)
 commands.add_command(show)
+commands.add_command(drive)
+commands.add_command(watch)
 commands.add_command(crd)
 
 
@@ -55,7 +59,7 @@ def execute(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     settings = Settings()
     try:
-        commands.main(
+        code = commands.main(
             args=None if arguments is None else list(arguments),
             prog_name="influence",
             standalone_mode=False,
@@ -77,7 +81,7 @@ def execute(arguments: Sequence[str] | None = None) -> int:
         hint = "" if settings.verbose else "\n  run it again with -v to see where"
         _say(f"error: {type(error).__name__}: {error}{hint}", settings)
         return ExitCode.INTERNAL
-    return ExitCode.DONE
+    return code if isinstance(code, int) else ExitCode.DONE
 
 
 def _say(message: str, settings: Settings) -> None:

@@ -11,7 +11,17 @@ from typing import Any
 
 from influence_job.errors import JobError
 from influence_job.identity import JobIdentity
-from influence_job.progress import Problem, Progress, Regions, SolverCounts, Stage, StageTimes
+from influence_job.progress import (
+    MESSAGE_CHARACTERS,
+    WARNING_CHARACTERS,
+    Problem,
+    Progress,
+    Regions,
+    SolverCounts,
+    Stage,
+    StageTimes,
+    bounded,
+)
 
 RATE_SECONDS = 60.0
 MAX_WARNINGS = 20
@@ -73,7 +83,7 @@ class ProgressTracker:
         """One attempt at a region raised."""
         with self._lock:
             self._document.regions.failed += 1
-            self._document.last_error = Problem(reason="RegionRaised", message=message[:2048])
+            self._document.last_error = _problem("RegionRaised", message)
         self.tell()
 
     def solver(self, counts: dict[str, int]) -> None:
@@ -84,6 +94,7 @@ class ProgressTracker:
 
     def warn(self, message: str) -> None:
         """A warning for the user, each once."""
+        message = bounded(message, WARNING_CHARACTERS)
         with self._lock:
             if message not in self._document.warnings and len(self._document.warnings) < MAX_WARNINGS:
                 self._document.warnings.append(message)
@@ -102,8 +113,7 @@ class ProgressTracker:
 
     def fail(self, error: JobError) -> None:
         """The attempt ended with `error`."""
-        problem = Problem(reason=str(error.reason), message=error.message[:2048])
-        self._close(last_error=problem)
+        self._close(last_error=_problem(str(error.reason), error.message))
 
     def _close(self, **fields: Any) -> None:
         with self._lock:
@@ -125,3 +135,7 @@ class ProgressTracker:
     def _reset_rate(self) -> None:
         self._marks = deque([(time.monotonic(), self._document.regions.done)])
         self._document.rate = self._document.eta_seconds = None
+
+
+def _problem(reason: str, message: str) -> Problem:
+    return Problem(reason=reason, message=bounded(message, MESSAGE_CHARACTERS))

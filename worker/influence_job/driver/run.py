@@ -14,8 +14,8 @@ from influence_job.driver.preflight import Opened, preflight
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stages import Stages
 from influence_job.driver.stop import Stop
-from influence_job.driver.submission import Submitter, ended_with
-from influence_job.errors import JobError, PermanentError, Reason
+from influence_job.driver.submission import Submitter
+from influence_job.errors import JobError, PermanentError, Reason, ended_with
 from influence_job.identity import JobIdentity
 from influence_job.methods import build as build_method
 from influence_job.plan import Plan, make_plan
@@ -39,7 +39,7 @@ def run(
     Args:
         job: the manifest.
         identity: UID, attempt and pod, as the claim on the store records them.
-        connect: connects to the scheduler; called again when it is lost.
+        connect: connects to the scheduler, or raises NoSchedulerError; called again when it is lost.
         tracker: the progress document, which others serve or draw.
         stop: asked by a signal handler; the ledger is flushed before the run ends.
         trust_finished: end a finished job without comparing its model and data, which needs a worker.
@@ -73,6 +73,7 @@ def _attempt(
         tracker.update(workers_needed=True)
         submitter = Submitter(connect, opened.ledger, tracker, stop)
         try:
+            submitter.open()
             _compute(job, identity, opened, submitter, tracker)
         except BaseException:
             # What is known is kept, whatever ended the attempt; what ended it is what is told.
@@ -82,7 +83,8 @@ def _attempt(
         finally:
             submitter.close()
     finally:
-        opened.store.close()
+        with suppress(Exception):  # everything is written: nothing that goes wrong now may change the outcome
+            opened.store.close()
 
 
 def _compute(

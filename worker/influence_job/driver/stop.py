@@ -24,6 +24,11 @@ class Stop:
         """The next `check` raises `error`."""
         self._asked = error
 
+    @property
+    def asked(self) -> bool:
+        """Whether the process was told to stop."""
+        return self._asked is not None
+
     def check(self) -> None:
         """Raises what was asked for: exit code 75 for SIGTERM, 130 for Ctrl-C."""
         if self._asked is not None:

@@ -7,9 +7,9 @@ result: what the ledger does not hold is submitted again.
 from __future__ import annotations
 
 import queue
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,17 +17,18 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker
 
 from influence_job.dask_settings import ALLOWED_DEATHS
+from influence_job.driver.connection import Connection, NoSchedulerError
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stop import Stop
-from influence_job.errors import InfrastructureError, JobError, PermanentError, Reason
+from influence_job.errors import PermanentError, Reason
 from influence_job.storage.ledger import Ledger, Row
-from influence_job.worker.outcome import ROWS_TOPIC, Failure, Outcome
+from influence_job.worker.outcome import Failure, Outcome
 
 STRIKES = 3
 """A region that raises this often ends the job."""
-SCHEDULER_GRACE_SECONDS = 60.0
-"""How long the driver waits for a restarted scheduler, or for a first worker."""
 TICK_SECONDS = 0.1
+RESULT_SECONDS = 10.0
+"""A result that takes longer went with its worker, and may never come: the work is submitted again."""
 TASKS_PER_WORKER = 2
 
 
@@ -51,14 +52,22 @@ class Submitter:
     ledger: Ledger
     tracker: ProgressTracker
     stop: Stop
-    client: Client = field(init=False)
     _strikes: Counter[tuple[str, int]] = field(default_factory=Counter)
     _done: queue.SimpleQueue[Future[Any]] = field(default_factory=queue.SimpleQueue)
     _flight: dict[Future[Any], Work] = field(default_factory=dict)
-    _workers: tuple[float, int] = (0.0, 0)
+    _connection: Connection = field(init=False)
+    _workers: int = 0
 
     def __post_init__(self) -> None:
-        self._attach()
+        self._connection = Connection(self.connect, self._on_event, self._tick)
+
+    def open(self) -> None:
+        """Waits for a scheduler, as long as it takes.
+
+        Raises:
+            JobError: the process is to stop, or the store was taken over.
+        """
+        self._connection.open()
 
     def run(
         self,
@@ -81,8 +90,8 @@ class Submitter:
         try:
             while self._fill(source, waiting) or self._flight:
                 self._tick()
-                if self.client.status not in ("running", "connecting"):
-                    waiting.extend(self._reattach())
+                if self._connection.lost:
+                    waiting.extend(self._reopen())
                 for future in self._completed():
                     again = self._settle(future, self._flight.pop(future), on_value)
                     if again is not None:
@@ -91,7 +100,8 @@ class Submitter:
                 on_row()
             self.ledger.flush()
         finally:
-            self._abandon()
+            # Released, so that the scheduler forgets them; what a thread of a worker is at, it finishes.
+            self._flight.clear()
 
     def call(self, function: Callable[..., Outcome], *arguments: Any) -> Any:
         """One task whose value is wanted now; runs again if its worker or scheduler vanishes."""
@@ -101,24 +111,16 @@ class Submitter:
         return answer[-1]
 
     def workers(self) -> int:
-        """Workers connected, looked up every two seconds."""
-        now = time.monotonic()
-        if now - self._workers[0] > 2.0:
-            try:
-                count = len(self.client.scheduler_info(n_workers=-1)["workers"])
-            except Exception:
-                count = 0
-            self._workers = (now, count)
+        """Workers connected."""
+        count = self._connection.workers()
+        if count != self._workers:
+            self._workers = count
             self.tracker.update(workers=count)
-        return self._workers[1]
+        return count
 
     def close(self) -> None:
-        """Lets go of the scheduler. Without it the interpreter hangs at exit."""
-        self.client.close(timeout=5)
-
-    def _attach(self) -> None:
-        self.client = self.connect()
-        self.client.subscribe_topic(ROWS_TOPIC, self._on_event)
+        """Lets go of the scheduler."""
+        self._connection.close()
 
     def _on_event(self, event: tuple[float, Any]) -> None:
         _, rows = event
@@ -131,13 +133,17 @@ class Submitter:
     def _fill(self, source: Iterator[Work], waiting: list[Work]) -> bool:
         """Submits until the window is full; False when nothing is left to submit."""
         window = max(2, TASKS_PER_WORKER * self.workers())
-        while len(self._flight) < window and self.client.status == "running":
+        while len(self._flight) < window and not self._connection.lost:
             work = waiting.pop() if waiting else next(source, None)
             if work is None:
                 return False
-            future = self.client.submit(
-                work.function, *work.arguments(work.indices), pure=False, retries=0, priority=-work.indices[0]
-            )
+            try:
+                future = self._connection.submit(
+                    work.function, work.arguments(work.indices), -work.indices[0]
+                )
+            except NoSchedulerError:
+                waiting.append(work)
+                return True
             self._flight[future] = work
             future.add_done_callback(self._done.put)
         return True
@@ -155,16 +161,14 @@ class Submitter:
 
     def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> Work | None:
         """Takes over what a future brought; the work that is left of it."""
-        if future.status == "finished":
-            outcome: Outcome = future.result()
+        if future.status == "error":
+            self._raised(future, work)
+        elif (outcome := _result(future)) is not None:
             self._record(outcome.rows)
-            if outcome.failure is not None:
-                self._strike(outcome.failure)
-            else:
+            if outcome.failure is None:
                 on_value(outcome.value)
                 return None
-        elif future.status == "error":
-            self._raised(future, work)
+            self._strike(outcome.failure)
         left = tuple(i for i in work.indices if not self.ledger.has(work.kind, i))
         return Work(work.kind, left, work.function, work.arguments, work.what) if left else None
 
@@ -196,38 +200,21 @@ class Submitter:
         self.stop.check()
         self.ledger.flush_if_due()
 
-    def _reattach(self) -> list[Work]:
-        """Waits for a restarted scheduler; the work whose futures went with the old one."""
+    def _reopen(self) -> list[Work]:
+        """Waits for another scheduler; the work whose futures went with the old one."""
         self.tracker.warn("the scheduler was lost; waiting for it")
         lost = list(self._flight.values())
         self._flight.clear()
-        self._workers = (0.0, 0)
-        self.client.close(timeout=1)
-        deadline = time.monotonic() + SCHEDULER_GRACE_SECONDS
-        while True:
-            self._tick()
-            try:
-                self._attach()
-                return lost
-            except (OSError, TimeoutError) as error:
-                if time.monotonic() > deadline:
-                    raise InfrastructureError(
-                        Reason.WORKERS_LOST,
-                        f"no scheduler for {SCHEDULER_GRACE_SECONDS:.0f} s ({error}); "
-                        f"run it again and it resumes",
-                    ) from error
-                time.sleep(1.0)
-
-    def _abandon(self) -> None:
-        """Forgets and cancels what is in flight."""
-        futures = list(self._flight)
-        self._flight.clear()
-        if futures and self.client.status == "running":
-            self.client.cancel(futures, force=True)
+        self._connection.reopen()
+        return lost
 
 
-def ended_with(error: BaseException) -> JobError:
-    """Any exception as the JobError that the exit code and the progress document tell."""
-    if isinstance(error, JobError):
-        return error
-    return JobError(Reason.INTERNAL, f"{type(error).__name__}: {error}")
+def _result(future: Future[Any]) -> Outcome | None:
+    """What a future brought; None if it was cancelled, or went with a worker or the scheduler."""
+    if future.status != "finished":
+        return None
+    try:
+        outcome: Outcome = future.result(timeout=RESULT_SECONDS)
+    except (CancelledError, TimeoutError, OSError):
+        return None
+    return outcome
