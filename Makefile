@@ -42,10 +42,9 @@ format: $(STAMP) ## put the code into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-manifests: $(STAMP) ## the CRD from the spec: operator/crd.yaml, and the chart's copy
+manifests: $(STAMP) ## what is generated: the CRD from the spec, the chart's copies, charts/install.yaml; needs helm
 	$(BIN)/influence crd > operator/crd.yaml
-	mkdir -p charts/influence-operator/templates
-	$(BIN)/influence crd --keep > charts/influence-operator/templates/crd.yaml
+	PATH="$${K8S_HOME:-$$HOME/.cache/influence-cluster}/bin:$$PATH" $(BIN)/python charts/manifests.py
 
 bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run
 	$(BIN)/python tests/benchmarks/run.py
