@@ -212,14 +212,16 @@ def damaged(snapshot: Snapshot, draw: Any) -> Snapshot:
         "job": copy.deepcopy(snapshot.job),
         **{name: list(copy.deepcopy(things)) for name, things in vars(snapshot.children).items()},
     }
-    kept = raw["job"]["metadata"]
     for _ in range(draw(st.integers(1, 4))):
         path = draw(st.sampled_from(sorted(places(raw), key=str)))
         _put(raw, path, draw(VALUES))
     if not isinstance(raw.get("job"), dict):
         raw["job"] = {}
-    # The watch keys jobs by these: without them there is nothing to decide about.
-    raw["job"]["metadata"] = kept
+    # These the API server gives itself; without them there is nothing to decide about.
+    given = {name: snapshot.job["metadata"][name] for name in ("name", "namespace", "uid", "generation")}
+    metadata = raw["job"].get("metadata")
+    raw["job"]["metadata"] = (metadata if isinstance(metadata, dict) else {}) | given
+    raw["job"] |= {"apiVersion": snapshot.job["apiVersion"], "kind": snapshot.job["kind"]}
     lists = {
         name: tuple(thing for thing in things if isinstance(thing, dict))
         for name, things in raw.items()

@@ -1,4 +1,4 @@
-"""Transitions are written at once; progress when the whole percent changed or after 30 s, never within 5 s."""
+"""Transitions are written at once, progress when the whole percent changed or after 30 s, never within 5."""
 
 from __future__ import annotations
 
