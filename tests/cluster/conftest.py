@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dask_kubernetes
@@ -59,7 +59,7 @@ def cluster(testrun_uid: str) -> Cluster:
         ours.advertise_gpus(GPUS)
 
     try:
-        once(LOCKS, testrun_uid, "cluster", bring_up)
+        set_up_once(testrun_uid, "cluster", bring_up)
     except RuntimeError as error:
         pytest.fail(str(error), pytrace=False)
     return Cluster.connect()
@@ -68,19 +68,19 @@ def cluster(testrun_uid: str) -> Cluster:
 @pytest.fixture(scope="session")
 def dask_operator(cluster: Cluster, testrun_uid: str) -> None:
     """The controller of dask-kubernetes, from the chart in its own wheel."""
-    once(LOCKS, testrun_uid, "dask-operator", lambda: install_dask_operator(cluster))
+    set_up_once(testrun_uid, "dask-operator", lambda: install_dask_operator(cluster))
 
 
 @pytest.fixture(scope="session")
 def operator(cluster: Cluster, dask_operator: None, testrun_uid: str) -> None:
     """Our operator, from our chart, and the dask operator with it."""
-    once(LOCKS, testrun_uid, "operator", lambda: install_operator(cluster))
+    set_up_once(testrun_uid, "operator", lambda: install_operator(cluster))
 
 
 @pytest.fixture(scope="session")
 def storage(cluster: Cluster, testrun_uid: str) -> Iterator[ClusterStorage]:
     """The storage emulator in the cluster."""
-    once(LOCKS, testrun_uid, "storage", lambda: cluster_storage.install(cluster))
+    set_up_once(testrun_uid, "storage", lambda: cluster_storage.install(cluster))
     storage = ClusterStorage(cluster)
     yield storage
     storage.close()
@@ -106,6 +106,16 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 def bucket(storage: ClusterStorage) -> Bucket:
     """A new, empty bucket, with its request log and its faults."""
     return storage.new_bucket()
+
+
+def set_up_once(run: str, name: str, action: Callable[[], None]) -> None:
+    """In one process of the run, and not while a test that runs alone has broken something."""
+
+    def in_turn() -> None:
+        with turn(LOCKS, alone=False):
+            action()
+
+    once(LOCKS, run, name, in_turn)
 
 
 def remove_old_namespaces(cluster: Cluster) -> None:

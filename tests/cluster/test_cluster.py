@@ -229,3 +229,15 @@ def test_a_node_whose_kubelet_is_away_counts_as_lost_within_half_a_minute(cluste
     with machine.down("kubelet"):
         cluster.wait_until(lambda: ready() == "Unknown", "the node to count as lost", seconds=40)
     cluster.wait_until(lambda: ready() == "True", "the node to come back", seconds=60)
+
+
+@pytest.mark.host
+@pytest.mark.alone
+def test_the_bucket_answers_its_test_again_after_the_api_server_was_away(bucket: Bucket) -> None:
+    files = fsspec.filesystem("gs", **bucket.options, skip_instance_cache=True)
+    files.pipe_file(f"{bucket.name}/before", b"a")
+    with machine.down("kube-apiserver"):
+        pass
+    assert bucket.puts() == {"before": 1}
+    bucket.fail_all(503)
+    bucket.heal()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import json
 import re
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -29,6 +31,7 @@ NAMESPACE = "influence-storage"
 PORT, CONTROL_PORT = 4443, 4444
 ENDPOINT = f"http://gcs.{NAMESPACE}.svc:{PORT}"
 """For pods."""
+PATIENCE_SECONDS = 60.0
 _BEHIND = "127.0.0.1:4400"
 _SCRIPTS = ("faulty_proxy.py", "storage_pod.py")
 
@@ -56,18 +59,31 @@ class ClusterStorage:
     def new_bucket(self) -> Bucket:
         """Makes an empty one."""
         name = f"test-{uuid.uuid4().hex[:12]}"
-        _request(f"{self.endpoint}/storage/v1/b?project=test", {"name": name})
+        self._ask(PORT, "/storage/v1/b?project=test", {"name": name})
         return Bucket(name, self)
 
     def call(self, bucket: str, method: str, *arguments: Any) -> None:
         """Calls a method of the proxy."""
         call = {"method": method, "arguments": arguments, "bucket": bucket}
-        _request(f"{self._forward.url(CONTROL_PORT)}/call", call)
+        self._ask(CONTROL_PORT, "/call", call)
 
     def log(self, bucket: str) -> list[Request]:
         """What was asked of a bucket since the emulator started."""
         question = urllib.parse.urlencode({"bucket": bucket})
-        return [Request(**r) for r in _request(f"{self._forward.url(CONTROL_PORT)}/log?{question}")]
+        return [Request(**r) for r in self._ask(CONTROL_PORT, f"/log?{question}")]
+
+    def _ask(self, port: int, path: str, content: Any = None) -> Any:
+        """Tries again while the way is broken: tests take the API server away, and the forward with it."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                return _request(f"{self._forward.url(port)}{path}", content)
+            except urllib.error.HTTPError:
+                raise
+            except (OSError, http.client.HTTPException):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
 
     def close(self) -> None:
         self._forward.close()
@@ -152,7 +168,8 @@ class PortForward:
                     socket.create_connection(("127.0.0.1", local), timeout=1).close()
                 return
             time.sleep(0.05)
-        raise RuntimeError(f"{' '.join(self._command[3:])} did not open its ports")
+        self.close()
+        raise ConnectionError(f"{' '.join(self._command[3:])} did not open its ports")
 
 
 def _free_port() -> int:

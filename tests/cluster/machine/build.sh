@@ -6,8 +6,8 @@ source "$(dirname "$0")/settings.sh"
 KUBERNETES=$(sed -n 's/^\tk8s.io\/kubernetes \(v[0-9.]*\).*/\1/p' "$MACHINE/go.mod")
 COREDNS=v1.14.7   # coredns.yaml names it, too
 HELM=v3.22.0
-PACKAGES=(etcd-server containerd runc containernetworking-plugins iptables nftables conntrack socat ethtool ebtables ipset
-  iproute2 kmod procps openssl curl docker-registry mmdebstrap buildah gcc libc6-dev)
+PACKAGES=(etcd-server containerd runc containernetworking-plugins docker-registry buildah mmdebstrap   # the cluster
+  iproute2 iptables conntrack socat procps curl openssl gcc libc6-dev)                                  # these scripts
 
 refuse_foreign() { # Debian's containerd and Docker's exclude each other; two kubelets fight over cgroups and rules
   [ "$K8S_ALLOW_FOREIGN" != yes ] || return 0
@@ -17,7 +17,8 @@ refuse_foreign() { # Debian's containerd and Docker's exclude each other; two ku
   ! command -v k3s >/dev/null || found+=("k3s at $(command -v k3s)")
   ! command -v kubelet >/dev/null || found+=("a kubelet at $(command -v kubelet)")
   for process in $(pgrep --exact kubelet || true); do
-    [ "$(readlink "/proc/$process/exe")" = "$BIN/kubelet" ] || found+=("a running kubelet, pid $process")
+    # One with a network namespace of its own is out of the way: ours, or a node of kind.
+    [ "$(readlink "/proc/$process/ns/net")" != "$(readlink /proc/self/ns/net)" ] || found+=("a running kubelet, pid $process")
   done
   [ ${#found[@]} = 0 ] || fail "this machine has $(IFS=,; echo "${found[*]}"), which a second Kubernetes could disturb." \
     "Set TEST_KUBECONFIG (and IMAGE_REGISTRY) to test on that cluster, or K8S_ALLOW_FOREIGN=yes to install beside it."

@@ -23,10 +23,12 @@ start_api_server() {
   wait_for "API server is ready" 120 inside curl --silent --fail --cacert "$PKI/ca.crt" --cert "$PKI/admin.crt" \
     --key "$PKI/admin.key" https://127.0.0.1:6443/readyz
 }
-forward_api() { # the one way in: 127.0.0.1:$K8S_API_PORT here -> unix socket -> 127.0.0.1:6443 in the namespace
+check_port() {
   if ! pid_of api-outside >/dev/null && ss -Hltn "sport = :$K8S_API_PORT" | grep --quiet .; then
     fail "port $K8S_API_PORT of this machine is taken: set K8S_API_PORT to a free one"
   fi
+}
+forward_api() { # the one way in: 127.0.0.1:$K8S_API_PORT here -> unix socket -> 127.0.0.1:6443 in the namespace
   launch_inside api-inside /usr/bin/socat "UNIX-LISTEN:$RUN/api.sock,fork,unlink-early,mode=600" TCP:127.0.0.1:6443
   launch api-outside /usr/bin/socat "TCP-LISTEN:$K8S_API_PORT,bind=127.0.0.1,fork,reuseaddr" "UNIX-CONNECT:$RUN/api.sock"
 }

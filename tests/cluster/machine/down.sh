@@ -15,8 +15,11 @@ end_containers() { # by containerd, which knows its own
   for task in $(containers tasks ls --quiet); do containers tasks rm --force "$task" >/dev/null 2>&1 || true; done
   for task in $(containers containers ls --quiet); do containers containers rm "$task" >/dev/null 2>&1 || true; done
 }
-unmount_all() { # volumes, root file systems and network namespaces of pods: all lie below these folders
-  awk '{print $5}' /proc/self/mountinfo | grep --extended-regexp "^$K8S_HOME/(kubelet|containerd|run)/" | sort --reverse | xargs --no-run-if-empty umount --lazy
+unmount_all() { # volumes, root file systems and network namespaces of pods: all lie in these folders
+  local folder
+  for folder in kubelet containerd run; do
+    awk -v top="$K8S_HOME/$folder" '$5 == top || index($5, top "/") == 1 {print $5}' /proc/self/mountinfo
+  done | sort --reverse | xargs --no-run-if-empty umount --lazy
 }
 remove_cgroup() {
   local top
@@ -31,7 +34,7 @@ end_containers
 stop 3 containerd registry api-inside api-outside kube-apiserver
 stop 5 etcd
 say "processes and containers ended"
-unmount_all || true
+unmount_all
 if is_own_netns; then ip netns del "$K8S_NETNS"; fi
 rm -f "$RUN/netns"
 rm -rf "$K8S_HOME/cni/data"   # addresses of pods that are gone

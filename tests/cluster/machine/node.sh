@@ -65,4 +65,6 @@ start_node() {
   fi
   wait_for "DNS is available" 120 kubectl_inside --namespace kube-system wait --for=condition=Available --timeout=1s deployment/coredns
 }
-node_is_ready() { kubectl_inside get node $NODE | grep --quiet --word-regexp Ready; }
+node_is_ready() { # the kubelet itself is asked, too: for some seconds after its end the node still counts as ready
+  inside curl --silent --fail http://127.0.0.1:10248/healthz && kubectl_inside get node $NODE | grep --quiet --word-regexp Ready
+}

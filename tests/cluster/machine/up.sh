@@ -11,6 +11,7 @@ source "$MACHINE/node.sh"
 need_root
 lock
 mkdir -p "$PKI" "$ETC" "$RUN" "$LOG"
+check_port
 make_network
 make_certificates
 say "network namespace $K8S_NETNS, certificates"
