@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import dask_kubernetes
 import pytest
 
+import chart
 import cluster as cluster_support
 import cluster_storage
-from cluster import CHECKOUT, HOME, OWN_LABEL, Cluster
+from cluster import HOME, OWN_LABEL, Cluster
 from cluster_storage import Bucket, ClusterStorage
 from turns import once, turn
 
@@ -25,9 +25,6 @@ TIMEOUT_SECONDS = 900
 LOCKS = HOME / "tests"
 GPUS = 8
 """What the node advertises; tests marked `alone` may change it."""
-DASK_OPERATOR = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm/dask-kubernetes-operator"
-OPERATOR = CHECKOUT / "charts/influence-operator"
-OPERATOR_NAMESPACE = "influence-system"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -66,15 +63,14 @@ def cluster(testrun_uid: str) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def dask_operator(cluster: Cluster, testrun_uid: str) -> None:
-    """The controller of dask-kubernetes, from the chart in its own wheel."""
-    set_up_once(testrun_uid, "dask-operator", lambda: install_dask_operator(cluster))
+def operator(cluster: Cluster, testrun_uid: str) -> None:
+    """Our operator and the dask operator, from our chart."""
+    set_up_once(testrun_uid, "operator", lambda: chart.install(cluster))
 
 
 @pytest.fixture(scope="session")
-def operator(cluster: Cluster, dask_operator: None, testrun_uid: str) -> None:
-    """Our operator, from our chart, and the dask operator with it."""
-    set_up_once(testrun_uid, "operator", lambda: install_operator(cluster))
+def dask_operator(operator: None) -> None:
+    """The controller of dask-kubernetes, for tests that need nothing else."""
 
 
 @pytest.fixture(scope="session")
@@ -124,40 +120,3 @@ def remove_old_namespaces(cluster: Cluster) -> None:
     for found in cluster.core.list_namespace(label_selector=OWN_LABEL).items:
         if found.metadata.creation_timestamp < begin and found.metadata.name.startswith("test-"):
             cluster.kubectl("delete", "namespace", found.metadata.name, "--wait=false")
-
-
-def install_dask_operator(cluster: Cluster) -> None:
-    """Its ClusterRole lacks what a cluster with OwnerReferencesPermissionEnforcement asks for: given here."""
-    image = cluster.images.dask_operator
-    cluster.helm(
-        *("upgrade", "--install", "dask-kubernetes-operator", str(DASK_OPERATOR)),
-        *("--namespace", "dask-operator", "--create-namespace", "--wait", "--timeout", "180s"),
-        *("--set", f"image.name={image.repository}", "--set", f"image.tag={image.tag}"),
-    )
-    owners = ["daskautoscalers", "daskclusters", "daskjobs", "daskworkergroups"]
-    rule = {
-        "apiGroups": ["kubernetes.dask.org"],
-        "resources": [f"{owner}/finalizers" for owner in owners],
-        "verbs": ["update"],
-    }
-    account = {"kind": "ServiceAccount", "name": "dask-kubernetes-operator", "namespace": "dask-operator"}
-    group, name = "rbac.authorization.k8s.io", "dask-kubernetes-operator-finalizers"
-    named = {"apiVersion": f"{group}/v1", "metadata": {"name": name}}
-    role = {"apiGroup": group, "kind": "ClusterRole", "name": name}
-    cluster.apply(
-        named | {"kind": "ClusterRole", "rules": [rule]},
-        named | {"kind": "ClusterRoleBinding", "roleRef": role, "subjects": [account]},
-    )
-
-
-def install_operator(cluster: Cluster) -> None:
-    """As a user does who follows the README."""
-    if not OPERATOR.exists():
-        pytest.fail(f"{OPERATOR} is missing: no chart to install the operator from")
-    operator, worker = cluster.images.operator, cluster.images.worker
-    cluster.helm(
-        *("upgrade", "--install", "influence-operator", str(OPERATOR)),
-        *("--namespace", OPERATOR_NAMESPACE, "--create-namespace", "--wait", "--timeout", "180s"),
-        *("--set", f"image.repository={operator.repository}", "--set", f"image.tag={operator.tag}"),
-        *("--set", f"worker.image.repository={worker.repository}", "--set", f"worker.image.tag={worker.tag}"),
-    )

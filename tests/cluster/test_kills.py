@@ -227,7 +227,7 @@ def _wait_for_new_leader(cluster: Cluster) -> None:
     cluster.wait_until(led, "a replica of the operator to take the lease", 60, "influence-system")
 
 
-DASK_OPERATOR = ("deployment/dask-kubernetes-operator", "--namespace", "dask-operator")
+DASK_OPERATOR = ("deployment/influence-operator-dask-kubernetes-operator", "--namespace", "influence-system")
 
 
 @pytest.mark.alone

@@ -1,0 +1,172 @@
+"""The chart on a real cluster: installed, upgraded, uninstalled, and what it lets whom do."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+import chart
+from chart import DASK_OPERATOR, NAMESPACE, OPERATOR
+from cluster import Cluster, CommandError
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+Manifest = dict[str, Any]
+JOBS = "influencejobs.influence-operator.dev"
+SELECTOR = f"app.kubernetes.io/instance={OPERATOR}"
+
+
+def leader(cluster: Cluster, namespace: str) -> str:
+    return str(cluster.get("lease", "influence-operator", namespace)["spec"].get("holderIdentity", ""))
+
+
+def pods(cluster: Cluster, namespace: str, name: str = OPERATOR) -> list[Manifest]:
+    found: list[Manifest] = cluster.get("pods", "", namespace, f"app.kubernetes.io/name={name}")
+    return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+
+def ready(pod: Manifest) -> bool:
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
+
+
+def suspended_job(cluster: Cluster, namespace: str) -> Manifest:
+    """A job that the operator does nothing about."""
+    spec = {
+        "task": {"entrypoint": "influence_job.examples.digits:task"},
+        "method": {"name": "Ekfac", "regularization": 0.01},
+        "output": {"url": "gs://nowhere/kept.zarr"},
+        "suspend": True,
+    }
+    job = {"apiVersion": "influence-operator.dev/v1alpha1", "kind": "InfluenceJob", "spec": spec}
+    cluster.apply(job | {"metadata": {"name": "kept"}}, namespace=namespace)
+    made: Manifest = cluster.get(JOBS, "kept", namespace)
+    return made
+
+
+def may(cluster: Cluster, verb: str, resource: str, who: str, namespace: str) -> bool:
+    """Whether the API server says yes."""
+    try:
+        cluster.kubectl("auth", "can-i", verb, resource, "--as", who, "--namespace", namespace)
+    except CommandError as error:
+        if "no" not in error.output.split():
+            raise
+        return False
+    return True
+
+
+def test_two_replicas_are_ready_and_one_of_them_leads(cluster: Cluster) -> None:
+    replicas = pods(cluster, NAMESPACE)
+    assert [ready(pod) for pod in replicas] == [True, True]
+    assert leader(cluster, NAMESPACE) in {pod["metadata"]["name"] for pod in replicas}
+    assert [ready(pod) for pod in pods(cluster, NAMESPACE, "dask-kubernetes-operator")] == [True]
+
+
+def test_the_release_fits_a_secret_with_room_for_more(cluster: Cluster) -> None:
+    releases = cluster.get("secrets", "", NAMESPACE, f"owner=helm,name={OPERATOR}")
+    assert max(len(secret["data"]["release"]) for secret in releases) < 500_000, "the limit is 1 MiB"
+
+
+@pytest.mark.alone
+def test_an_upgrade_to_the_same_changes_nothing(cluster: Cluster) -> None:
+    def objects() -> dict[tuple[str, str], str]:
+        """Generations, and resource versions where there are none."""
+        made = yaml.safe_load_all(cluster.helm("get", "manifest", OPERATOR, "--namespace", NAMESPACE))
+        stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": [m for m in made if m]})
+        found = cluster.kubectl("get", "--filename", "-", "--output", "json", stdin=stdin)
+        items = [(item["kind"], item["metadata"]) for item in json.loads(found)["items"]]
+        return {
+            (kind, metadata["name"]): str(metadata.get("generation", metadata["resourceVersion"]))
+            for kind, metadata in items
+        }
+
+    before, replicas = objects(), {pod["metadata"]["uid"] for pod in pods(cluster, NAMESPACE)}
+    assert len(before) == 24
+    chart.install(cluster)
+    assert objects() == before
+    assert {pod["metadata"]["uid"] for pod in pods(cluster, NAMESPACE)} == replicas
+
+
+@pytest.mark.alone
+def test_uninstalling_keeps_the_jobs_and_their_kind(cluster: Cluster, namespace: str) -> None:
+    job = suspended_job(cluster, namespace)
+    cluster.helm("uninstall", OPERATOR, "--namespace", NAMESPACE, "--wait")
+    try:
+        assert cluster.get(JOBS, "kept", namespace)["metadata"]["uid"] == job["metadata"]["uid"]
+        left = "deployments,services,serviceaccounts,roles,networkpolicies,poddisruptionbudgets"
+        assert cluster.get(left, "", NAMESPACE, SELECTOR) == []
+        assert cluster.get("clusterroles,clusterrolebindings", "", "", SELECTOR) == []
+    finally:
+        chart.install(cluster)
+    assert cluster.get(JOBS, "kept", namespace)["metadata"]["uid"] == job["metadata"]["uid"]
+
+
+def test_install_yaml_is_accepted_whole_by_the_api_server(cluster: Cluster) -> None:
+    """Forced: in this cluster helm owns the fields."""
+    said = cluster.kubectl(
+        *("apply", "--server-side", "--dry-run=server", "--force-conflicts"), f"--filename={chart.INSTALL}"
+    )
+    manifests = list(yaml.load_all(chart.INSTALL.read_text(), Loader=yaml.CSafeLoader))
+    assert len(said.splitlines()) == len(manifests)
+    assert all(line.endswith("serverside-applied (server dry run)") for line in said.splitlines())
+
+
+@pytest.fixture
+def users(cluster: Cluster, namespace: str) -> None:
+    """`editor` and `viewer` of the namespace, by the cluster's own roles."""
+    for name, role in (("editor", "edit"), ("viewer", "view")):
+        cluster.kubectl(
+            "create", "rolebinding", name, f"--clusterrole={role}", f"--user={name}", "--namespace", namespace
+        )
+    # The roles are put together by a controller.
+    for who, verb in (("editor", "create"), ("viewer", "get")):
+        cluster.wait_until(
+            lambda who=who, verb=verb: may(cluster, verb, JOBS, who, namespace),
+            f"the role of {who}s to contain jobs",
+            seconds=30,
+        )
+
+
+def test_editors_make_jobs_and_viewers_look_at_them(cluster: Cluster, namespace: str, users: None) -> None:
+    def verbs(who: str, resource: str = JOBS) -> list[str]:
+        asked = ("get", "list", "watch", "create", "patch", "delete")
+        return [verb for verb in asked if may(cluster, verb, resource, who, namespace)]
+
+    assert verbs("editor") == ["get", "list", "watch", "create", "patch", "delete"]
+    assert verbs("editor", f"{JOBS}/scale") == ["get", "patch"]
+    assert verbs("viewer") == ["get", "list", "watch"]
+    assert verbs("editor", f"{JOBS}/status") == verbs("viewer", f"{JOBS}/status") == ["get"]
+
+
+@pytest.mark.parametrize("account", [OPERATOR, DASK_OPERATOR])
+def test_neither_operator_can_read_a_secret_or_run_a_command_in_a_pod(
+    cluster: Cluster, namespace: str, account: str
+) -> None:
+    user = f"system:serviceaccount:{NAMESPACE}:{account}"
+    for verb in ("get", "list", "watch"):
+        assert not may(cluster, verb, "secrets", user, namespace)
+    assert not may(cluster, "create", "pods/exec", user, namespace)
+    assert may(cluster, "list", "pods", user, namespace)
+
+
+def test_a_release_for_one_namespace_needs_no_rights_beyond_it(cluster: Cluster, namespace: str) -> None:
+    """Beside the one for the whole cluster, with a lease of its own."""
+    options = {
+        "watchNamespaces": [namespace],
+        "crds": {"influence": False, "dask": False},
+        "rbac": {"aggregate": False},
+        "daskOperator": {"enabled": False},
+    }
+    given = [f"--set-json={name}={json.dumps(value)}" for name, value in options.items()]
+    cluster.helm(
+        *("install", "own", str(chart.CHART), "--namespace", namespace, "--wait", "--timeout", "120s"),
+        *(*chart.settings(cluster), *given),
+    )
+    assert [ready(pod) for pod in pods(cluster, namespace)] == [True, True]
+    assert leader(cluster, namespace) in {pod["metadata"]["name"] for pod in pods(cluster, namespace)}
+    user = f"system:serviceaccount:{namespace}:own-influence-operator"
+    assert may(cluster, "list", JOBS, user, namespace)
+    assert not may(cluster, "list", JOBS, user, NAMESPACE)
+    assert cluster.get("clusterroles", "", "", "app.kubernetes.io/instance=own") == []
