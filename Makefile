@@ -43,7 +43,6 @@ format: $(STAMP) ## put the code into the project's format
 	$(BIN)/ruff format .
 
 manifests: $(STAMP) ## what is generated: the CRD from the spec, the chart's copies, charts/install.yaml; needs helm
-	$(BIN)/influence crd > operator/crd.yaml
 	PATH="$${K8S_HOME:-$$HOME/.cache/influence-cluster}/bin:$$PATH" $(BIN)/python charts/manifests.py
 
 bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run

@@ -4,6 +4,6 @@
 library only.
 """
 
-from influence_job.crd.definition import KEPT_BY_HELM, PLURAL, custom_resource_definition
+from influence_job.crd.definition import PLURAL, custom_resource_definition
 
-__all__ = ["KEPT_BY_HELM", "PLURAL", "custom_resource_definition"]
+__all__ = ["PLURAL", "custom_resource_definition"]

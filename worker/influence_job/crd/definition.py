@@ -13,8 +13,6 @@ from influence_job.status import InfluenceJobStatus
 
 GROUP, VERSION = API_VERSION.split("/")
 PLURAL = "influencejobs"
-KEPT_BY_HELM = {"helm.sh/resource-policy": "keep"}
-"""Annotation of the chart's copy: uninstalling the operator must not delete everybody's jobs."""
 
 _COLUMNS = (
     ("Phase", ".status.phase", "What the job does, in one word.", 0),
@@ -27,15 +25,12 @@ _COLUMNS = (
 )
 
 
-def custom_resource_definition(annotations: dict[str, str] | None = None) -> dict[str, Any]:
+def custom_resource_definition() -> dict[str, Any]:
     """The manifest that a cluster needs before it knows InfluenceJobs."""
-    metadata: dict[str, Any] = {"name": f"{PLURAL}.{GROUP}"}
-    if annotations:
-        metadata["annotations"] = dict(annotations)
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": metadata,
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
         "spec": {
             "group": GROUP,
             "scope": "Namespaced",
