@@ -173,6 +173,28 @@ def test_children_are_selected_on_the_server_and_jobs_are_not():
     run(scenario())
 
 
+def test_watching_writes_nothing_not_even_on_objects_of_other_operators_built_on_kopf():
+    async def scenario() -> None:
+        held = pod("held")
+        held["metadata"]["finalizers"] = ["kopf.zalando.org/KopfFinalizerMarker"]
+        held["metadata"]["annotations"] = {"kopf.zalando.org/last-handled-configuration": "{}"}
+
+        def prepare(api: ScriptedApi) -> None:
+            api.lists[POD.plural] = [held]
+            api.lists[INFLUENCE_JOB.plural] = [pod("job")]
+
+        async with watching_pods_and_jobs(prepare) as (api, told):
+            await until(lambda: told.of("held") and told.of("job"))
+            for event_type in ("MODIFIED", "DELETED"):
+                api.streams[POD.plural].put_nowait({"type": event_type, "object": held})
+            await until(lambda: told.of("held")[-1] == "DELETED")
+            await asyncio.sleep(0.5)
+
+            assert api.writes == []
+
+    run(scenario())
+
+
 def test_every_bookmark_is_a_sign_of_life():
     async def scenario() -> None:
         async with watching_pods_and_jobs(lambda api: pods(api, "a")) as (api, told):

@@ -37,11 +37,14 @@ class ScriptedApi:
         }
         """What watches tell; None ends the present one."""
         self.queries: list[tuple[str, dict[str, str]]] = []
+        self.writes: list[str] = []
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers a request."""
         path = request.path
+        if request.method != "GET":
+            self.writes.append(f"{request.method} {path}")
         if path in _DISCOVERY:
             return web.json_response(_DISCOVERY[path])
         plural = path.rpartition("/")[2]

@@ -214,6 +214,9 @@ def _settings() -> kopf.OperatorSettings:
     settings.watching.label_selectors[lambda resource: resource.plural != INFLUENCE_JOB.plural] = JOB_UID
     settings.scanning.disabled = True  # needs no rights on namespaces and CRDs; `process` looks for CRDs
     settings.posting.enabled = False
+    # kopf takes its finalizer from every object for which it has no handler of deletions. By default it is
+    # the one that dask-kubernetes, which is built on kopf as well, puts back at once, thirty times a second.
+    settings.persistence.finalizer = "influence-operator.dev/never-set"
     settings.queueing.idle_timeout = 1.0
     settings.networking.error_backoffs = CONNECT_DELAYS
     settings.process.ultimate_exiting_timeout = None
