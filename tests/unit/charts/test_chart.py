@@ -196,3 +196,16 @@ def test_every_value_has_a_comment_right_above_it() -> None:
     assert len(values) > 40
     bare = [line for above, line in values if not above.lstrip().startswith("#")]
     assert bare == ["      value: dask"]  # of the item above it
+
+
+def test_the_documents_name_values_that_exist() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    _, _, table = (ROOT / "docs/install.md").read_text().partition("\n| value |")
+    cells = [row.split("|")[1] for row in table.partition("\n\n")[0].splitlines()[2:]]
+    names = [name for cell in cells for name in re.findall(r"`([A-Za-z.]+)[^`]*`", cell)]
+    assert len(names) > 10
+    for name in names:
+        found = values
+        for part in name.split("."):
+            assert part in found, name
+            found = found[part]
