@@ -19,6 +19,7 @@ from torch import nn
 
 from influence_calculator.maths.objective import Objective
 from influence_job.data import check_source
+from influence_job.document import SOURCE_DIRECTORY
 from influence_job.errors import PermanentError, Reason
 from influence_job.task import InfluenceTask
 
@@ -32,17 +33,19 @@ def find(entrypoint: str) -> Callable[..., Any]:
         PermanentError: no such module, no such function, or the module raises when imported.
     """
     module_name, _, function_name = entrypoint.partition(":")
+    _look_into_the_config_map()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise PermanentError(
                 Reason.INVALID_TASK,
-                f"{FIELD}: no module named {error.name!r}; it is searched for in the working directory and "
-                f"in the installed packages: install it, set PYTHONPATH, or correct {entrypoint!r}",
+                f"{FIELD}: no module named {error.name!r}; it is searched for in task.source.configMap, in "
+                f"PYTHONPATH, in the installed packages and, by `influence run`, in the working directory: "
+                f"put it there, or correct {entrypoint!r}",
             ) from error
         raise _import_failed(module_name, error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_failed(module_name, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -56,7 +59,13 @@ def find(entrypoint: str) -> Callable[..., Any]:
     return function
 
 
-def _import_failed(module_name: str, error: Exception) -> PermanentError:
+def _look_into_the_config_map() -> None:
+    """Where `task.source.configMap` is mounted comes first: that code is to replace the image's."""
+    if SOURCE_DIRECTORY not in sys.path and Path(SOURCE_DIRECTORY).is_dir():
+        sys.path.insert(0, SOURCE_DIRECTORY)
+
+
+def _import_failed(module_name: str, error: BaseException) -> PermanentError:
     return PermanentError(
         Reason.INVALID_TASK, f"{FIELD}: importing {module_name!r} raised {type(error).__name__}: {error}"
     )
@@ -89,7 +98,7 @@ def build(entrypoint: str, arguments: Mapping[str, Any]) -> InfluenceTask:
         task = function(**arguments)
     except PermanentError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PermanentError(
             Reason.INVALID_TASK, f"{FIELD}: {entrypoint} raised {type(error).__name__}: {error}"
         ) from error
