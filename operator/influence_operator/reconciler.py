@@ -179,7 +179,9 @@ def _intent(job: Object) -> tuple[object, object]:
 
 
 def _tell(key: JobKey, error: Exception, delay: float) -> None:
-    if isinstance(error, ClusterError):
+    if isinstance(error, ApiError) and error.conflict:
+        log.info("%s: changed during the pass, again in %.1f s", key, delay)
+    elif isinstance(error, ClusterError):
         log.warning("%s: pass failed, again in %.1f s: %s", key, delay, error)
     else:
         log.error("%s: pass failed, again in %.1f s", key, delay, exc_info=error)

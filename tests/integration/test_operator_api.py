@@ -15,7 +15,7 @@ from hostile_http import Answer, hostile_server, sending
 from influence_operator.cluster import api as api_module
 from influence_operator.cluster.api import Api
 from influence_operator.cluster.errors import ApiError, LeaseLostError, UnreachableError
-from influence_operator.cluster.kinds import CONFIG_MAP, POD, SECRET
+from influence_operator.cluster.kinds import CONFIG_MAP, JOB, SECRET
 from influence_operator.metrics import Metrics
 
 T = TypeVar("T")
@@ -64,23 +64,23 @@ def asked(answer: Answer, call: Callable[[Api], Awaitable[T]]) -> tuple[list[str
         return server.requests, text, result
 
 
-POD_BODY = json.dumps({"kind": "Pod", "metadata": {"name": "p"}}).encode()
+JOB_BODY = json.dumps({"kind": "Job", "metadata": {"name": "p"}}).encode()
 
 
 @pytest.mark.parametrize("fault", [status(429), status(500), status(503), resetting])
 def test_reading_is_tried_again(fault):
-    requests, _, got = asked(in_turn(fault, fault, sending(POD_BODY)), lambda api: api.get(POD, "ns", "p"))
+    requests, _, got = asked(in_turn(fault, fault, sending(JOB_BODY)), lambda api: api.get(JOB, "ns", "p"))
 
-    assert got == json.loads(POD_BODY)
-    assert requests == ["GET /api/v1/namespaces/ns/pods/p HTTP/1.1"] * 3
+    assert got == json.loads(JOB_BODY)
+    assert requests == ["GET /apis/batch/v1/namespaces/ns/jobs/p HTTP/1.1"] * 3
 
 
 def test_reading_is_given_up_after_a_few_tries():
-    requests, metrics, got = asked(status(503), lambda api: api.get(POD, "ns", "p"))
+    requests, metrics, got = asked(status(503), lambda api: api.get(JOB, "ns", "p"))
 
     assert isinstance(got, ApiError)
     assert len(requests) == 4
-    assert b'api_requests_total{code="503",resource="pods",verb="get"} 4.0' in metrics
+    assert b'api_requests_total{code="503",resource="jobs",verb="get"} 4.0' in metrics
 
 
 @pytest.mark.parametrize("fault", [status(429), status(500), status(409, "AlreadyExists"), resetting])
@@ -103,10 +103,10 @@ def test_a_refusal_comes_with_the_servers_own_words():
 def test_without_time_left_on_the_lease_nothing_is_written():
     async def fenced(api: Api) -> Any:
         api.fenced(lambda: 0.0)
-        assert (await api.get(POD, "ns", "p"))["kind"] == "Pod"
+        assert (await api.get(JOB, "ns", "p"))["kind"] == "Job"
         return await api.create(CONFIG_MAP, "ns", {"metadata": {"name": "c"}})
 
-    requests, _, got = asked(sending(POD_BODY), fenced)
+    requests, _, got = asked(sending(JOB_BODY), fenced)
 
     assert isinstance(got, LeaseLostError)
     assert [request.split()[0] for request in requests] == ["GET"]
@@ -126,7 +126,7 @@ def test_a_write_takes_no_longer_than_the_lease_lasts():
 
 
 def test_what_the_table_of_rights_does_not_list_is_not_asked_for():
-    requests, _, got = asked(sending(POD_BODY), lambda api: api.get(SECRET, "ns", "s"))
+    requests, _, got = asked(sending(JOB_BODY), lambda api: api.get(SECRET, "ns", "s"))
 
     assert isinstance(got, AssertionError)
     assert "secrets" in str(got)
@@ -139,7 +139,7 @@ def test_a_list_is_read_page_by_page():
     pages = in_turn(sending(json.dumps(first).encode()), sending(json.dumps(last).encode()))
 
     async def everything(api: Api) -> list[Any]:
-        return [item async for item in api.list(POD, "ns")]
+        return [item async for item in api.list(JOB, "ns")]
 
     requests, _, got = asked(pages, everything)
 

@@ -77,19 +77,19 @@ class Right:
     """Needed in the operator's namespace only; the others wherever jobs may be."""
 
 
-WATCH: Final = ("get", "list", "watch")
+WATCH: Final = ("list", "watch")
 
 RIGHTS: Final = (
     Right(INFLUENCE_JOB, (*WATCH, "delete")),  # delete: ttlSecondsAfterFinished
     Right(INFLUENCE_JOB, ("patch",), "status"),
     # Only where the admission plugin OwnerReferencesPermissionEnforcement is on: `blockOwnerDeletion`.
     Right(INFLUENCE_JOB, ("update",), "finalizers"),
-    Right(CONFIG_MAP, (*WATCH, "create", "delete")),
+    Right(CONFIG_MAP, ("get", *WATCH, "create", "delete")),
     Right(SECRET, ("create", "delete")),
-    Right(NETWORK_POLICY, (*WATCH, "create", "delete")),
-    Right(JOB, (*WATCH, "create", "delete")),
+    Right(NETWORK_POLICY, ("get", *WATCH, "create", "delete")),
+    Right(JOB, ("get", *WATCH, "create", "delete")),
     # patch: replicas; a finalizer that holds up a deletion; the status, to heal a cluster without workers
-    Right(DASK_CLUSTER, (*WATCH, "create", "patch", "delete")),
+    Right(DASK_CLUSTER, ("get", *WATCH, "create", "patch", "delete")),
     Right(DASK_WORKER_GROUP, WATCH),
     Right(DEPLOYMENT, (*WATCH, "delete")),  # delete: of workers that were retired
     Right(SERVICE, WATCH),
