@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import influence_calculator
+from influence_calculator import errors
+from influence_calculator.maths import errors as maths_errors
 
 HERE = Path(__file__).parent
 PYDVL = json.loads((HERE / "pydvl_signatures.json").read_text())
@@ -102,14 +104,14 @@ def test_every_public_name_is_importable_from_the_package_itself(module: str):
         assert name in influence_calculator.__all__
 
 
-def test_all_named_errors_are_value_errors():
-    errors = [
-        getattr(influence_calculator, name)
-        for name in influence_calculator.__all__
-        if name.endswith(("Error", "Exception"))
-    ]
-    assert len(errors) >= 10
-    assert all(issubclass(error, ValueError) for error in errors)
+@pytest.mark.parametrize("module", [errors, maths_errors], ids=lambda module: module.__name__)
+def test_everything_that_is_raised_by_name_can_be_caught_by_its_name_from_the_package(module: Any):
+    defined = {name: kind for name, kind in vars(module).items() if isinstance(kind, type)}
+    assert len(defined) >= 8
+    for name, kind in defined.items():
+        assert getattr(influence_calculator, name) is kind
+        assert name in influence_calculator.__all__
+        assert issubclass(kind, ValueError | UserWarning)
 
 
 def test_a_changed_signature_would_be_seen():

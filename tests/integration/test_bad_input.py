@@ -121,6 +121,21 @@ IN_THE_TASK: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         "InvalidData",
         ("train example 0", "1x5 and 6x5", "entry point"),
     ),
+    "a layer that EK-FAC cannot treat": (
+        entry("has_a_layer_norm"),
+        "UnsupportedModel",
+        ("1.weight (LayerNorm)", "unsupported='diagonal' or 'exclude'"),
+    ),
+    "token ids that are to be perturbed": (
+        {**entry("takes_token_ids"), "mode": "Perturbation"},
+        "InvalidTask",
+        ("spec.mode", "[0]: int64", "embeddings"),
+    ),
+    "an example that cannot be read": (
+        entry("cannot_be_read"),
+        "InvalidData",
+        ("train example 0", "OSError", "no such share"),
+    ),
     "annotations of the wrong length": (
         entry("annotates_too_little"),
         "InvalidTask",
@@ -140,6 +155,20 @@ def test_a_mistake_in_the_task_is_found_before_the_old_result_is_deleted(
     manifest = jobs.manifest({**changes, "output": {"onExisting": "Overwrite"}})
     _assert_refused(jobs.run(manifest, output=half_done.path, workers=1), reason, words)
     assert stored.differing(_without_claims(half_done.path), before) == []
+
+
+@pytest.mark.parametrize("name", IN_THE_TASK)
+def test_a_plan_refuses_the_same_mistake_and_makes_nothing(name: str, jobs: Jobs, tmp_path: Path) -> None:
+    """Nobody asks a cluster for GPUs to learn that."""
+    changes, reason, words = IN_THE_TASK[name]
+    manifest = jobs.manifest(changes)
+    before = sorted(tmp_path.rglob("*"))
+    planned = jobs.plan(manifest)
+    assert planned.returncode == 64, planned.stderr
+    assert "Traceback" not in planned.stderr
+    for word in (f"error: {reason}", *words):
+        assert word in planned.stderr, f"expected {word!r} in\n{planned.stderr}"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 FAULTS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -75,6 +75,34 @@ def has_the_wrong_inputs() -> InfluenceTask:
     return replace(traced_task.task(), train=ArraySource(x[:, :5], y))
 
 
+def has_a_layer_norm() -> InfluenceTask:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    return replace(traced_task.task(), model=model.eval())
+
+
+def takes_token_ids() -> InfluenceTask:
+    """Integers have no derivative."""
+    task = traced_task.task()
+    _, y = task.train.read(0, traced_task.TRAIN)
+    tokens = torch.arange(6 * traced_task.TRAIN).reshape(traced_task.TRAIN, 6) % 7
+    model = nn.Sequential(nn.Embedding(7, 2), nn.Flatten(), nn.Linear(12, 3))
+    model[0].requires_grad_(False)
+    data = ArraySource(tokens, y)
+    return replace(task, model=model.eval(), train=data, test=data)
+
+
+def cannot_be_read() -> InfluenceTask:
+    return replace(traced_task.task(), train=_Unreadable())
+
+
+class _Unreadable:
+    def __len__(self) -> int:
+        return traced_task.TRAIN
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        raise OSError("no such share")
+
+
 def annotates_too_little() -> InfluenceTask:
     return replace(traced_task.task(), annotate=lambda batch, _: {"label": batch[1][:1]})
 

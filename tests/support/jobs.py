@@ -22,6 +22,12 @@ import yaml
 
 SUPPORT = Path(__file__).parent
 TIMEOUT_SECONDS = 120.0
+INFLUENCE = str(Path(sys.executable).with_name("influence"))
+SETTINGS = {
+    "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment of every process: where the tasks of the tests are found, and one thread."""
 
 BASE: dict[str, Any] = {
     "apiVersion": "influence-operator.dev/v1alpha1",
@@ -151,8 +157,7 @@ class Jobs:
         folder = self.folder / f"run-{len(self.runs)}"
         folder.mkdir()
         settings = {
-            "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "OMP_NUM_THREADS": "1",
+            **SETTINGS,
             "WRITES_LOG": str(folder / "writes"),
             **({} if pace is None else {"BARRIER_PACE": str(pace)}),
             **(env or {}),
@@ -160,7 +165,7 @@ class Jobs:
         if barrier is not None:
             text = f"{barrier.function} {barrier.when} {barrier.hit} {barrier.pattern}"
             settings |= {"BARRIER": text, "BARRIER_FOLDER": str(folder)}
-        command = [str(Path(sys.executable).with_name("influence")), "run", str(manifest), *options]
+        command = [INFLUENCE, "run", str(manifest), *options]
         command += [] if output is None else ["--output", str(output)]
         command += [] if workers is None else ["--workers", str(workers)]
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
@@ -186,6 +191,19 @@ class Jobs:
         run = self.run(manifest, *options, **settings)
         assert run.code == 0, f"exit code {run.code}:\n{run.stderr}"
         return run
+
+    def plan(self, manifest: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        """`influence plan`, to its end."""
+        return subprocess.run(
+            [INFLUENCE, "plan", str(manifest), *options],
+            cwd=self.folder,
+            env={**os.environ, **SETTINGS},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
 
     def close(self) -> None:
         """Ends every run that a test left."""

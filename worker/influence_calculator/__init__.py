@@ -37,6 +37,16 @@ from influence_calculator.influence_calculator import (
     SequentialInfluenceCalculator,
 )
 from influence_calculator.maths.blocks import Relative
+from influence_calculator.maths.errors import (
+    CalculatorError,
+    CaptureMismatchError,
+    NotFiniteError,
+    SingularCurvatureError,
+    TrainingModeError,
+    UnsupportedInputError,
+    UnsupportedLossError,
+    UnsupportedModelError,
+)
 from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
 from influence_calculator.torch import (
     BlockMode,
@@ -58,6 +68,8 @@ from influence_calculator.zarr_writer import write_zarr
 
 __all__ = [
     "BlockMode",
+    "CalculatorError",
+    "CaptureMismatchError",
     "CgInfluence",
     "ComposableInfluence",
     "DaskInfluenceCalculator",
@@ -75,6 +87,7 @@ __all__ = [
     "NestedListAggregator",
     "NestedSequenceAggregator",
     "NestedTorchCatAggregator",
+    "NotFiniteError",
     "NotFittedException",
     "NotImplementedLayerRepresentationException",
     "NumpyConverter",
@@ -85,6 +98,7 @@ __all__ = [
     "SecondOrderMode",
     "SequenceAggregator",
     "SequentialInfluenceCalculator",
+    "SingularCurvatureError",
     "Solved",
     "SolverReport",
     "SolverStatus",
@@ -92,9 +106,13 @@ __all__ = [
     "ThreadSafetyViolationError",
     "TorchCatAggregator",
     "TorchNumpyConverter",
+    "TrainingModeError",
     "UnalignedChunksError",
     "UnknownChunksError",
     "UnsupportedInfluenceModeException",
+    "UnsupportedInputError",
+    "UnsupportedLossError",
+    "UnsupportedModelError",
     "torch_dataset_to_dask_array",
     "write_zarr",
 ]

@@ -5,6 +5,7 @@ CalculatorError
 │   ├── TrainingModeError     a module answers differently each time: dropout, batch statistics
 │   └── CaptureMismatchError  hooks see another gradient than autograd
 ├── UnsupportedLossError      the curvature of the loss by the outputs cannot be had this way
+├── UnsupportedInputError     perturbation, and no input that can be moved
 ├── SingularCurvatureError    nothing to invert: λ is missing
 └── NotFiniteError            NaN or infinity where a number is needed
 """
@@ -28,6 +29,10 @@ class CaptureMismatchError(UnsupportedModelError):
 
 class UnsupportedLossError(CalculatorError):
     """The loss's second derivative by the outputs is too large to form or does not exist."""
+
+
+class UnsupportedInputError(CalculatorError):
+    """Mode perturbation moves one floating-point input, and the batch holds none or several."""
 
 
 class SingularCurvatureError(CalculatorError):

@@ -18,6 +18,7 @@ from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.directional import directions_at_once, pull_back
+from influence_calculator.maths.errors import UnsupportedInputError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left, tensors_of
 from influence_calculator.maths.method import Fitted
@@ -31,7 +32,7 @@ def perturbations(fitted: Fitted, objective: Objective, left: Left, batch: Batch
     may differ in any way.
 
     Raises:
-        ValueError: no floating-point input to move; names what the batch holds.
+        UnsupportedInputError: no floating-point input to move; names what the batch holds.
     """
     x = perturbed_input(batch)
     t = next(iter(left.values())).shape[0]
@@ -80,7 +81,7 @@ def _input_place(batch: Batch) -> int:
     floating = [i for i, (_, leaf) in enumerate(entries) if _moves(leaf)]
     if len(floating) != 1:
         held = ", ".join(f"{name or 'the batch'}: {_dtype(leaf)}" for name, leaf in entries)
-        raise ValueError(
+        raise UnsupportedInputError(
             f"mode perturbation: expected one floating-point input to move, got {len(floating)} among "
             f"{held}; give embeddings in place of token ids, or use mode up"
         )

@@ -6,6 +6,7 @@ errors too), 75 run it again, 130 Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -74,6 +75,9 @@ def execute(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted; what was done is kept: run it again and it resumes", settings)
         return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # `influence show URL | head`: the reader has seen enough. What Python flushes at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except JobError as error:
         _say(f"error: {error.reason}: {error.message}", settings)
         return error.exit_code

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths import perturbation
 from influence_calculator.maths.capture import measure
-from influence_calculator.maths.errors import CalculatorError
+from influence_calculator.maths.errors import CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import slice_batch
 from influence_calculator.maths.probe import probe
-from influence_job.data import data_identity
+from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
 from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation
@@ -51,10 +53,8 @@ def load(context: WorkerContext) -> Outcome:
 
     def work() -> None:
         own = session(context)
-        try:
+        with _refusals_named():
             outcome.value = describe(own)
-        except CalculatorError as error:
-            raise PermanentError(Reason.UNSUPPORTED_MODEL, f"InfluenceTask.model: {error}") from error
 
     outcome.attempt(KIND, 0, "loading", work)
     return outcome
@@ -75,14 +75,9 @@ def save_model(context: WorkerContext) -> Outcome:
 def describe(own: Session) -> Loaded:
     """Probes a few examples and measures sizes; reads 64 examples of each side at most."""
     task = own.task
-    few, _ = own.read("train", 0, min(PROBED, len(task.train)))
-    with blaming(own, own.objective, "train", 0, min(PROBED, len(task.train))):
-        probe(own.objective, few)
-    annotations = {f"train_{name}": str(c.dtype) for name, c in annotate(task, own.objective, few).items()}
+    annotations = _probed(own)
     test_identity = None
-    if own.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
-        tests, _ = own.read("test", 0, min(PROBED, len(task.test)))
-        annotations |= {f"test_{n}": str(c.dtype) for n, c in annotate(task, own.objective, tests).items()}
+    if test_side(own.spec):
         test_identity = data_identity(task.test, "test", task.data_version)
     return Loaded(
         sizes=measure_sizes(own),
@@ -93,6 +88,31 @@ def describe(own: Session) -> Loaded:
         units={step.name: len(step.units(own.objective)) for step in own.method.passes()},
         annotations=annotations,
     )
+
+
+def _probed(own: Session) -> dict[str, str]:
+    """Tries a few examples of each side; the dtypes of what they are annotated with, by coordinate."""
+    task = own.task
+    few, _ = own.read("train", 0, min(PROBED, len(task.train)))
+    with blaming(own, own.objective, "train", 0, min(PROBED, len(task.train))):
+        probe(own.objective, few)
+    annotations = {f"train_{name}": str(c.dtype) for name, c in annotate(task, own.objective, few).items()}
+    if test_side(own.spec):
+        tests, _ = own.read("test", 0, min(PROBED, len(task.test)))
+        annotations |= {f"test_{n}": str(c.dtype) for n, c in annotate(task, own.objective, tests).items()}
+    return annotations
+
+
+@contextmanager
+def _refusals_named() -> Iterator[None]:
+    """What the maths refuses, as an error of the field that is to change."""
+    try:
+        yield
+    except UnsupportedInputError as error:
+        raise PermanentError(Reason.INVALID_TASK, f"spec.mode: {error}") from error
+    except CalculatorError as error:
+        message = f"InfluenceTask.model: {str(error).removeprefix('model: ')}"
+        raise PermanentError(Reason.UNSUPPORTED_MODEL, message) from error
 
 
 def measure_sizes(own: Session) -> Sizes:
@@ -113,9 +133,21 @@ def measure_sizes(own: Session) -> Sizes:
 
 
 def measure_job(spec: InfluenceJobSpec) -> Sizes:
-    """The sizes of a job, measured in this process; writes nothing and reads no store but `factors.url`."""
+    """The sizes of a job, measured in this process; writes nothing and reads no store but `factors.url`.
+
+    Refuses what Loading would refuse.
+
+    Raises:
+        PermanentError: a task, an example or a model that no job can be made of.
+    """
     # Sizes are the same everywhere, so that a job for a GPU is planned where there is none.
-    return measure_sizes(build(spec.model_copy(update={"device": Device.CPU})))
+    own = build(spec.model_copy(update={"device": Device.CPU}))
+    try:
+        with _refusals_named():
+            _probed(own)
+            return measure_sizes(own)
+    except ReadError as error:
+        raise PermanentError(Reason.INVALID_DATA, str(error)) from error
 
 
 def test_side(spec: InfluenceJobSpec) -> bool:
