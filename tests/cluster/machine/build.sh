@@ -15,7 +15,8 @@ refuse_foreign() { # Debian's containerd and Docker's exclude each other; two ku
   ! dpkg-query --show --showformat '${db:Status-Status}' containerd.io 2>/dev/null | grep --quiet --line-regexp installed ||
     found+=("the package containerd.io (Docker's)")
   ! command -v k3s >/dev/null || found+=("k3s at $(command -v k3s)")
-  ! command -v kubelet >/dev/null || found+=("a kubelet at $(command -v kubelet)")
+  process=$(command -v kubelet || true)
+  [ -z "$process" ] || [ "$process" = "$BIN/kubelet" ] || found+=("a kubelet at $process")
   for process in $(pgrep --exact kubelet || true); do
     # One with a network namespace of its own is out of the way: ours, or a node of kind.
     [ "$(readlink "/proc/$process/ns/net")" != "$(readlink /proc/self/ns/net)" ] || found+=("a running kubelet, pid $process")
