@@ -111,16 +111,14 @@ def opened(view: View, course: Course) -> Course:
 def closed(view: View, course: Course, ending: Ending) -> Course:
     """The present attempt has ended, and with it, as the case may be, the job."""
     attempts = course.attempts
-    at = max(ending.at, attempts.started or ending.at)
     failures = attempts.counted_failures + ending.counted
     waits = ending.verdict is Verdict.AGAIN
-    after = replace(
-        course, active_seconds=course.active_seconds + round(seconds_between(attempts.started, at))
-    ).with_attempts(
-        ended=at,
+    ran = round(seconds_between(attempts.started, ending.at))
+    after = replace(course, active_seconds=course.active_seconds + ran).with_attempts(
+        ended=ending.at,
         counted=ending.counted,
         counted_failures=failures,
-        next_start=at + backoff.delay(failures, ending.counted) if waits else None,
+        next_start=ending.at + backoff.delay(failures, ending.counted) if waits else None,
         last_exit_code=ending.exit_code,
         last_reason=ending.reason,
         last_message=ending.message,

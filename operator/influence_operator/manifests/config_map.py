@@ -60,10 +60,11 @@ def source_items(source: Object) -> list[dict[str, str]]:
 
 def copied_source(made: Object) -> Object:
     """The source as an attempt's ConfigMap keeps it, for children made after the original changed."""
-    parts = {part: made.get(part) or {} for part in ("data", "binaryData")}
+    parts = {part: made.get(part) for part in ("data", "binaryData")}
     return {
         part: {k.removeprefix(_SOURCE_KEY): v for k, v in entries.items() if k.startswith(_SOURCE_KEY)}
         for part, entries in parts.items()
+        if isinstance(entries, Mapping)
     }
 
 

@@ -70,6 +70,21 @@ def test_a_retry_before_any_preflight_passed_stays_in_progress():
     assert kstatus(world.job) == "InProgress"
 
 
+def test_a_change_between_two_attempts_is_in_progress_until_the_next_preflight_has_passed():
+    world = computing()
+    driver_ends(world, 1)
+    world.step(1)
+    pods_end(world)
+    world.change(image="other:1")
+    world.step(1)
+    assert kstatus(world.job) == "InProgress"
+    world.step(20)
+    world.add(pod(2, "driver"))
+    world.report = progress(2, workersNeeded=True)
+    world.step(1)
+    assert kstatus(world.job) == "Current"
+
+
 def test_suspending_is_in_progress_until_it_is_current():
     world = computing()
     world.change(suspend=True)

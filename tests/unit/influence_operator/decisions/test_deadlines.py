@@ -98,6 +98,19 @@ def test_startup_deadline_stops_when_a_worker_is_ready_and_starts_anew_when_all_
     assert world.condition("Failed") == "True StartupDeadlineExceeded"
 
 
+def test_attempts_that_never_had_a_worker_wait_together():
+    world = started(startupDeadlineSeconds=100)
+    driver_ends(world, 75)
+    world.step(60)
+    pods_end(world)
+    world.step(20)
+    assert world.attempt == 2
+    world.step(19)
+    assert world.condition("Failed") == ""
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+
+
 def test_suspended_time_is_no_time_of_waiting():
     world = World(influence_job(startupDeadlineSeconds=60))
     world.step()

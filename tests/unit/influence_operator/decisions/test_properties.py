@@ -349,6 +349,23 @@ def _seconds(world: World) -> float:
     return min(times)
 
 
+@pytest.mark.parametrize("time_", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_times_beyond_the_calendars_ends_are_no_times(time_: str):
+    world = computing()
+    for thing in world.objects:
+        thing["metadata"] |= {"creationTimestamp": time_, "deletionTimestamp": time_}
+    stages = [{"name": "Scores", "start": time_, "end": time_}]
+    world.report = progress(1, stages=stages, workersNeeded=True)
+    world.job["status"] |= {"waitingSince": time_, "progressed": time_, "startTime": time_}
+    world.job["status"]["attempts"] |= {"started": time_, "nextStart": time_}
+    world.now += timedelta(seconds=60)
+    assert_storable(world.decide().status)
+    driver_ends(world, 1)
+    state = world.find("Pod", "driver")[0]["status"]["containerStatuses"][0]["state"]
+    state["terminated"]["finishedAt"] = time_
+    assert_storable(world.decide().status)
+
+
 @pytest.mark.parametrize("label", ["1000000", "-1", "1e3", "٣", "²", "", "99999999999999999999"])
 def test_an_attempt_label_that_no_attempt_can_have_is_no_attempt(label: str):
     world = World(influence_job())

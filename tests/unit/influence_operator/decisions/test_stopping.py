@@ -64,6 +64,7 @@ def test_a_deployment_that_may_still_make_pods_counts_as_a_pod():
     world.change(suspend=True)
     world.step(1)
     world.remove("Pod")
+    world.remove("DaskWorkerGroup")
     world.step(1)
     assert world.condition("Suspended") == "False Suspending"
 

@@ -56,6 +56,17 @@ def test_dask_kubernetes_never_gets_to_take_workers_away():
     assert (action.count, action.replicas) == (2, 3)
 
 
+def test_nobody_is_retired_while_workers_are_still_being_made():
+    world = computing(workers=2)
+    world.change(workers={"replicas": 5})
+    world.step(1)
+    group_follows(world)
+    world.add(*(worker_deployment(1, index) for index in range(4)))
+    world.change(workers={"replicas": 3})
+    assert not world.step(1).actions
+    assert isinstance(world.step(10).actions[0], RetireWorkers), "they do not come"
+
+
 def test_workers_that_a_quota_keeps_away_can_be_given_up_after_a_while():
     world = computing(workers=2)
     world.change(workers={"replicas": 5})
