@@ -1,8 +1,8 @@
 """Everything that a job stands on is killed once while the job is half done.
 
 Each test stops the job at a gate with some regions in the ledger and some not, kills, opens the gate, and
-looks: the job completes, its result is bit for bit that of an undisturbed run, no row that the ledger held was
-written twice, and `backoffLimit` was used up only where it should be.
+looks: the job completes, its result is bit for bit that of an undisturbed run, no row that the ledger held
+was written twice, and `backoffLimit` was used up only where it should be.
 """
 
 from __future__ import annotations
