@@ -7,10 +7,19 @@ from these bounds. Pydantic and the standard library only.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, JsonValue, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    JsonValue,
+    WithJsonSchema,
+)
 from pydantic.alias_generators import to_camel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -50,7 +59,7 @@ Annotations = Annotated[dict[QualifiedName, Annotated[str, Field(max_length=4096
 OpenValue = Annotated[
     JsonValue, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True, "nullable": True})
 ]
-"""Any JSON value. Nullable, because the API server drops a null that is not."""
+"""Any JSON value. Nullable: else the API server drops nulls, where `WithoutNull` tells of them."""
 OpenObject = Annotated[
     dict[Annotated[str, Field(max_length=253)], JsonValue],
     Field(max_length=64),
@@ -121,6 +130,32 @@ class Quantity(str):
 
 Quantities = Annotated[dict[QualifiedName, Quantity], Field(max_length=32)]
 """Resource name -> quantity."""
+
+
+def _nulls(value: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths of nulls that stand under a key, which is where `kubectl apply` drops them."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if item is None:
+                yield ".".join((*path, name))
+            yield from _nulls(item, (*path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _nulls(item, (*path, str(index)))
+
+
+def _without_null(value: dict[str, Any]) -> dict[str, Any]:
+    for path in _nulls(value):
+        raise refuse(
+            path,
+            "expected a value, got nothing, which kubectl apply drops: leave it out, and let the code that "
+            "reads it default to None",
+        )
+    return value
+
+
+WithoutNull = AfterValidator(_without_null)
+"""So that a file means the same on a laptop and however it comes into a cluster."""
 
 
 def refuse(field: str, message: str) -> PydanticCustomError:

@@ -16,6 +16,7 @@ from influence_job.spec.fields import (
     Quantity,
     ShortString,
     SpecModel,
+    WithoutNull,
     refuse,
 )
 from influence_job.spec.methods import MethodSpec
@@ -123,9 +124,9 @@ class TaskSpec(SpecModel):
             pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$",
         ),
     ] = Field(description='"module:function"; the function returns an InfluenceTask.')
-    arguments: Annotated[dict[Annotated[str, Field(max_length=128)], OpenValue], Field(max_length=64)] = (
-        Field(default_factory=dict, description="Keyword arguments of the function. Default none.")
-    )
+    arguments: Annotated[
+        dict[Annotated[str, Field(max_length=128)], OpenValue], Field(max_length=64), WithoutNull
+    ] = Field(default_factory=dict, description="Keyword arguments of the function; no nulls. Default none.")
     source: SourceSpec | None = Field(None, description="Where the module comes from. Default: the image.")
 
 
@@ -185,7 +186,7 @@ class OutputSpec(SpecModel):
     allow_mixed_hardware: Flag = Field(
         False, description="Resume on another CPU or GPU model: results then agree, but not bit for bit."
     )
-    storage_options: OpenObject = Field(
+    storage_options: Annotated[OpenObject, WithoutNull] = Field(
         default_factory=dict, description="Keyword arguments of the fsspec filesystem. No secrets here."
     )
     credentials_secret_ref: ObjectReference | None = Field(
