@@ -247,3 +247,10 @@ def test_a_job_of_another_manager_is_not_touched():
     assert not decision.actions
     assert not decision.events
     assert decision.status == {"observedGeneration": -1}
+
+
+def test_a_cluster_that_somebody_else_holds_is_left_to_them():
+    world = computing()
+    (cluster,) = world.find("DaskCluster")
+    cluster["metadata"] |= {"deletionTimestamp": stamp(NOW), "finalizers": ["other/one"]}
+    assert not world.step(1000).actions

@@ -155,3 +155,11 @@ def test_a_worker_that_died_is_dask_kubernetes_own_affair():
     world.add(pod(1, "worker", worker_name(1, 1)))
     world.step(10)
     assert world.status["workers"]["display"] == "2/2"
+
+
+def test_a_number_that_nobody_acts_upon_is_not_changed_back_and_forth():
+    world = computing(workers=2)
+    world.change(workers={"replicas": 4})
+    assert world.step(1).actions
+    for _ in range(30):
+        assert not world.step(10).actions, "dask-kubernetes is away"
