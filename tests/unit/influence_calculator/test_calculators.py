@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +30,7 @@ from influence_calculator import (
     UnsupportedInfluenceModeException,
     groups,
 )
+from influence_calculator.chunk_tasks import WorkerSide
 
 T, N = 11, 14
 generator = np.random.default_rng(1)
@@ -131,6 +135,17 @@ class TestHowOftenItWorks:
         (optimized,) = dask.optimize(influences)
         assert len(dict(optimized.dask)) == 4 + 4 + 1  # factors, regions, the model
 
+    def test_chunks_in_memory_that_several_groups_read_are_tasks_that_run_once(self):
+        influences = local(CountingModel(), 3 * ROW_BYTES).influences(*queries(), *training())
+        (optimized,) = dask.optimize(influences)
+        assert len(dict(optimized.dask)) == 2 * 4 + 4 + 4 * 4 + 1  # x and y, factors, regions, the model
+
+    def test_factors_that_a_worker_put_together_stay_there(self):
+        side = WorkerSide(CountingModel(), TorchNumpyConverter(), np.dtype(np.float32))
+        alone = len(pickle.dumps(side))
+        side.group("first", [np.zeros((10_000, FEATURES), np.float32)])
+        assert len(pickle.dumps(side)) == alone
+
 
 class TestWhatItReturns:
     @pytest.mark.parametrize(
@@ -213,6 +228,15 @@ class TestOnACluster:
         assert len(pickle.dumps(dict(influences.dask))) < model.ballast.nbytes / 10
         assert np.allclose(influences.compute(), EXPECTED)
 
+    def test_a_result_outlives_the_calculator_that_made_it(self, client: Client):
+        """Its graph holds the model that was sent: nobody else does."""
+        influences = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client).influences(
+            *queries(), *training()
+        )
+        gc.collect()
+        time.sleep(0.5)  # what nobody holds is forgotten by the scheduler meanwhile
+        assert np.allclose(influences.compute(), EXPECTED)
+
     def test_a_model_that_changed_is_sent_again(self, client: Client):
         model = CountingModel()
         calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
@@ -267,6 +291,18 @@ class TestOnACluster:
         calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
         calculator.influences(*queries(), *training()).compute()
         assert (dask.config.collect(), dict(dask.config.config), dict(np.geterr())) == before
+
+    def test_importing_the_package_changes_no_global_configuration(self):
+        code = (
+            "import copy, dask, distributed, numpy, torch, zarr\n"
+            "state = lambda: (copy.deepcopy(dask.config.config), copy.deepcopy(zarr.config.config), "
+            "numpy.geterr(), torch.get_num_threads(), torch.is_grad_enabled(), "
+            "torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype())\n"
+            "before = state()\n"
+            "import influence_calculator\n"
+            "assert state() == before"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class TestWhatItRefusesWhenTheGraphIsBuilt:

@@ -222,6 +222,28 @@ def test_a_training_set_that_fits_is_read_once() -> None:
     assert data.passes == 1
 
 
+def test_a_training_set_that_does_not_fit_is_read_in_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never held as a whole."""
+    monkeypatch.setattr(training_batches, "KEPT_BYTES", 500)
+    objective = xy_objective(MLP.model(), MLP.loss)
+    data = TrainingSet(MLP.train(), 5)
+    fitted = Cg(0.1, maxiter=4, rtol=1e-12).fitted(objective, {}, data)
+    fitted.solve(_gradients(fitted, MLP))
+    assert data.passes > 4
+
+
+def test_over_blocks_a_row_has_the_worst_end_the_most_iterations_and_the_largest_residual() -> None:
+    objective = xy_objective(MLP.model(), MLP.loss)
+    fitted = _fitted(MLP, Cg(0.01, rtol=1e-8, maxiter=12, blocks=BlockMode.LAYER_WISE))
+    gradients = fitted.gradients(objective, MLP.test())
+    report = fitted.solve(gradients).report
+    alone = [fitted.solvers[block].solve(gradients[block])[1] for block in fitted.layout.blocks]
+    for name in ("status", "iterations", "residual"):
+        values = torch.stack([getattr(own, name) for own in alone])
+        assert not torch.equal(values.amin(0), values.amax(0)), "all blocks end alike"
+        assert torch.equal(getattr(report, name), values.amax(0))
+
+
 @pytest.mark.parametrize(
     "blocks", [BlockMode.LAYER_WISE, {"some": ["2.weight", "4.bias"], "one": ["0.bias"]}]
 )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
 
+import pytest
+import torch
+from torch import Tensor
+
+from influence_calculator import CgInfluence, DirectInfluence, EkfacInfluence, InfluenceMode
 from influence_calculator.maths.denormals import denormals_flushed
+from influence_calculator.torch.base import TorchComposableInfluence
+from model_cases import MLP
 
 DENORMAL = 1e-40
 
@@ -37,3 +44,47 @@ def test_an_exception_leaves_the_thread_as_it_was() -> None:
     except ValueError:
         pass
     assert _product() != 0
+
+
+class Recording:
+    """A loss that notes whether denormals were zero when it was called."""
+
+    def __init__(self) -> None:
+        self.flushed: set[bool] = set()
+
+    def __call__(self, outputs: Tensor, y: Tensor) -> Tensor:
+        self.flushed.add(_product() == 0)
+        return MLP.loss(outputs, y)
+
+
+Model = TorchComposableInfluence
+MODELS: dict[str, Callable[[Recording], Model]] = {
+    "direct": lambda loss: DirectInfluence(MLP.model(), loss, regularization=0.1),
+    "cg": lambda loss: CgInfluence(MLP.model(), loss, regularization=0.1),
+    "ekfac": lambda loss: EkfacInfluence(MLP.model(), True, 0.1, loss=loss),
+}
+QUESTIONS: dict[str, Callable[[Model], object]] = {
+    "factors": lambda model: model.influence_factors(*MLP.test()),
+    "each other": lambda model: model.influences(*MLP.test()),
+    "scores": lambda model: model.influences_from_factors(
+        torch.ones(2, model.n_parameters, dtype=torch.float64), *MLP.train()
+    ),
+    "by block": lambda model: model.influences_by_block(*MLP.test(), *MLP.train()),
+    "perturbations": lambda model: model.influences(
+        *MLP.test(), *MLP.train(), mode=InfluenceMode.Perturbation
+    ),
+}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_a_model_flushes_denormals_while_it_differentiates_and_only_then(
+    build: Callable[[Recording], Model],
+) -> None:
+    loss = Recording()
+    model = build(loss).fit([MLP.train()])
+    assert loss.flushed == {True}, "fit"
+    for name, ask in QUESTIONS.items():
+        loss.flushed.clear()
+        ask(model)
+        assert loss.flushed == {True}, name
+        assert _product() != 0, name

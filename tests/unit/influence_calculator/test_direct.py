@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import curvlinops
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,6 @@ def test_linear_regression_has_the_closed_form() -> None:
     ],
 )
 def test_the_matrix_agrees_with_curvlinops(mode: SecondOrderMode, kind: str) -> None:
-    curvlinops = pytest.importorskip("curvlinops")
     model = MLP.model()
     operator = getattr(curvlinops, kind)(
         model, nn.CrossEntropyLoss(), list(model.parameters()), [MLP.train()]

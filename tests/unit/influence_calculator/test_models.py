@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import dask
+import dask.array as da
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSa
 from influence_calculator import (
     BlockMode,
     CgInfluence,
+    DaskInfluenceCalculator,
     DirectInfluence,
+    DisableClientSingleThreadCheck,
     EkfacInfluence,
     InfluenceMode,
     JacobiPreconditioner,
@@ -379,6 +383,40 @@ class TestCg:
         assert report.iterations.tolist() == [2] * len(X_TEST)
         assert (report.residual > 0).all()
         assert model.solver_report is report
+
+    def test_every_way_a_solve_can_end_reaches_the_caller_and_the_cluster(self):
+        """Right-hand sides that are chosen for it: with θ = 0 the gradient of an example is its label."""
+        curvature = torch.tensor([1.0, 2.0, 4.0, -3.0], dtype=torch.float64)
+
+        class Theta(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.theta = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.theta + 0 * x
+
+        def loss(outputs: Tensor, y: Tensor) -> Tensor:
+            return (0.5 * curvature * outputs**2 + y * outputs).sum()
+
+        x, y = torch.zeros(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+        y[1], y[2], y[3] = torch.tensor([1.0, 1, 1, 0]), torch.tensor([0.0, 0, 0, 1]), torch.inf
+        model = CgInfluence(Theta(), loss, 0.01, maxiter=1, warn_on_max_iteration=False)
+        model.fit([(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64))])
+        expected = [
+            SolverStatus.CONVERGED,
+            SolverStatus.MAX_ITERATIONS,
+            SolverStatus.INDEFINITE,
+            SolverStatus.NOT_FINITE,
+        ]
+        assert model.solve(x, y).report.status.tolist() == expected
+        calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), DisableClientSingleThreadCheck)
+        chunked = (da.from_array(part.numpy(), chunks=(3, -1)) for part in (x, y))
+        factors, report = dask.compute(
+            *calculator.influence_factors_and_report(*chunked), scheduler="synchronous"
+        )
+        assert report["status"].tolist() == expected
+        assert np.isfinite(factors).all(axis=1).tolist() == [True, True, True, False]
 
     def test_solves_that_converge_are_reported_without_a_warning(self):
         model = conjugate().fit(batches())

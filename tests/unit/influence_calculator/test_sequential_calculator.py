@@ -172,6 +172,9 @@ def test_loaders_in_random_order_are_refused_on_both_sides(options: dict[str, An
         ask.influences(shuffled, training())
     with pytest.raises(RandomOrderError, match="train_data_iterable"):
         ask.influences_from_factors([FACTORS], shuffled)
+    factors = DataLoader(TensorDataset(FACTORS), batch_size=4, shuffle=True)
+    with pytest.raises(RandomOrderError, match="z_test_factors"):
+        ask.influences_from_factors(factors, training())
 
 
 def test_an_unfitted_model_and_an_unknown_mode_are_refused_at_once():

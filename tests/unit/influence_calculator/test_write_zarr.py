@@ -37,8 +37,10 @@ def test_the_stored_array_equals_the_computed_one_chunk_by_chunk(tmp_path: Path)
     assert len(objects(tmp_path / "a.zarr")) == 9
 
 
-def test_chunks_of_zeros_are_objects_too(tmp_path: Path):
-    write_zarr(da.zeros((4, 4), chunks=2), str(tmp_path / "a.zarr"))
+@pytest.mark.parametrize(("value", "dtype"), [(0, "float32"), (np.nan, "float32"), (0, "int64")])
+def test_chunks_that_hold_the_fill_value_alone_are_objects_too(value: float, dtype: str, tmp_path: Path):
+    """So that a missing object always means missing work."""
+    write_zarr(da.full((4, 4), value, dtype=dtype, chunks=2), str(tmp_path / "a.zarr"))
     assert len(objects(tmp_path / "a.zarr")) == 4
 
 

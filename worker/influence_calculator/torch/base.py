@@ -334,6 +334,7 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
         left = {block: rows.detach().to(self.model_device) for block, rows in z_test_factors.items()}
         return self._scores_by_block(left, self._batch(x, y), as_mode(mode))
 
+    @denormals_flushed()
     def _scores_by_block(
         self, left: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode
     ) -> OrderedDict[str, Tensor]:
