@@ -21,7 +21,7 @@ from influence_operator.decisions.course import Course
 from influence_operator.decisions.events import transitions
 from influence_operator.decisions.refused_spec import stalled_status
 from influence_operator.decisions.snapshot import Children, Object, Snapshot
-from influence_operator.decisions.specification import InvalidSpecError, managed_elsewhere, spec_of
+from influence_operator.decisions.specification import RefusedSpecError, managed_elsewhere, spec_of
 from influence_operator.decisions.status import as_json, same, significant, status_of, worth_writing
 from influence_operator.decisions.step import Step, soonest, together
 from influence_operator.decisions.view import View, generation, stored_status
@@ -40,7 +40,7 @@ def decide(snapshot: Snapshot, settings: Settings) -> Decision:
     stored = stored_status(job)
     try:
         view = View(snapshot, spec_of(job), stored, now)
-    except InvalidSpecError as error:
+    except RefusedSpecError as error:
         status = stalled_status(stored, str(error), generation(job), now)
         return _decision(job, stored, status, release)
     course = advance(view)

@@ -9,19 +9,20 @@ from pydantic import ValidationError
 from influence_job.spec.job import InfluenceJobSpec
 from influence_job.spec.problems import Problem, problems_of
 
-_MOST_TOLD = 8
-"""Problems in one message: a condition is read in a terminal."""
-_LONGEST = 400
-"""Characters of one problem, which repeats names and values of whoever wrote the spec."""
+_MOST_TOLD = 5
+"""Problems in one message."""
+_LONGEST = 960
+"""Characters of all of them: a condition is read in a terminal, and an Event holds 1024 bytes."""
 
 
 class InvalidSpecError(ValueError):
     """A spec that the model refuses; the message names each field, what was expected and what came."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        told = [_shortened(str(problem)) for problem in problems[:_MOST_TOLD]]
+        told = [str(problem) for problem in problems[:_MOST_TOLD]]
+        told = [_shortened(text, _LONGEST // len(told)) for text in told]
         if len(problems) > _MOST_TOLD:
-            told.append(f"and {len(problems) - _MOST_TOLD} problems more")
+            told.append(f"and {len(problems) - _MOST_TOLD} more")
         super().__init__("; ".join(told))
         self.problems = problems
 
@@ -40,5 +41,5 @@ def parse_spec(raw: Any) -> InfluenceJobSpec:
         raise InvalidSpecError([Problem(("spec", *p.path), p.message) for p in found]) from error
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

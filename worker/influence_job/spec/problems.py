@@ -69,7 +69,10 @@ class _Reader:
             case "enum" | "literal_error" | "union_tag_invalid":
                 message = _choice(context, self._value(path))
             case _:
-                message = f"{_expected(details)}, got {show(details['input'])}{_about(model, path)}"
+                about = _about(model, path)
+                if kind == "string_pattern_mismatch" and not about:
+                    about = f"; it must match {context['pattern']}"
+                message = f"{_expected(details)}, got {show(details['input'])}{about}"
         return Problem(path, message)
 
     def _path(self, location: tuple[str | int, ...], *, keep_last: bool) -> Path:

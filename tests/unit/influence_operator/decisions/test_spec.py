@@ -11,7 +11,7 @@ from operator_objects import World, computing, driver_ends, influence_job
     ("change", "field"),
     [
         ({"workers": {"replicas": "many"}}, "spec.workers.replicas"),
-        ({"method": {"name": "Magic"}}, "spec.method"),
+        ({"method": {"name": "Magic"}}, "spec.method.name"),
         ({"method": {"name": "Ekfac", "regularization": "much"}}, "spec.method.regularization"),
         ({"output": {"url": "ftp://somewhere"}}, "spec.output.url"),
         ({"operation": "InfluencesFromFactors"}, "spec.factors"),
