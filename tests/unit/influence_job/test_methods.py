@@ -1,0 +1,117 @@
+"""From the spec's method to the calculator's: every field arrives, and nothing else does."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from influence_calculator.maths.blocks import BlockMode, Relative
+from influence_calculator.maths.cg import Cg
+from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.direct import Direct
+from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.method import Method
+from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
+from influence_job.methods import build
+from manifests import spec
+
+BLOCKS = {"head": ["2.weight", "2.bias"]}
+CASES: dict[str, tuple[dict[str, Any], Method]] = {
+    "Direct as it comes": ({"name": "Direct", "regularization": 0.3}, Direct(0.3)),
+    "Direct, every field": (
+        {
+            "name": "Direct",
+            "regularization": 0.3,
+            "relative": True,
+            "blocks": "LayerWise",
+            "secondOrder": "EmpiricalFisher",
+        },
+        Direct(Relative(0.3), BlockMode.LAYER_WISE, SecondOrderMode.EMPIRICAL_FISHER),
+    ),
+    "λ per block": (
+        {
+            "name": "Direct",
+            "regularization": 0.3,
+            "regularizationByBlock": {"head": 0.5},
+            "blocks": "Custom",
+            "customBlocks": BLOCKS,
+        },
+        Direct({"head": 0.5}, {"head": ("2.weight", "2.bias")}),
+    ),
+    "Cg as it comes": (
+        {"name": "Cg", "regularization": 0.3},
+        Cg(0.3, rtol=1e-4, atol=0.0, maxiter=None, simultaneous=True, preconditioner=None),
+    ),
+    "Cg, every field": (
+        {
+            "name": "Cg",
+            "regularization": 0.3,
+            "rtol": 1e-6,
+            "atol": 1e-9,
+            "maxiter": 7,
+            "simultaneous": False,
+            "preconditioner": {"name": "Nystroem", "rank": 5},
+            "blocks": "ParameterWise",
+            "secondOrder": "GeneralizedGaussNewton",
+        },
+        Cg(
+            0.3,
+            rtol=1e-6,
+            atol=1e-9,
+            maxiter=7,
+            simultaneous=False,
+            preconditioner=NystroemPreconditioner(5),
+            blocks=BlockMode.PARAMETER_WISE,
+            second_order=SecondOrderMode.GENERALIZED_GAUSS_NEWTON,
+        ),
+    ),
+    "Cg with Jacobi": (
+        {"name": "Cg", "regularization": 0.3, "preconditioner": {"name": "Jacobi", "samples": 4}},
+        Cg(0.3, preconditioner=JacobiPreconditioner(4)),
+    ),
+    "Ekfac as it comes": (
+        {"name": "Ekfac", "regularization": 0.3},
+        Ekfac(0.3, update_diagonal=True, expectation="sampled", samples=1, seed=0, unsupported="refuse"),
+    ),
+    "Ekfac, every field": (
+        {
+            "name": "Ekfac",
+            "regularization": 0.3,
+            "updateDiagonal": False,
+            "expectation": "Empirical",
+            "samples": 3,
+            "seed": 9,
+            "unsupported": "Exclude",
+        },
+        Ekfac(0.3, update_diagonal=False, expectation="empirical", samples=3, seed=9, unsupported="exclude"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_method_is_built_with_the_values_of_the_spec(name: str) -> None:
+    given, expected = CASES[name]
+    assert build(spec(method=given).method) == expected
+
+
+@pytest.mark.parametrize("kind", [Direct, Cg, Ekfac])
+def test_every_value_of_a_method_differs_somewhere_from_its_default(kind: type[Method]) -> None:
+    """Else a field that the builder forgets would not be missed."""
+    made = [expected for _, expected in CASES.values() if type(expected) is kind]
+    for field in fields(kind):
+        assert any(getattr(method, field.name) != field.default for method in made), field.name
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("expectation", ("Sampled", "Exact", "Empirical")),
+        ("unsupported", ("Refuse", "Diagonal", "Exclude")),
+    ],
+)
+def test_every_word_of_ekfac_is_one_of_the_calculators(field: str, words: tuple[str, ...]) -> None:
+    for word in words:
+        made = build(spec(method={"name": "Ekfac", "regularization": 0.1, field: word}).method)
+        assert getattr(made, field) == word.lower()
