@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import stored
+from dask_processes import DaskProcesses
+from drives import Drives
 from jobs import Barrier, Jobs, Run
 
 PACE = 0.15
@@ -22,6 +24,22 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     made = Jobs(tmp_path)
     yield made
     made.close()
+
+
+@pytest.fixture
+def dask(tmp_path: Path) -> Iterator[DaskProcesses]:
+    """Dask's processes, none of which runs yet; those of a test end with it."""
+    folder = tmp_path / "dask"
+    folder.mkdir()
+    made = DaskProcesses(folder)
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def drives(jobs: Jobs, dask: DaskProcesses) -> Drives:
+    """Drivers that look for that scheduler, with its attempt's certificate."""
+    return Drives(jobs, dask.tls, dask.address)
 
 
 @dataclass(frozen=True)

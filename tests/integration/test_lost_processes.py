@@ -1,179 +1,195 @@
-"""What a run loses with a worker or with the scheduler: the regions in flight, and nothing else."""
+"""What a run loses with a worker or with the scheduler: the regions in flight, and nothing else.
+
+`influence drive` with scheduler and workers in processes of their own, as in a cluster.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 import stored
-from influence_job.dask_settings import THREAD_SETTINGS
+from dask_processes import DaskProcesses, free_port
+from drives import Drive, Drives
+from influence_job.errors import Reason
 from influence_job.exit_codes import ExitCode
-from jobs import SUPPORT, Jobs, Run, times_written
+from jobs import Jobs, Run
 from resuming import count
 
 PACE = 0.3
 
 
-class DaskProcesses:
-    """A scheduler and workers, each a process that a test may kill and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.processes: list[subprocess.Popen[bytes]] = []
-
-    @property
-    def address(self) -> str:
-        return f"tcp://127.0.0.1:{self.port}"
-
-    def scheduler(self) -> subprocess.Popen[bytes]:
-        return self._start(
-            "dask_scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--dashboard-address", ":0"
-        )
-
-    def worker(self) -> subprocess.Popen[bytes]:
-        return self._start("dask_worker", self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard")
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-
-    def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(SUPPORT),
-            **THREAD_SETTINGS,
-            "BARRIER_PACE": str(PACE),
-            "WRITES_LOG": str(self.folder / "writes"),
-        }
-        with (self.folder / f"{module}-{len(self.processes)}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"distributed.cli.{module}", *arguments],
-                cwd=self.folder,
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-        self.processes.append(process)
-        return process
-
-
 @pytest.fixture
-def dask(tmp_path: Path) -> Iterator[DaskProcesses]:
-    made = DaskProcesses(tmp_path)
-    yield made
-    made.close()
+def path(dask: DaskProcesses, tmp_path: Path) -> Path:
+    """Where results go; the workers take their time."""
+    dask.environment["BARRIER_PACE"] = str(PACE)
+    return tmp_path / "result.zarr"
 
 
-def start_driver(jobs: Jobs, dask: DaskProcesses, path: Path, **environment: str) -> Run:
-    manifest = jobs.manifest({"output": {"url": str(path)}})
-    with (jobs.folder / "stdout").open("wb") as out, (jobs.folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "remote_driver.py"), str(manifest), dask.address],
-            cwd=jobs.folder,
-            env={**os.environ, "PYTHONPATH": str(SUPPORT), **environment},
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
-    run = Run(process, jobs.folder)
-    jobs.runs.append(run)
-    return run
+def start(drives: Drives, path: Path, **environment: str) -> Drive:
+    return drives.start(drives.document({"output": {"url": str(path)}}), **environment)
 
 
 def regions(path: Path) -> int:
     return count(stored.held(stored.open_store(path)))["region"] if (path / "ledger").exists() else 0
 
 
-def region_writes(run: Run, path: Path) -> Counter[str]:
+def held_regions(path: Path) -> set[str]:
+    """Objects of the regions that the ledger holds."""
+    rows = stored.held(stored.open_store(path))
+    return {f"influences/c/0/{index}" for kind, index in rows if kind == "region"}
+
+
+def twice(dask: DaskProcesses, path: Path, among: set[str] | None = None) -> dict[str, int]:
+    """Regions that were written more than once, and how often."""
+    written = region_writes(dask, path)
+    return {n: times for n, times in written.items() if times > 1 and (among is None or n in among)}
+
+
+def region_writes(dask: DaskProcesses, path: Path) -> Counter[str]:
     """How often each region was written, by whichever process."""
-    written = times_written(run, path)
+    written = dask.times_written(path)
     return Counter({name: n for name, n in written.items() if name.startswith("influences/c/")})
 
 
-def finished(run: Run, path: Path, undisturbed: object) -> None:
+def kill(*processes: Any) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def finished(run: Run, path: Path, undisturbed: Any) -> None:
     run.wait()
     assert run.code == 0, run.stderr
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
 
 
 def test_a_killed_worker_costs_the_regions_it_had_in_flight(
-    jobs: Jobs, dask: DaskProcesses, tmp_path: Path, undisturbed: object
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
 ) -> None:
-    path = tmp_path / "result.zarr"
     dask.scheduler()
     victim, _ = dask.worker(), dask.worker()
-    run = start_driver(jobs, dask, path)
+    run = start(drives, path)
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
-    victim.kill()
+    kill(victim)
+    held = held_regions(path)
     finished(run, path, undisturbed)
-    twice = {name for name, times in region_writes(run, path).items() if times > 1}
-    assert len(twice) <= 2, "more than the victim's regions in flight were computed again"
+    assert not twice(dask, path, held), "Dask ran the victim's task again as it was submitted"
+
+
+def test_a_worker_comes_back_under_its_name_and_port(
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
+) -> None:
+    """As a container that is started again in its pod."""
+    port = free_port()
+    dask.scheduler()
+    victim = dask.worker("--name", "job-worker-a", "--worker-port", str(port))
+    run = start(drives, path)
+    run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
+    kill(victim)
+    dask.worker("--name", "job-worker-a", "--worker-port", str(port))
+    finished(run, path, undisturbed)
+
+
+def test_a_worker_that_is_told_to_stop_goes_at_once_and_costs_no_more_than_a_killed_one(
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
+) -> None:
+    dask.scheduler()
+    victim, _ = dask.worker(), dask.worker()
+    run = start(drives, path)
+    run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
+    victim.terminate()
+    victim.wait(10)
+    held = held_regions(path)
+    finished(run, path, undisturbed)
+    assert not twice(dask, path, held)
+    assert run.last_words.regions.failed == 0
 
 
 def test_a_scheduler_that_comes_back_costs_the_regions_in_flight(
-    jobs: Jobs, dask: DaskProcesses, tmp_path: Path, undisturbed: object
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
 ) -> None:
-    path = tmp_path / "result.zarr"
     scheduler = dask.scheduler()
     workers = [dask.worker(), dask.worker()]
-    run = start_driver(jobs, dask, path)
+    run = start(drives, path)
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
-    for process in (scheduler, *workers):
-        process.kill()
-        process.wait()
-    held = regions(path)
-    assert 2 <= held < 20
+    kill(scheduler, *workers)
+    held = held_regions(path)
+    assert 2 <= len(held) < 20
     dask.scheduler()
     dask.worker()
     finished(run, path, undisturbed)
-    twice = {name for name, times in region_writes(run, path).items() if times > 1}
-    assert len(twice) <= 20 - held, "regions that the ledger held were computed again"
+    assert not twice(dask, path, held)
+    assert sum(twice(dask, path).values()) <= 20 - len(held)
+
+
+def test_rows_come_before_their_tasks_end_also_from_the_second_scheduler(
+    drives: Drives, dask: DaskProcesses, path: Path
+) -> None:
+    """The subscription to them goes with the first; without one, a task counts when all of it is done."""
+    dask.environment["BARRIER_PACE"] = "2"
+    scheduler, worker = dask.scheduler(), dask.worker()
+    run = start(drives, path)
+    run.wait_until(lambda: regions(path) >= 1, "a region in the ledger")
+    kill(scheduler, worker)
+    held = regions(path)
+    dask.scheduler()
+    dask.worker()
+    run.wait_until(lambda: regions(path) > held, "another region in the ledger")
+    assert sum(region_writes(dask, path).values()) < held + 5, "that was a whole task of five"
 
 
 def test_a_scheduler_that_stays_away_ends_the_attempt_and_the_next_one_resumes(
-    jobs: Jobs, dask: DaskProcesses, tmp_path: Path, resume: Callable[..., Run]
+    drives: Drives, dask: DaskProcesses, path: Path, resume: Callable[..., Run]
 ) -> None:
-    path = tmp_path / "result.zarr"
     scheduler = dask.scheduler()
     workers = [dask.worker(), dask.worker()]
-    shorter = {"REMOTE_GRACE_SECONDS": "3", "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "2s"}
-    run = start_driver(jobs, dask, path, **shorter)
+    run = start(drives, path, INFLUENCE_SCHEDULER_GRACE_SECONDS="3")
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
-    for process in (scheduler, *workers):
-        process.kill()
-        process.wait()
+    kill(scheduler, *workers)
     run.wait()
     assert run.code == ExitCode.RETRY, run.stderr
-    assert "no scheduler for 3 s" in run.stderr
-    assert '"reason":"WorkersLost"' in run.stdout
+    last = run.last_words.last_error
+    assert last is not None
+    assert last.reason == Reason.WORKERS_LOST
+    assert "no scheduler for 3 s" in last.message
+    assert run.last_words.recorded
     resume(path, workers=2)
 
 
-def test_all_workers_may_go_and_others_come(
-    jobs: Jobs, dask: DaskProcesses, tmp_path: Path, undisturbed: object
+def test_a_scheduler_that_hangs_keeps_no_driver_from_stopping(
+    drives: Drives, dask: DaskProcesses, path: Path
 ) -> None:
-    path = tmp_path / "result.zarr"
+    """Its connections stand, and nothing that is asked of it is ever answered."""
+    scheduler = dask.scheduler()
+    dask.worker()
+    run = start(drives, path)
+    run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
+    scheduler.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.wait(30)
+    assert run.code == ExitCode.RETRY, run.stderr
+    assert run.last_words.last_error is not None
+    assert run.last_words.last_error.reason == Reason.TERMINATED
+
+
+def test_all_workers_may_go_and_others_come(
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
+) -> None:
     dask.scheduler()
     workers = [dask.worker(), dask.worker()]
-    run = start_driver(jobs, dask, path)
+    run = start(drives, path)
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
-    for process in workers:
-        process.kill()
-        process.wait()
+    kill(*workers)
     time.sleep(1)
     assert run.code is None, run.stderr
     dask.worker()

@@ -13,14 +13,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
 from influence_operator.cluster.certificates import attempt_material
 from influence_operator.manifests.environment import dask_environment
-from jobs import SUPPORT
+from jobs import SUPPORT, Run, times_written
 
 START_SECONDS = 30.0
 
@@ -43,12 +43,12 @@ def free_port() -> int:
 class DaskProcesses:
     """A scheduler and workers, each a process that a test may kill and start again."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tls = certificate(folder / "tls")
         self.address = f"tls://127.0.0.1:{free_port()}"
         self._http = free_port()
-        self._environment = dict(environment or {})
+        self.environment: dict[str, str] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def scheduler(self) -> subprocess.Popen[bytes]:
@@ -77,6 +77,10 @@ class DaskProcesses:
             process.kill()
             process.wait()
 
+    def times_written(self, root: Path) -> Counter[str]:
+        """How often the workers wrote each object of the store at `root`."""
+        return times_written(Run(self.processes[-1], self.folder), root)
+
     def logs(self) -> str:
         """What all processes have said."""
         return "\n".join(f"{log.name}:\n{log.read_text()}" for log in sorted(self.folder.glob("dask-*.log")))
@@ -95,9 +99,10 @@ class DaskProcesses:
         environment = {
             **os.environ,
             "PYTHONPATH": str(SUPPORT),
+            "WRITES_LOG": str(self.folder / "writes"),
             **THREAD_SETTINGS,
             **dask_environment(settings),
-            **self._environment,
+            **self.environment,
         }
         with (self.folder / f"dask-{len(self.processes)}-{arguments[0]}.log").open("wb") as log:
             process = subprocess.Popen(

@@ -150,7 +150,7 @@ class Stages:
 
     def _region_arguments(self, left: tuple[int, ...]) -> tuple[object, ...]:
         pairs = [self.plan.unravel(index) for index in left]
-        return self.context, pairs[0][0], [chunk for _, chunk in pairs]
+        return self.context, pairs[0][0], [chunk for _, chunk in pairs], self.opened.ledger.next_segment
 
     # -- checks ---------------------------------------------------------------------------------
 

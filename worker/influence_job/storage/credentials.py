@@ -13,21 +13,21 @@ from pathlib import Path
 from influence_job.document import CREDENTIALS_DIRECTORY
 from influence_job.errors import PermanentError, Reason
 
-KEY, TOKEN = "key.json", "token"
-"""Keys of the Secret: a service account's credentials, or an access token."""
+KEY = "key.json"
+"""Key of the Secret."""
 
 
-def google_token(folder: str = CREDENTIALS_DIRECTORY) -> str | None:
-    """What gcsfs takes as `token`: the credentials' file, or an access token; None where none is mounted.
+def google_key(folder: str = CREDENTIALS_DIRECTORY) -> str | None:
+    """The file with a service account's key, which gcsfs takes as `token`; None where none is mounted.
 
     Raises:
-        PermanentError: `key.json` holds something else.
+        PermanentError: it holds something else.
     """
-    key, token = Path(folder) / KEY, Path(folder) / TOKEN
-    if key.is_file():
-        _check(key)
-        return str(key)
-    return token.read_text().strip() if token.is_file() else None
+    key = Path(folder) / KEY
+    if not key.is_file():
+        return None
+    _check(key)
+    return str(key)
 
 
 def _check(key: Path) -> None:

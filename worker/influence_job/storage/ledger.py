@@ -25,7 +25,7 @@ FLUSH_ROWS = 256
 
 _SEGMENT = re.compile(r"ledger/(\d+)-(\d+)")
 
-__all__ = ["FLUSH_ROWS", "FLUSH_SECONDS", "Ledger", "Row"]
+__all__ = ["FLUSH_ROWS", "FLUSH_SECONDS", "Ledger", "Row", "indices_since"]
 
 
 class Ledger:
@@ -91,6 +91,11 @@ class Ledger:
     def environments(self) -> list[str]:
         """The numerical environments that rows were computed in."""
         return self._table.environments()
+
+    @property
+    def next_segment(self) -> int:
+        """The number of the segment that the next flush writes."""
+        return self._next_segment
 
     @property
     def pending(self) -> int:
@@ -162,3 +167,13 @@ class Ledger:
     def _write_segment(self, table: Table) -> None:
         self._store.put(f"ledger/{self._epoch.number}-{self._next_segment}", table.pack())
         self._next_segment += 1
+
+
+def indices_since(store: Store, epoch: int, segment: int, kind: str) -> set[int]:
+    """The indices of a kind in an epoch's segments from number `segment` on, for a worker that only reads."""
+    table = Table()
+    found = (_SEGMENT.fullmatch(path) for path in store.list(f"ledger/{epoch}-"))
+    for _, data in store.get_many(m[0] for m in found if m is not None and int(m[2]) >= segment):
+        if data is not None:
+            table.insert_segment(data)
+    return {row.index for row in table.rows(kind)}

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from influence_job.errors import PermanentError, Reason
 from influence_job.storage.backend import Backend, Page
-from influence_job.storage.credentials import google_token
+from influence_job.storage.credentials import google_key
 
 REQUEST_SECONDS = 600.0
 CONNECT_SECONDS = 30.0
@@ -99,8 +99,8 @@ def _google(options: dict[str, Any]) -> Filesystem:
             if session is not None:
                 sync(self.loop, session.close, timeout=5)
 
-    if "token" not in options and (token := google_token()) is not None:
-        options["token"] = token
+    if "token" not in options and (key := google_key()) is not None:
+        options["token"] = key
     options.setdefault("consistency", "md5")  # of uploads; gcsfs's crc32c needs one package more
     timeout = ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)
     options.setdefault("requests_timeout", timeout)

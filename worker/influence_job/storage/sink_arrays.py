@@ -95,6 +95,11 @@ def delete_partials(store: Store) -> None:
     store.delete_prefix("partials/", keep=lambda path: path == "partials/zarr.json")
 
 
+def has_partial(store: Store, group: int, chunk: int) -> bool:
+    """Whether somebody began to write this region. Whether it is done, the ledger says."""
+    return store.get(_path(group, chunk)) is not None
+
+
 def _partials(store: Store, group: int, chunks: int) -> Iterator[Partial]:
     for path, data in store.get_many(_path(group, chunk) for chunk in range(chunks)):
         try:

@@ -20,7 +20,7 @@ from influence_calculator.maths.objective import Batch
 from influence_job.plan import Plan
 from influence_job.spec import Mode
 from influence_job.storage import arrays, sink_arrays
-from influence_job.storage.ledger import Row
+from influence_job.storage.ledger import Row, indices_since
 from influence_job.storage.sinks import Partial
 from influence_job.worker.annotations import write_annotations
 from influence_job.worker.blame import blame, blaming, not_finite
@@ -42,11 +42,15 @@ class _Written:
     put: Future[str]
 
 
-def compute_regions(context: WorkerContext, group: int, chunks: Sequence[int]) -> Outcome:
-    """Computes and stores the regions of `group` and the training chunks `chunks`, in order."""
+def compute_regions(context: WorkerContext, group: int, chunks: Sequence[int], segment: int) -> Outcome:
+    """Computes and stores the regions of `group` and the training chunks `chunks`, in order.
+
+    A region that the ledger holds in segment `segment` or a later one is left out. When a worker vanishes,
+    Dask runs its task again as it was submitted, and what the first run finished must not be computed twice.
+    """
     outcome = Outcome()
     with ThreadPoolExecutor(1, "influence-read") as reads, ThreadPoolExecutor(1, "influence-write") as writes:
-        pipeline = _Pipeline(context, group, list(chunks), outcome, reads, writes)
+        pipeline = _Pipeline(context, group, list(chunks), segment, outcome, reads, writes)
         pipeline.run()
     return outcome
 
@@ -56,6 +60,7 @@ class _Pipeline:
     context: WorkerContext
     group: int
     chunks: list[int]
+    segment: int
     outcome: Outcome
     reads: ThreadPoolExecutor
     writes: ThreadPoolExecutor
@@ -87,8 +92,16 @@ class _Pipeline:
 
     def _open(self) -> None:
         self.own: Session = session(self.context)
+        self.chunks = self._not_done()
         self.left: Left = self.own.group(self.group, lambda g: load_group(self.own, g))
         self._prefetch(0)
+
+    def _not_done(self) -> list[int]:
+        # One small request when nothing was begun, as nearly always; a region's existence proves nothing.
+        if not sink_arrays.has_partial(self.own.store, self.group, self.chunks[0]):
+            return self.chunks
+        done = indices_since(self.own.store, self.context.epoch, self.segment, KIND)
+        return [chunk for chunk in self.chunks if self.plan.region(self.group, chunk) not in done]
 
     def _prefetch(self, position: int) -> None:
         self._next = None
