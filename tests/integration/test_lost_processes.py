@@ -182,6 +182,20 @@ def test_a_scheduler_that_hangs_keeps_no_driver_from_stopping(
     assert run.last_words.last_error.reason == Reason.TERMINATED
 
 
+def test_a_scheduler_that_hangs_for_good_is_one_that_stays_away(
+    drives: Drives, dask: DaskProcesses, path: Path
+) -> None:
+    scheduler = dask.scheduler()
+    dask.worker()
+    run = start(drives, path, INFLUENCE_SCHEDULER_GRACE_SECONDS="3")
+    run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
+    scheduler.send_signal(signal.SIGSTOP)
+    run.wait(60)
+    assert run.code == ExitCode.RETRY, run.stderr
+    assert run.last_words.last_error is not None
+    assert run.last_words.last_error.reason == Reason.WORKERS_LOST
+
+
 def test_all_workers_may_go_and_others_come(
     drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
 ) -> None:

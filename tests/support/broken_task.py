@@ -27,6 +27,14 @@ def raises() -> InfluenceTask:
     raise FileNotFoundError("no checkpoint at /models/last.pt")
 
 
+def raises_at_length() -> InfluenceTask:
+    raise ValueError(f"{'größe ' * 20_000}\nGewichte fehlen: größe 𝄞")
+
+
+def leaves() -> InfluenceTask:
+    raise SystemExit(0)
+
+
 def takes_a_path(path: str) -> InfluenceTask:
     return traced_task.task()
 

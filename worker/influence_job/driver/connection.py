@@ -105,7 +105,8 @@ class Connection:
         client = self._client
         if client is None or client.status != "running" or client.scheduler_comm is not self._stream:
             return True
-        return self._silent_since is not None and time.monotonic() - self._silent_since > SILENT_SECONDS
+        silent = 0.0 if self._silent_since is None else time.monotonic() - self._silent_since
+        return silent > min(SILENT_SECONDS, self._grace)
 
     def submit(self, function: Callable[..., Any], arguments: tuple[Any, ...], priority: int) -> Future[Any]:
         """One task for any worker; its future's value is what the function returns there.
