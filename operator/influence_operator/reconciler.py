@@ -25,7 +25,7 @@ from influence_operator.cluster.memory import Memory
 from influence_operator.cluster.status import StatusWriter
 from influence_operator.decisions.actions import Decision
 from influence_operator.decisions.decide import decide, decide_orphans
-from influence_operator.decisions.snapshot import Children, Object
+from influence_operator.decisions.snapshot import Object
 from influence_operator.metrics import Metrics
 from influence_operator.settings import Settings
 from influence_operator.work_queue import WorkQueue
@@ -33,7 +33,7 @@ from influence_operator.work_queue import WorkQueue
 SIDE_BY_SIDE = 16
 """Passes at a time; each waits for the network most of its time."""
 ORPHAN_SECONDS = 5.0
-"""Children whose job is gone are looked at so often until they are gone too."""
+"""A DaskCluster whose job is gone and that does not go is looked at so often."""
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +151,7 @@ class Reconciler:
         return "done"
 
     async def _write(self, key: JobKey, job: Object, decision: Decision, memory: Memory) -> None:
-        try:
-            await self._status.write(key, job, decision.status, memory)
-        except ApiError as error:
-            if error.not_found:
-                return  # deleted meanwhile: the watch will say so
-            raise
+        await self._status.write(key, job, decision.status, memory)
         await self._events.post(key, decision.events)
 
     async def _clear_away(self, key: JobKey) -> str:
@@ -168,7 +163,7 @@ class Reconciler:
             raise outcome.error
         self._queue.done(key)
         self._queue.forget(key)
-        if children != Children():
+        if any(cluster["metadata"].get("deletionTimestamp") for cluster in children.dask_clusters):
             self._queue.add_after(key, ORPHAN_SECONDS)
         return "gone"
 
@@ -179,8 +174,8 @@ def _intent(job: Object) -> tuple[object, object]:
 
 
 def _tell(key: JobKey, error: Exception, delay: float) -> None:
-    if isinstance(error, ApiError) and error.conflict:
-        log.info("%s: changed during the pass, again in %.1f s", key, delay)
+    if isinstance(error, ApiError) and (error.conflict or error.not_found):
+        log.info("%s: changed or deleted during the pass, again in %.1f s", key, delay)
     elif isinstance(error, ClusterError):
         log.warning("%s: pass failed, again in %.1f s: %s", key, delay, error)
     else:

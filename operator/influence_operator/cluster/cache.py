@@ -91,8 +91,9 @@ class Cache:
         return known[1] if known else None
 
     def job(self, key: JobKey) -> Object | None:
-        """The InfluenceJob, if it is there."""
-        return self._jobs.get(key.uid)
+        """The InfluenceJob, if it is there; a child's label may name another than its UID does."""
+        job = self._jobs.get(key.uid)
+        return job if job is not None and _key(INFLUENCE_JOB, job) == key else None
 
     def job_keys(self) -> set[JobKey]:
         """Every job that is there, and every one of which children are left."""

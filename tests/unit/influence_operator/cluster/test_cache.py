@@ -69,6 +69,18 @@ def test_children_outlive_their_job_until_each_is_gone():
     assert cache.job_keys() == set()
 
 
+def test_a_child_that_names_another_job_than_its_uid_does_is_nobodys():
+    cache = Cache()
+    cache.put(INFLUENCE_JOB, job())
+    stranger = child("a")
+    stranger["metadata"]["labels"][names.JOB] = "another"
+    key = cache.put(POD, stranger)
+
+    assert key == JobKey("ns", "another", "u-1")
+    assert cache.job(key) is None
+    assert cache.children(KEY) == Children()
+
+
 def test_what_nothing_decides_by_is_not_kept():
     cache = Cache()
     cache.put(CONFIG_MAP, child("a", data={FILE: "{}", "task.py": "x" * 100_000}, binaryData={"b": "AA=="}))
