@@ -68,7 +68,7 @@ class Cable:
 
 
 def _copy(one: socket.socket, other: socket.socket) -> None:
-    with contextlib.suppress(OSError):
+    with one, contextlib.suppress(OSError):
         while data := one.recv(65536):
             other.sendall(data)
     with contextlib.suppress(OSError):
@@ -104,9 +104,11 @@ class Watching:
     def code(self) -> int:
         return self._process.wait(SECONDS)
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -149,9 +151,8 @@ def kubeconfig(crd: Cluster, cable: Cable, namespace: str, tmp_path: Path) -> Pa
 
 @pytest.fixture
 def watching(kubeconfig: Path) -> Iterator[Watching]:
-    watching = Watching("sample", "--kubeconfig", str(kubeconfig))
-    yield watching
-    watching.end()
+    with contextlib.closing(Watching("sample", "--kubeconfig", str(kubeconfig))) as watching:
+        yield watching
 
 
 def create(crd: Cluster, namespace: str) -> None:
@@ -231,20 +232,22 @@ def test_a_job_that_was_deleted_and_made_again_meanwhile_is_another(
 
 def test_scripts_read_one_json_document_per_change(crd: Cluster, namespace: str, kubeconfig: Path) -> None:
     create(crd, namespace)
-    watching = Watching("sample", "--kubeconfig", str(kubeconfig), "-n", namespace, "--json")
-    first = json.loads(watching.line("{"))
-    assert first["metadata"]["name"] == "sample"
-    assert (first["deleted"], first["status"]) == (False, {"observedGeneration": -1})
-    write(crd, namespace, phase="Complete", conditions=holds("Complete", "Complete", "done"))
-    assert json.loads(watching.line("{"))["status"]["phase"] == "Complete"
-    assert watching.code() == 0
+    with contextlib.closing(
+        Watching("sample", "--kubeconfig", str(kubeconfig), "-n", namespace, "--json")
+    ) as watching:
+        first = json.loads(watching.line("{"))
+        assert first["metadata"]["name"] == "sample"
+        assert (first["deleted"], first["status"]) == (False, {"observedGeneration": -1})
+        write(crd, namespace, phase="Complete", conditions=holds("Complete", "Complete", "done"))
+        assert json.loads(watching.line("{"))["status"]["phase"] == "Complete"
+        assert watching.code() == 0
 
 
 def test_a_cluster_that_does_not_answer_at_first_is_not_waited_for(cable: Cable, kubeconfig: Path) -> None:
     cable.pull()
-    watching = Watching("sample", "--kubeconfig", str(kubeconfig))
-    watching.line("does not answer")
-    assert watching.code() == 75
+    with contextlib.closing(Watching("sample", "--kubeconfig", str(kubeconfig))) as watching:
+        watching.line("does not answer")
+        assert watching.code() == 75
 
 
 def test_somebody_without_the_right_is_told_so(crd: Cluster, namespace: str, kubeconfig: Path) -> None:
@@ -252,6 +255,6 @@ def test_somebody_without_the_right_is_told_so(crd: Cluster, namespace: str, kub
     token = crd.kubectl("create", "token", "default", "--namespace", namespace).strip()
     settings["users"][0]["user"] = {"token": token}
     kubeconfig.write_text(yaml.safe_dump(settings), "utf-8")
-    watching = Watching("sample", "--kubeconfig", str(kubeconfig))
-    assert namespace in watching.line(f"does not let you watch {PLURAL} in namespace")
-    assert watching.code() == 64
+    with contextlib.closing(Watching("sample", "--kubeconfig", str(kubeconfig))) as watching:
+        assert namespace in watching.line(f"does not let you watch {PLURAL} in namespace")
+        assert watching.code() == 64
