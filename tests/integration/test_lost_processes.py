@@ -114,6 +114,22 @@ def test_a_worker_that_is_told_to_stop_goes_at_once_and_costs_no_more_than_a_kil
     assert run.last_words.regions.failed == 0
 
 
+def test_a_worker_that_leaves_by_request_takes_nothing_with_it(
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
+) -> None:
+    """As at scaling down: the scheduler gives its task to another, and nobody counts a death."""
+    port = free_port()
+    dask.scheduler()
+    leaving, _ = dask.worker("--worker-port", str(port)), dask.worker()
+    run = start(drives, path)
+    run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
+    dask.retire(port)
+    leaving.wait(30)
+    held = held_regions(path)
+    finished(run, path, undisturbed)
+    assert not twice(dask, path, held)
+
+
 def test_a_scheduler_that_comes_back_costs_the_regions_in_flight(
     drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
 ) -> None:

@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -71,6 +72,16 @@ class DaskProcesses:
             *("--memory-limit", "0", "--local-directory", str(self.folder), *options),
         )
 
+    def retire(self, port: int) -> None:
+        """Asks the scheduler to let the worker at `port` go, as a pod's preStop hook does."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._http}/api/v1/retire_workers",
+            data=json.dumps({"workers": [f"tls://127.0.0.1:{port}"]}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert str(port) in answer.read().decode()
+
     def kill(self) -> None:
         """SIGKILL for everything that runs."""
         for process in self.processes:
@@ -94,7 +105,8 @@ class DaskProcesses:
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         files = {"ca-file": "ca.crt"} | {f"{r}.{p}": f"tls.{end}" for r in ROLES for p, end in PARTS}
-        settings = SETTINGS | {"distributed.comm.require-encryption": True}
+        settings = SETTINGS | {"distributed.scheduler.http.routes": ROUTES}
+        settings |= {"distributed.comm.require-encryption": True}
         settings |= {f"distributed.comm.tls.{key}": str(self.tls / name) for key, name in files.items()}
         environment = {
             **os.environ,
@@ -116,5 +128,6 @@ class DaskProcesses:
         return process
 
 
+ROUTES = ["distributed.http.scheduler.api", "distributed.http.health"]
 ROLES = ("scheduler", "worker", "client")
 PARTS = (("cert", "crt"), ("key", "key"))
