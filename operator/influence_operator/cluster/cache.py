@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from influence_job.document import FILE
 from influence_operator.cluster.kinds import (
     CONFIG_MAP,
     DASK_CLUSTER,
@@ -25,6 +24,7 @@ from influence_operator.cluster.kinds import (
 )
 from influence_operator.decisions.snapshot import Children
 from influence_operator.manifests import names
+from influence_operator.manifests.config_map import without_contents
 
 Object = Mapping[str, Any]
 
@@ -154,10 +154,9 @@ def version(obj: Object) -> int:
 
 
 def _trimmed(kind: Kind, obj: Object) -> Object:
-    """Without what nothing decides by: field managers, and the task's source in ConfigMaps (up to 1 MiB)."""
+    """Without what nothing decides by: field managers, and the contents of a task's source (up to 1 MiB)."""
     metadata = {key: value for key, value in obj["metadata"].items() if key != "managedFields"}
     rest = {key: value for key, value in obj.items() if key != "metadata"}
     if kind == CONFIG_MAP:
-        data = obj.get("data") or {}
-        rest = {"data": {FILE: data[FILE]} if FILE in data else {}}
+        rest = dict(without_contents(obj))
     return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata} | rest

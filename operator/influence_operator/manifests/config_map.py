@@ -68,6 +68,16 @@ def copied_source(made: Object) -> Object:
     }
 
 
+def without_contents(made: Object) -> Object:
+    """Its data with the copied source's keys alone, which is all that children made later need of it."""
+    parts = {part: made.get(part) for part in ("data", "binaryData")}
+    return {
+        part: {key: "" if key.startswith(_SOURCE_KEY) else value for key, value in entries.items()}
+        for part, entries in parts.items()
+        if isinstance(entries, Mapping)
+    }
+
+
 def begun_with(made: Object, current: InfluenceJobSpec) -> InfluenceJobSpec:
     """The spec that an attempt began with, from its ConfigMap; the replicas alone follow `current` at once.
 

@@ -3,10 +3,14 @@
 from typing import Any
 
 from influence_job.document import FILE
+from influence_job.spec import InfluenceJobSpec
 from influence_operator.cluster.cache import Cache, JobKey
 from influence_operator.cluster.kinds import CONFIG_MAP, INFLUENCE_JOB, POD
 from influence_operator.decisions.snapshot import Children
 from influence_operator.manifests import names
+from influence_operator.manifests.attempt import attempt_manifests
+from influence_operator.manifests.config_map import begun_with, copied_source
+from influence_operator.settings import Defaults, Settings
 
 KEY = JobKey("ns", "digits", "u-1")
 
@@ -83,12 +87,36 @@ def test_a_child_that_names_another_job_than_its_uid_does_is_nobodys():
 
 def test_what_nothing_decides_by_is_not_kept():
     cache = Cache()
-    cache.put(CONFIG_MAP, child("a", data={FILE: "{}", "task.py": "x" * 100_000}, binaryData={"b": "AA=="}))
+    made = {
+        "data": {FILE: "{}", "spec.json": "{}", "task.digits.py": "x" * 100_000},
+        "binaryData": {"task.weights": "AA=="},
+    }
+    cache.put(CONFIG_MAP, child("a", **made))
 
     (kept,) = cache.children(KEY).config_maps
-    assert kept["data"] == {FILE: "{}"}
-    assert "binaryData" not in kept
+    assert kept["data"] == {FILE: "{}", "spec.json": "{}", "task.digits.py": ""}
+    assert kept["binaryData"] == {"task.weights": ""}
     assert "managedFields" not in kept["metadata"]
+
+
+def test_the_cluster_of_an_attempt_is_the_same_from_a_kept_config_map_as_from_the_whole():
+    spec = {
+        "task": {"entrypoint": "digits:task", "source": {"configMap": {"name": "code"}}},
+        "method": {"name": "Ekfac", "regularization": 0.01},
+        "output": {"url": "gs://bucket/digits.zarr"},
+    }
+    influence_job = job(**spec) | {"apiVersion": "influence-operator.dev/v1alpha1", "kind": "InfluenceJob"}
+    parsed, settings = InfluenceJobSpec.model_validate(spec), Settings(Defaults("worker:1"))
+    source = {"data": {"digits.py": "x" * 100_000}, "binaryData": {"weights": "AA=="}}
+    whole = attempt_manifests(influence_job, parsed, 1, settings, source)
+    metadata = {"uid": "c", "namespace": "ns", "resourceVersion": "1"}
+    cache = Cache()
+    cache.put(CONFIG_MAP, {**whole.config_map, "metadata": {**whole.config_map["metadata"], **metadata}})
+
+    (kept,) = cache.children(KEY).config_maps
+    again = attempt_manifests(influence_job, begun_with(kept, parsed), 1, settings, copied_source(kept))
+
+    assert again.dask_cluster == whole.dask_cluster
 
 
 def test_an_object_without_our_label_concerns_no_job():
