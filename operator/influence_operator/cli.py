@@ -46,6 +46,9 @@ def _run(settings: Settings) -> int:
             "no cluster: expected a service account or a file that KUBECONFIG names: %s", error
         )
         return ExitCode.PERMANENT
+    except OSError as error:
+        logging.getLogger(__name__).error("cannot serve probes and metrics: %s", error)
+        return ExitCode.INTERNAL
     except Exception:
         logging.getLogger(__name__).exception("the operator ends with a defect")
         return ExitCode.INTERNAL

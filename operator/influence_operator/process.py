@@ -127,6 +127,14 @@ class Replica:
         for client in (self._drivers, self._schedulers, self._api):
             await client.close()
 
+    def stop_watching(self) -> None:
+        """Ends the watches' threads, for whoever outlives them; the operator's process does not."""
+        self._watches.stop()
+
+    def sees_dask(self) -> bool:
+        """Whether the API server serves the kinds of dask-kubernetes."""
+        return all(self._watches.serves(kind) for kind in DASK_KINDS)
+
     def sick(self) -> str | None:
         """Why the process should be started anew; None while it is well."""
         silence = self._watches.silence()
@@ -150,7 +158,7 @@ class Replica:
             settings,
             cache,
             queue,
-            Gatherer(api, cache, events, self._drivers, self._schedulers, self._dask_operator, clock=_now),
+            Gatherer(api, cache, events, self._drivers, self._schedulers, self.sees_dask, clock=_now),
             Applier(api, cache, self._schedulers, _now),
             StatusWriter(api, cache, Rate(settings.status_writes_per_second)),
             events,
@@ -203,9 +211,6 @@ class Replica:
 
     def _ready(self) -> bool:
         return self._watches.serves(INFLUENCE_JOB) and self._watches.complete()
-
-    def _dask_operator(self) -> bool:
-        return all(self._watches.serves(kind) for kind in DASK_KINDS)
 
 
 def _pass_on(failed: asyncio.Future[None], task: asyncio.Task[None]) -> None:
