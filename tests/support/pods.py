@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from typing import Any
 
 from cluster import Cluster
@@ -54,3 +56,9 @@ def finish(cluster: Cluster, namespace: str, name: str, spec: dict[str, Any]) ->
 
 def phase_of(cluster: Cluster, namespace: str, name: str) -> str:
     return str(cluster.core.read_namespaced_pod(name, namespace).status.phase)
+
+
+def python(cluster: Cluster, namespace: str, name: str, script: str, *arguments: str) -> Any:
+    """What a script prints in a running pod, from JSON."""
+    program = ("python", "-c", textwrap.dedent(script), *arguments)
+    return json.loads(cluster.kubectl("exec", name, "--namespace", namespace, "--", *program))
