@@ -1,0 +1,301 @@
+"""What a job says when something that it needs is not there, and that it goes on when it comes.
+
+Each cause is named by a condition within a minute of the job's creation, in the words of whoever found it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+import pytest
+
+import machine
+from cluster import Cluster
+from cluster_jobs import STORE, ClusterJob
+from cluster_storage import Bucket
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+SECONDS = 60
+"""From creation until a condition names the cause."""
+DASK_OPERATOR = ("deployment/influence-operator-dask-kubernetes-operator", "--namespace", "influence-system")
+DASK_CRDS = ("daskclusters", "daskworkergroups", "daskjobs", "daskautoscalers")
+SMALL = {"workers": {"replicas": 1}}
+
+
+@pytest.fixture
+def job(cluster: Cluster, namespace: str, bucket: Bucket) -> ClusterJob:
+    return ClusterJob(cluster, namespace, bucket)
+
+
+def named(job: ClusterJob, reason: str, *words: str, kind: str = "ClusterReady") -> None:
+    """Waits until the condition gives this reason, which must be soon; its message holds the words."""
+
+    def there() -> bool:
+        return job.condition(kind).get("reason") == reason
+
+    job.wait_until(there, f"{kind} with reason {reason}", SECONDS)
+    condition = job.condition(kind)
+    took = seconds_between(job.get()["metadata"]["creationTimestamp"], condition["lastTransitionTime"])
+    print(f"{reason}: {condition['message']}")
+    assert took <= SECONDS
+    for word in words:
+        assert word in condition["message"]
+    assert condition["status"] == ("True" if kind in ("Stalled", "Failed") else "False")
+    assert ("Warning", reason) in job.events()
+
+
+def seconds_between(begin: str, end: str) -> float:
+    first, second = (datetime.datetime.fromisoformat(moment) for moment in (begin, end))
+    return (second - first).total_seconds()
+
+
+def waits(job: ClusterJob) -> None:
+    """Nothing has been given up."""
+    assert not job.is_true("Failed")
+    assert not job.condition("Stalled")
+    assert job.counted_failures == 0
+
+
+def goes_on(job: ClusterJob, seconds: float = 90) -> None:
+    """The same attempt passes its preflight."""
+    job.wait_until(lambda: job.condition("Ready").get("reason") == "Running", "preflight passed", seconds)
+    assert job.attempt == 1
+    waits(job)
+
+
+def failed(job: ClusterJob, reason: str, *words: str) -> None:
+    """`Failed` and `Stalled`, saying the same, soon."""
+    named(job, reason, *words, kind="Failed")
+    failed, stalled = job.condition("Failed"), job.condition("Stalled")
+    assert (stalled["status"], stalled["reason"], stalled["message"]) == ("True", reason, failed["message"])
+    assert job.condition("Ready")["status"] == "False"
+    assert not job.condition("Reconciling")
+    assert job.status["phase"] == "Failed"
+
+
+# -- the task and what the spec names ------------------------------------------------------------
+
+
+def test_a_task_that_always_raises_fails_the_job_with_its_last_line(job: ClusterJob) -> None:
+    job.apply(task={"entrypoint": "gated_digits:broken", "arguments": None}, **SMALL)
+    failed(job, "InvalidTask", "gated_digits:broken", "FileNotFoundError: the labels are in another room")
+    assert job.attempt == 1, "no retry can cure it"
+
+
+@pytest.mark.host
+def test_an_image_that_cannot_be_pulled_yet(job: ClusterJob) -> None:
+    image = job.cluster.images.worker
+    absent = f"{image.repository}:{job.namespace}"
+    job.apply(image=absent, **SMALL)
+    named(job, "ImagePullFailed", "driver pod digits-", absent)
+    waits(job)
+    tag_image(image.name, job.namespace)
+    goes_on(job, 120)
+
+
+def tag_image(image: str, tag: str) -> None:
+    """Gives an image of the test cluster's registry one more tag, as a push does."""
+    host, _, name = image.partition("/")
+    repository, _, old = name.rpartition(":")
+    manifests = f"http://{host}/v2/{repository}/manifests"
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = machine.inside(
+        "curl", "--fail", "--silent", "--header", f"Accept: {kind}", f"{manifests}/{old}"
+    )
+    put = ("--request", "PUT", "--header", f"Content-Type: {kind}", "--data-binary", manifest)
+    machine.inside("curl", "--fail", "--silent", *put, f"{manifests}/{tag}")
+
+
+def test_a_gpu_that_nobody_has_yet(job: ClusterJob) -> None:
+    resource = f"nvidia.com/mig-{job.namespace}"
+    job.apply(workers={"replicas": 1, "resources": {"limits": {resource: "1"}}})
+    named(job, "Unschedulable", "worker pod digits-", f"Insufficient {resource}")
+    waits(job)
+    advertise(job.cluster, resource, "1")
+    try:
+        job.wait_until(lambda: job.running("worker"), "a worker", 60)
+        waits(job)
+    finally:
+        advertise(job.cluster, resource, None)
+
+
+def advertise(cluster: Cluster, resource: str, count: str | None) -> None:
+    """Every node says that it has so many of the extended resource, or none at all."""
+    patch = json.dumps({"status": {"capacity": {resource: count}, "allocatable": {resource: count}}})
+    for node in cluster.core.list_node().items:
+        arguments = ("--subresource=status", "--type=merge", "--patch", patch)
+        cluster.kubectl("patch", "node", node.metadata.name, *arguments)
+
+
+def test_a_secret_that_is_not_there_yet(job: ClusterJob) -> None:
+    job.apply(output={"credentialsSecretRef": {"name": "bucket-key"}}, **SMALL)
+    named(job, "MissingReference", "driver pod digits-", 'secret "bucket-key" not found')
+    waits(job)
+    job.kubectl("create", "secret", "generic", "bucket-key", "--from-literal=UNUSED=yes")
+    goes_on(job)
+
+
+def test_a_config_map_with_the_task_that_is_not_there_yet(job: ClusterJob) -> None:
+    job.cluster.apply(job.manifest(**SMALL), namespace=job.namespace)
+    named(job, "MissingReference", "ConfigMap gated-digits")
+    waits(job)
+    assert not job.children("jobs,pods,daskclusters")
+    job.apply_source()
+    goes_on(job)
+
+
+def test_a_bucket_that_is_not_there(job: ClusterJob) -> None:
+    """Waiting for a bucket would cure a misspelt name never; a change of the spec starts the job again."""
+    missing = f"{job.bucket.name}-missing"
+    job.apply(output={"url": f"gs://{missing}/{STORE}"}, **SMALL)
+    failed(job, "StoreUnreachable", missing)
+    job.files.mkdir(missing)
+    job.patch(backoffLimit=1)
+    job.wait_until(lambda: job.condition("Ready").get("reason") == "Running", "preflight passed", 60)
+    assert not job.condition("Failed")
+    assert not job.condition("Stalled")
+
+
+# -- what the API server refuses -----------------------------------------------------------------
+
+
+def quota(job: ClusterJob, **hard: int) -> None:
+    """Sets the namespace's quota; names with a dot or a slash stand for themselves."""
+    spec = {"hard": {name: str(count) for name, count in hard.items()}}
+    metadata = {"name": "small"}
+    document = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": spec}
+    job.cluster.apply(document, namespace=job.namespace)
+    job.wait_until(
+        lambda: (
+            job.cluster.get("resourcequota", "small", job.namespace).get("status", {}).get("hard")
+            == spec["hard"]
+        ),
+        "the quota in force",
+        20,
+    )
+
+
+def test_a_quota_that_refuses_the_driver_until_it_is_raised(job: ClusterJob) -> None:
+    quota(job, pods=0)
+    job.apply(**SMALL)
+    named(job, "QuotaExceeded", "driver: ", "exceeded quota: small", "limited: pods=0")
+    waits(job)
+    quota(job, pods=10)
+    goes_on(job)
+
+
+def test_a_quota_that_refuses_workers_until_it_is_raised(job: ClusterJob) -> None:
+    quota(job, pods=2)
+    job.apply(**SMALL)
+    named(job, "QuotaExceeded", "Deployment digits-", "exceeded quota: small", "limited: pods=2")
+    waits(job)
+    quota(job, pods=10)
+    job.wait_until(lambda: job.running("worker"), "a worker", 90)
+    waits(job)
+
+
+def test_a_quota_that_refuses_what_the_operator_makes_itself(job: ClusterJob) -> None:
+    quota(job, **{"count/jobs.batch": 0})
+    job.apply(**SMALL)
+    named(job, "QuotaExceeded", "Job digits-", "exceeded quota: small")
+    waits(job)
+    quota(job, **{"count/jobs.batch": 10})
+    goes_on(job)
+
+
+def test_a_namespace_whose_pod_security_refuses_the_driver(job: ClusterJob) -> None:
+    host = {"name": "host", "hostPath": {"path": "/srv"}}
+    job.apply(driver={"volumes": [host], "volumeMounts": [{"name": "host", "mountPath": "/srv"}]}, **SMALL)
+    named(job, "PodSecurityRefused", "driver: ", 'violates PodSecurity "restricted', "hostPath")
+    waits(job)
+    level = "pod-security.kubernetes.io/enforce=privileged"
+    job.cluster.kubectl("label", "--overwrite", "namespace", job.namespace, level)
+    goes_on(job)
+
+
+def test_a_service_account_that_is_not_there_yet(job: ClusterJob) -> None:
+    job.apply(podDefaults={"serviceAccountName": "trainer"}, **SMALL)
+    named(job, "MissingReference", "driver: ", 'serviceaccount "trainer" not found')
+    waits(job)
+    job.kubectl("create", "serviceaccount", "trainer")
+    goes_on(job)
+
+
+@pytest.mark.parametrize("kind", ["ConfigMap", "Job", "DaskCluster"])
+def test_an_object_of_a_childs_name_is_left_alone_until_somebody_removes_it(
+    job: ClusterJob, kind: str
+) -> None:
+    job.apply(suspend=True, **SMALL)
+    child = f"digits-{job.uid[:5]}-1"
+    job.cluster.apply(stranger(kind, child), namespace=job.namespace)
+    before = job.cluster.get(kind, child, job.namespace)
+    job.patch(suspend=False)
+    named(job, "NameConflict", f"{kind} {child}", "not this job's", kind="Stalled")
+    assert not job.is_true("Ready")
+    assert without_status(job.cluster.get(kind, child, job.namespace)) == without_status(before)
+    job.kubectl("delete", kind, child, "--wait=false")
+    goes_on(job)
+
+
+def without_status(found: dict[str, Any]) -> dict[str, Any]:
+    metadata = {k: v for k, v in found["metadata"].items() if k not in ("resourceVersion", "managedFields")}
+    return {**found, "metadata": metadata, "status": None}
+
+
+def stranger(kind: str, name: str) -> dict[str, Any]:
+    """An object that is nobody's and does nothing."""
+    container = {"name": "a", "image": "nothing", "args": ["x"]}
+    pods = {"spec": {"containers": [container], "restartPolicy": "Never"}}
+    cluster = {
+        "worker": {"replicas": 0, "spec": {"containers": [container]}},
+        "scheduler": {"spec": {"containers": [container]}, "service": {"ports": [{"port": 1, "name": "a"}]}},
+    }
+    spec = {
+        "ConfigMap": ("v1", {"data": {"a": "b"}}),
+        "Job": ("batch/v1", {"spec": {"suspend": True, "template": pods}}),
+        "DaskCluster": ("kubernetes.dask.org/v1", {"spec": cluster}),
+    }
+    version, content = spec[kind]
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name}, **content}
+
+
+# -- no dask operator ----------------------------------------------------------------------------
+
+
+@pytest.mark.alone
+def test_a_dask_operator_that_does_not_run(job: ClusterJob) -> None:
+    job.cluster.kubectl("scale", *DASK_OPERATOR, "--replicas=0")
+    try:
+        job.apply(**SMALL)
+        named(job, "DaskOperatorMissing", "nobody takes up DaskCluster digits-")
+        waits(job)
+    finally:
+        job.cluster.kubectl("scale", *DASK_OPERATOR, "--replicas=1")
+    job.complete()
+    assert (job.attempt, job.counted_failures) == (1, 0)
+
+
+@pytest.mark.alone
+def test_a_cluster_that_knows_no_dask_clusters_yet(job: ClusterJob) -> None:
+    """Their CRDs go and come back while the operators run."""
+    names = [f"{plural}.kubernetes.dask.org" for plural in DASK_CRDS]
+    definitions = [job.cluster.get("crd", name) for name in names]
+    job.cluster.kubectl("delete", "crd", *names, "--timeout=60s")
+    try:
+        job.apply(**SMALL)
+        named(job, "DaskOperatorMissing", "knows no DaskCluster", "install the dask-kubernetes operator")
+        waits(job)
+    finally:
+        job.cluster.apply(*map(as_written, definitions))
+    job.complete()
+    assert (job.attempt, job.counted_failures) == (1, 0)
+
+
+def as_written(definition: dict[str, Any]) -> dict[str, Any]:
+    """A CRD as it can be made again."""
+    kept = ("name", "labels", "annotations")
+    metadata = {name: value for name, value in definition["metadata"].items() if name in kept}
+    return {**definition, "metadata": metadata, "status": None}
