@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-unit lint format manifests bench cluster cluster-down images clean
+.PHONY: help venv run demo test test-unit test-gpu lint format manifests bench cluster cluster-down images clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,11 +26,17 @@ run: $(STAMP) ## the influences of 1400 handwritten digits on 300 others, then w
 	$(BIN)/influence run examples/digits.yaml --output digits.zarr
 	$(BIN)/influence show digits.zarr
 
-test: $(STAMP) ## every test that needs no accelerator
+demo: $(STAMP) ## the same job on a real Kubernetes on this machine, from nothing, watched live
+	PYTHONPATH=tests/support $(BIN)/python tests/cluster/demo.py
+
+test: $(STAMP) ## every test that needs no accelerator; brings up a Kubernetes cluster on this machine
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-test-unit: $(STAMP) ## the tests that start no processes
-	$(BIN)/python -m pytest tests/unit tests/contract
+test-unit: $(STAMP) ## the tests that need no cluster
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit tests/contract tests/integration
+
+test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -163,6 +163,8 @@ def test_the_traceback_is_there_for_those_who_ask(
         ),
         (["rnu"], "No such command 'rnu'"),
         (["show"], "Missing argument 'URL'"),
+        (["show", "x.zarr", "--storage-options", "anon"], "expected a JSON object"),
+        (["show", "x.zarr", "--storage-options", "[1]"], "expected a JSON object"),
         ([], "Commands:"),
     ],
 )

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from influence_job.cli.summary import Ranked, Summary, TestCase
 
 
+def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f'expected a JSON object such as {{"token": "anon"}}: {error}') from None
+    if not isinstance(given, dict):
+        raise click.BadParameter(f'expected a JSON object such as {{"token": "anon"}}, got {text}')
+    return given
+
+
 @click.command()
 @click.argument("url")
 @click.option(
@@ -33,9 +43,16 @@ if TYPE_CHECKING:
 @click.option(
     "--top", type=click.IntRange(1, 10_000), default=5, help="Training examples each way. Default 5."
 )
+@click.option(
+    "--storage-options",
+    metavar="JSON",
+    default="{}",
+    callback=_json_object,
+    help="As output.storageOptions of the job, for storage that needs some.",
+)
 @json_option
 @verbose_option
-def show(url: str, tests: tuple[int, ...], top: int, as_json: bool) -> None:
+def show(url: str, tests: tuple[int, ...], top: int, storage_options: dict[str, Any], as_json: bool) -> None:
     """Show the result at URL: what it is, and which training examples made the model do that.
 
     A positive score helps: without that training example the test example's loss would be higher, by
@@ -49,7 +66,7 @@ def show(url: str, tests: tuple[int, ...], top: int, as_json: bool) -> None:
     from influence_job.cli.summary import read_summary
     from influence_job.storage.store import Store
 
-    with Store.open(url) as store:
+    with Store.open(url, storage_options) as store:
         try:
             summary = read_summary(store, tests or None, top)
         except IndexError as error:
