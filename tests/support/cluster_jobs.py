@@ -23,6 +23,7 @@ from cluster_storage import ENDPOINT, Bucket
 from influence_job.storage.store import Store
 
 TASK = Path(__file__).with_name("gated_digits.py")
+MISBEHAVING_TASK = TASK.with_name("misbehaving_task.py")
 CONFIG_MAP = "gated-digits"
 STORE = "result.zarr"
 REGIONS = 14
@@ -85,14 +86,22 @@ class ClusterJob:
         self.cluster.apply(self.manifest(**changes), namespace=self.namespace)
         return self
 
-    def apply_source(self) -> None:
+    def apply_source(self, task: Path = TASK) -> None:
+        """The ConfigMap with the task's module."""
         source = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": CONFIG_MAP},
-            "data": {TASK.name: TASK.read_text()},
+            "data": {task.name: task.read_text()},
         }
         self.cluster.apply(source, namespace=self.namespace)
+
+    def apply_misbehaving(self, **changes: Any) -> ClusterJob:
+        """The job with a task whose module does in the driver what the environment says."""
+        self.apply_source(MISBEHAVING_TASK)
+        task = {"entrypoint": f"{MISBEHAVING_TASK.stem}:task", "arguments": None}
+        self.cluster.apply(self.manifest(task=task, **changes), namespace=self.namespace)
+        return self
 
     def gate(self, path: str, at: str = "gate") -> dict[str, Any]:
         """Changes of a manifest: whoever writes an object matching `path` waits for `open_gate(at)`."""
