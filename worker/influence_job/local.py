@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -76,7 +76,10 @@ def _cluster(workers: int) -> Iterator[Callable[[], Client]]:
         yield connect
     finally:
         for cluster in started:
-            cluster.close(timeout=10)
+            # A worker that is being started in another's place may take longer to be stopped. The outcome
+            # stands by now, and the workers end with this process.
+            with suppress(TimeoutError):
+                cluster.close(timeout=10)
 
 
 def _start(workers: int) -> LocalCluster:
