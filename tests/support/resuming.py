@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import stored
 from jobs import Jobs, Run, times_written
 
 
-def resume_and_check(jobs: Jobs, path: Path, expected: dict[str, bytes], **settings: Any) -> Run:
-    """Runs the traced job again on the store at `path`, to its end.
+def resume_and_check(
+    jobs: Jobs,
+    path: Path,
+    expected: dict[str, bytes],
+    changes: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """Runs the traced job (with `changes` to its spec) again on the store at `path`, to its end.
 
     The result must equal `expected` byte by byte; nothing that the ledger held is written again, and
     nothing else is written twice.
@@ -20,7 +27,7 @@ def resume_and_check(jobs: Jobs, path: Path, expected: dict[str, bytes], **setti
     rows = stored.held(store)
     finished = stored.held_objects(store, rows)
     before = _identities(path, finished)
-    run = jobs.finish(jobs.manifest(), output=path, **settings)
+    run = jobs.finish(jobs.manifest(changes), output=path, **settings)
     written = times_written(run, path)
     again = sorted(name for name in written if finished.fullmatch(name))
     assert not again, f"the ledger held these before the kill: {again}"

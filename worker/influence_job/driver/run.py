@@ -22,6 +22,7 @@ from influence_job.plan import Plan, make_plan
 from influence_job.progress import Progress, Stage
 from influence_job.spec import InfluenceJob
 from influence_job.storage.claim import delete_previous
+from influence_job.worker import model_state
 from influence_job.worker.loading import Loaded, load, save_model
 from influence_job.worker.session import WorkerContext
 
@@ -99,10 +100,13 @@ def _compute(
     factor_source.refuse_other(job.spec, opened.factors, fingerprint)
     _refuse_other_hardware(job, opened, loaded)
     plan = _plan(job, opened, loaded)
-    if not opened.begun:
+    if opened.begun:
+        model_state.take_over(opened.store, identity)
+    else:
         delete_previous(opened.store, opened.epoch)
+        # Any worker may be the one that stores its model, and each may have trained another.
+        fingerprint["model"] = submitter.call(save_model, context)
         layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint)
-    submitter.call(save_model, context)
     context = replace(context, plan=plan)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
     tracker.finish(layout.complete(opened.store, opened.ledger, plan, job.spec))

@@ -61,14 +61,14 @@ def load(context: WorkerContext) -> Outcome:
 
 
 def save_model(context: WorkerContext) -> Outcome:
-    """Stores the model, so that every later process of the job computes with the same one."""
+    """Stores this process's model, with which every process of the job computes; the value is its digest."""
     outcome = Outcome()
-    outcome.attempt(
-        KIND,
-        0,
-        "storing the model",
-        lambda: model_state.save(session(context).store, session(context).task.model, context.identity),
-    )
+
+    def work() -> None:
+        own = session(context)
+        outcome.value = model_state.save(own.store, own.task.model, context.identity)
+
+    outcome.attempt(KIND, 0, "storing the model", work)
     return outcome
 
 
@@ -81,7 +81,7 @@ def describe(own: Session) -> Loaded:
         test_identity = data_identity(task.test, "test", task.data_version)
     return Loaded(
         sizes=measure_sizes(own),
-        model_digest=own.own_digest,
+        model_digest=own.model_digest,
         train_identity=data_identity(task.train, "train", task.data_version),
         test_identity=test_identity,
         environment=own.environment,

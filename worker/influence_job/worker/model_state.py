@@ -1,8 +1,8 @@
 """The model's parameters and buffers in the store: `fit/model`, written by the first process of a job.
 
-An entry point may train, and training need not give the same bits twice. So the first process of a job
-stores what its call returned; every later process of the job takes that instead of its own, and refuses
-only what cannot be taken: other names, shapes or dtypes.
+An entry point may train, and training need not give the same bits twice. So one process of a job stores
+what its call returned; every other process of the job, and every later attempt, takes that instead of its
+own, and refuses only what cannot be taken: other names, shapes or dtypes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
-def save(store: Store, model: nn.Module, identity: JobIdentity) -> None:
-    """Stores the model for later processes of `identity`; a stored one of equal digest changes hands.
+def save(store: Store, model: nn.Module, identity: JobIdentity) -> str:
+    """Stores the model for all processes of `identity`, before anything is computed with it; its digest.
 
     The tensors come first and the note of whose they are last: a crash between leaves tensors that
     nobody adopts.
@@ -46,6 +46,23 @@ def save(store: Store, model: nn.Module, identity: JobIdentity) -> None:
     if stored_digest(store) != own:
         store.put(PATH, tensor_file.pack(named_tensors(model)))
     store.put_json(OWNER_PATH, {"uid": identity.uid, "digest": own})
+    return own
+
+
+def take_over(store: Store, identity: JobIdentity) -> None:
+    """Makes the stored model, which an earlier job computed with, that of all processes of `identity`.
+
+    Raises:
+        PermanentError: there is none.
+    """
+    kept = stored_digest(store)
+    if kept is None:
+        raise PermanentError(
+            Reason.STORE_CORRUPT,
+            f"{store.url}: {OWNER_PATH} is missing, although results are there; restore it, or start anew "
+            f"with output.onExisting: Overwrite",
+        )
+    store.put_json(OWNER_PATH, {"uid": identity.uid, "digest": kept})
 
 
 def stored_digest(store: Store) -> str | None:

@@ -53,8 +53,9 @@ class Session:
     objective: Objective
     method: Method
     environment: str
-    own_digest: str
-    """Digest of the parameters and buffers that this process's own call of the entry point returned."""
+    model_digest: str
+    """Digest of parameters and buffers: of this process's own call of the entry point, or those that this
+    job has stored."""
     _plan: Plan | None = None
     _groups: dict[int, Left] = field(default_factory=dict)
     _fits: dict[str, FitState] = field(default_factory=dict)
@@ -172,28 +173,31 @@ def session(context: WorkerContext) -> Session:
     torch.set_flush_denormal(True)  # of this thread, as `maths.denormals` says why
     key = (context.identity.uid, context.identity.attempt)
     with _lock:
-        if key not in _sessions:
+        found = _sessions.get(key)
+        if found is None:
             _sessions.clear()
             store = Store.open(context.spec.output.url, context.spec.output.storage_options)
-            _sessions[key] = build(context.spec, lambda m: model_state.adopt(store, m, context.identity))
-            _sessions[key].store = store
-        found = _sessions[key]
-    if context.plan is not None:
-        found._plan = context.plan
+            found = build(context.spec, lambda m: model_state.adopt(store, m, context.identity))
+            found.store = store
+            _sessions[key] = found
+        elif context.plan is not None and found._plan is None:
+            # This process called the entry point before the job had stored a model, maybe another process's.
+            model_state.adopt(found.store, found.task.model, context.identity)
+        if context.plan is not None:
+            found._plan = context.plan
     return found
 
 
 def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda _: None) -> Session:
-    """A session from the entry point's own call; `prepare` sees the model as it came."""
+    """A session from the entry point's own call; `prepare` sees the model as it will compute."""
     device = _device(spec)
     environment.make_deterministic(tf32=spec.precision is Precision.TF32)
     task = entrypoint.build(spec.task.entrypoint, spec.task.arguments)
     torch.set_num_threads(1)  # an entry point may have changed it
-    own_digest = model_state.digest(task.model)
-    prepare(task.model)
     if spec.precision is Precision.BFLOAT16:
         task.model.to(torch.bfloat16)
     task.model.to(device)
+    prepare(task.model)
     # What is imported and loaded stays to the end: no collection, the one at exit included, need visit it.
     gc.freeze()
     return Session(
@@ -203,7 +207,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
         objective=entrypoint.objective_of(task),
         method=build_method(spec.method),
         environment=environment.describe(device),
-        own_digest=own_digest,
+        model_digest=model_state.digest(task.model),
     )
 
 
