@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,34 @@ def test_an_output_below_a_file_is_refused(jobs: Jobs, tmp_path: Path) -> None:
     run = jobs.run(jobs.manifest(), output=tmp_path / "file" / "result.zarr", workers=1)
     _assert_refused(run, "StoreExists", (str(tmp_path / "file" / "result.zarr"), "output.url"))
     assert (tmp_path / "file").read_text() == "content"
+
+
+WITHOUT_PRIVILEGES = (
+    ("setpriv", "--bounding-set", "-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+)
+"""Root may write anywhere, unless the capability is taken from it."""
+
+
+@pytest.mark.parametrize("there", ["nothing", "a store"])
+def test_an_output_without_permission_is_refused_and_left_alone(
+    there: str, jobs: Jobs, tmp_path: Path, half_done: Any
+) -> None:
+    """In Preflight, before a worker starts; with the permission back, the job goes on."""
+    folder = half_done.path if there == "a store" else tmp_path / "read-only"
+    folder.mkdir(exist_ok=True)
+    path = folder if there == "a store" else folder / "result.zarr"
+    manifest, before = jobs.manifest(), sorted(folder.rglob("*"))
+    places = [folder, *(place for place in before if place.is_dir())]
+    for place in places:
+        place.chmod(0o555)
+    try:
+        run = jobs.run(manifest, output=path, workers=1, prefix=WITHOUT_PRIVILEGES, timeout=60)
+        _assert_refused(run, "StoreUnreachable", (str(path), "Permission denied", "grant this identity"))
+        assert sorted(folder.rglob("*")) == before
+    finally:
+        for place in places:
+            place.chmod(0o755)
+    jobs.finish(manifest, output=path)
 
 
 def test_a_result_above_max_bytes_is_refused_with_its_size(jobs: Jobs, half_done: Any) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +152,9 @@ class Jobs:
         barrier: Barrier | None = None,
         pace: float | None = None,
         env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> Run:
-        """Starts `influence run`."""
+        """Starts `influence run`, below the command `prefix` if there is one."""
         folder = self.folder / f"run-{len(self.runs)}"
         folder.mkdir()
         settings = {
@@ -165,7 +166,7 @@ class Jobs:
         if barrier is not None:
             text = f"{barrier.function} {barrier.when} {barrier.hit} {barrier.pattern}"
             settings |= {"BARRIER": text, "BARRIER_FOLDER": str(folder)}
-        command = [INFLUENCE, "run", str(manifest), *options]
+        command = [*prefix, INFLUENCE, "run", str(manifest), *options]
         command += [] if output is None else ["--output", str(output)]
         command += [] if workers is None else ["--workers", str(workers)]
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
