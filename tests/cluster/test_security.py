@@ -26,7 +26,7 @@ Object = dict[str, Any]
 LATE_REGIONS = r"^influences/c/0/(9|1\d)$"
 """What the gate holds back: the regions from the tenth on."""
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{OPERATOR}"
-TOKEN_FOLDER = "/var/run/secrets/bucket"
+TOKEN_FOLDER = "/tokens"
 TOKEN_VOLUME = {
     "volumes": [
         {

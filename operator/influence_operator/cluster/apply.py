@@ -166,15 +166,17 @@ class Applier:
             for deployment in children.deployments
             if deployment["metadata"]["name"] in action.deployments
         }
-        for name in await self._whom_to_retire(children, action, set(uids)):
+        for name in await self._whom_to_retire(key, children, action, set(uids)):
             await self._delete(key, DEPLOYMENT, name, uids[name])
         patch = {"metadata": {"uid": action.cluster_uid}, "spec": {"worker": {"replicas": action.replicas}}}
         stored = await self.api.merge(DASK_CLUSTER, key.namespace, action.cluster, patch)
         self.cache.put(DASK_CLUSTER, stored)
         return True
 
-    async def _whom_to_retire(self, children: Children, action: RetireWorkers, ours: set[str]) -> list[str]:
-        pod = scheduler_pod(children)
+    async def _whom_to_retire(
+        self, key: JobKey, children: Children, action: RetireWorkers, ours: set[str]
+    ) -> list[str]:
+        pod = scheduler_pod(key, children)
         if pod is None:  # without a scheduler no worker holds anything
             return sorted(ours)[: action.count]
         address = pod["status"]["podIP"]

@@ -58,7 +58,7 @@ class Gatherer:
             self._conflicts(key, memory.conflicts),
             self._source(key, job, children),
             self._driver(key, children, memory),
-            self._scheduler(children, memory),
+            self._scheduler(key, children, memory),
             self._warnings(key, job, children),
         )
         return Snapshot(
@@ -106,7 +106,7 @@ class Gatherer:
 
     async def _driver(self, key: JobKey, children: Children, memory: Memory) -> DriverReport | None:
         """What the running driver of the latest attempt says, or said a moment ago."""
-        jobs = {job["metadata"]["uid"] for job in children.driver_jobs}
+        jobs = {job["metadata"]["uid"] for job in children.driver_jobs if owned_by(job, key.uid)}
         made = [pod for pod in children.pods if _role(pod) == Role.DRIVER and _controller(pod) in jobs]
         running = [pod for pod in made if pod.get("status", {}).get("phase") == "Running" and _address(pod)]
         if not running:
@@ -117,9 +117,9 @@ class Gatherer:
             memory.driver = asked, await self.drivers.report(_address(pod), key.uid, attempt(pod))
         return memory.driver[1]
 
-    async def _scheduler(self, children: Children, memory: Memory) -> SchedulerReport | None:
+    async def _scheduler(self, key: JobKey, children: Children, memory: Memory) -> SchedulerReport | None:
         """Who is connected to the scheduler of the latest attempt, if it can be asked."""
-        pod = scheduler_pod(children)
+        pod = scheduler_pod(key, children)
         if pod is None:
             return None
         asked = time.monotonic()
@@ -141,10 +141,11 @@ class Gatherer:
         return await self.events.warnings(key)
 
 
-def scheduler_pod(children: Children) -> Object | None:
+def scheduler_pod(key: JobKey, children: Children) -> Object | None:
     """The ready pod of the latest attempt's scheduler."""
     ready = [pod for pod in children.pods if _role(pod) == Role.SCHEDULER and _ready(pod) and _address(pod)]
-    latest = max((attempt(cluster) for cluster in children.dask_clusters), default=0)
+    made = (cluster for cluster in children.dask_clusters if owned_by(cluster, key.uid))
+    latest = max(map(attempt, made), default=0)
     return next((pod for pod in ready if attempt(pod) == latest), None)
 
 

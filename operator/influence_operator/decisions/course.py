@@ -64,17 +64,18 @@ class Course:
 def recall(view: View) -> Course:
     """The course as the last pass left it.
 
-    The attempt is the highest among the children's labels and the status, so that a lost status never
+    The attempt is the highest among our children and the status, so that a lost status never
     leads to a name that was used before.
     """
     stored = view.stored
     attempts = stored.attempts or AttemptsStatus()
-    latest = max(view.attempts, default=0)
-    if latest > attempts.current:
-        job = view.driver_job(latest)
+    if view.latest > attempts.current:
+        job = view.driver_job(view.latest)
         started = observed.created(job) if job else None
         fresh = {"driver": None, "recorded": 0, "ended": None, "next_start": None}
-        attempts = attempts.model_copy(update={"current": latest, "started": started or view.now, **fresh})
+        attempts = attempts.model_copy(
+            update={"current": view.latest, "started": started or view.now, **fresh}
+        )
     return Course(
         attempts=attempts,
         outcome=_stored_outcome(view),

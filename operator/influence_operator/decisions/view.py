@@ -57,6 +57,12 @@ class View:
         """Our children by attempt number."""
         return by_attempt(self.snapshot.children, self.uid)
 
+    @cached_property
+    def latest(self) -> int:
+        """The highest attempt of which a child is there that we made: labels alone are anybody's to set."""
+        made = (n for n, children in self.attempts.items() if any(getattr(children, k) for k in _OWNED))
+        return max(made, default=0)
+
     def base(self, attempt: int) -> str:
         """The name of an attempt's children."""
         return names.base_name(self.name, self.uid, attempt)

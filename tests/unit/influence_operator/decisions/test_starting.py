@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
-from influence_operator.decisions.actions import Create, CreateTls
+import pytest
+
+from influence_operator.decisions.actions import Create, CreateTls, Decision
 from influence_operator.decisions.snapshot import Conflict
-from operator_objects import NOW, World, base, child, computing, influence_job, pod, progress, started
+from operator_objects import (
+    NOW,
+    World,
+    base,
+    child,
+    computing,
+    influence_job,
+    pod,
+    pods_end,
+    progress,
+    started,
+    waiting,
+)
 
 
 def created(decision) -> list[str]:
@@ -153,3 +168,63 @@ def test_the_number_is_the_highest_of_status_and_children_so_that_no_name_comes_
     world.add(child("ConfigMap", base(4), 4, world.job["metadata"]["uid"]))
     world.step()
     assert world.attempt == 4
+
+
+def test_labels_that_somebody_else_set_make_no_attempt():
+    """Only children that the operator made count: they name the job as their owner."""
+    world = computing()
+    world.add(child("Service", "theirs", 7, "nobody"), child("ConfigMap", "theirs", 7, "nobody"))
+    world.add(pod(7, "driver", "theirs", owner="nobody"))
+    decision = world.step(3)
+    assert not decision.actions
+    assert world.attempt == 1
+
+
+def changed(world: World, **spec: Any) -> Decision:
+    """The user changes the spec; the next pass."""
+    world.job["spec"] |= spec
+    world.job["metadata"]["generation"] += 1
+    return world.step(5)
+
+
+def waiting_driver(**spec: Any) -> World:
+    """A job whose first attempt's driver waits for its image."""
+    world = World(influence_job(**spec))
+    world.step()
+    world.add(pod(1, "driver", **waiting("driver", "ImagePullBackOff", "no such image")))
+    world.step(5)
+    return world
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image": "mended:1"}, {"driver": {"nodeSelector": {}}}, {"workers": {"deviceMemory": "1Gi"}}],
+)
+def test_a_change_of_the_pods_begins_an_attempt_anew_whose_driver_has_not_started(change):
+    world = waiting_driver(image="misspelt:1", driver={"nodeSelector": {"no.such/node": "1"}})
+    changed(world, **change)
+    assert not world.find("Job")
+    pods_end(world)
+    world.step(1)
+    assert world.attempt == 2
+    assert world.job["status"]["attempts"]["countedFailures"] == 0
+    assert world.job["status"]["attempts"]["lastReason"] == "SpecChanged"
+    (job,) = world.find("Job")
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == change.get("image", "misspelt:1")
+
+
+def test_a_driver_that_waits_is_left_alone_when_nothing_that_pods_are_made_from_changes():
+    world = waiting_driver()
+    before = world.find("Job")
+    changed(world, workers={"replicas": 3}, backoffLimit=9, startupDeadlineSeconds=99)
+    world.step(5)
+    assert world.attempt == 1
+    assert world.find("Job") == before
+
+
+def test_a_driver_that_runs_keeps_the_spec_it_began_with():
+    world = started()
+    changed(world, image="other:2")
+    world.step(5)
+    assert world.attempt == 1
