@@ -14,10 +14,12 @@ from influence_operator.decisions import attempts, deadlines, driver, observed, 
 from influence_operator.decisions.attempts import Ending, Verdict
 from influence_operator.decisions.course import Course, Outcome, closed, finished, opened, recall, reopened
 from influence_operator.decisions.reasons import Reason
+from influence_operator.decisions.spec_change import changed_before_start
 from influence_operator.decisions.view import View
+from influence_operator.settings import Settings
 
 
-def advance(view: View) -> Course:
+def advance(view: View, settings: Settings) -> Course:
     """The course after this pass."""
     course = recall(view)
     if course.outcome:
@@ -25,7 +27,7 @@ def advance(view: View) -> Course:
             return course
         course = reopened(view, course)
     if course.open:
-        course = _through_the_attempt(view, course)
+        course = _through_the_attempt(view, course, settings)
     if not course.open and not course.outcome:
         course = _between_attempts(view, course)
     if may_open(view, course):
@@ -58,7 +60,7 @@ def _changed_since_failure(view: View) -> bool:
     return failed is not None and failed.observed_generation not in (None, view.generation)
 
 
-def _through_the_attempt(view: View, course: Course) -> Course:
+def _through_the_attempt(view: View, course: Course, settings: Settings) -> Course:
     job = view.driver_job(course.number)
     if job is not None:
         course = course.with_attempts(driver=observed.name(job))
@@ -68,7 +70,7 @@ def _through_the_attempt(view: View, course: Course) -> Course:
         course = _hear(course, end.progress)
         return closed(view, course, attempts.judge(end, course.attempts.recorded))
     course = deadlines.with_clocks(view, course)
-    ending = _stopped(view) or deadlines.passed(view, course)
+    ending = _stopped(view, course, settings) or deadlines.passed(view, course)
     return closed(view, course, ending) if ending else course
 
 
@@ -80,16 +82,17 @@ def _between_attempts(view: View, course: Course) -> Course:
     return finished(view, course, Outcome(False, ending.reason, ending.message))
 
 
-def _stopped(view: View) -> Ending | None:
+def _stopped(view: View, course: Course, settings: Settings) -> Ending | None:
     """The user's wish, before any deadline."""
     if view.spec.suspend:
         return Ending(Verdict.STOPPED, Reason.SUSPENDED, "suspend was set", view.now)
     stalled = view.condition(ConditionType.STALLED)
-    if (
+    mended = (
         stalled is not None
         and stalled.reason == Reason.IMAGE_INCOMPATIBLE
         and stalled.observed_generation != view.generation
-    ):
+    )
+    if mended or changed_before_start(view, course, settings.defaults.image):
         return Ending(Verdict.STOPPED, Reason.SPEC_CHANGED, "the spec was changed", view.now)
     return None
 

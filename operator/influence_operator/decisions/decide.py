@@ -43,7 +43,7 @@ def decide(snapshot: Snapshot, settings: Settings) -> Decision:
     except RefusedSpecError as error:
         status = stalled_status(stored, str(error), generation(job), now)
         return _decision(job, stored, status, release)
-    course = advance(view)
+    course = advance(view, settings)
     course, tended = healing.tend(view, course)
     cluster = cluster_state(view, course)
     status = status_of(view, course, cluster)
