@@ -12,7 +12,7 @@ import pytest
 from influence_job.errors import InfrastructureError, PermanentError, Reason
 from influence_job.storage import ledger as ledger_module
 from influence_job.storage.claim import Claim, claim
-from influence_job.storage.ledger import Ledger, Row
+from influence_job.storage.ledger import Ledger, Row, indices_since
 from influence_job.storage.rows import Table
 from influence_job.storage.store import Store
 
@@ -276,3 +276,20 @@ def test_a_hundred_thousand_rows_are_added_within_a_second() -> None:
     start = time.process_time()
     Table().insert(rows)
     assert time.process_time() - start < 1.0
+
+
+def test_a_worker_finds_what_was_flushed_since_its_task_was_submitted(store: Store) -> None:
+    """What is older may be damaged, and submitted again for that reason."""
+    earlier = next_ledger(store)
+    earlier.add([row(9)])
+    earlier.flush()
+    driver = next_ledger(store)
+    driver.add([row(0)])
+    driver.flush()
+    submitted = driver.next_segment
+    assert indices_since(store, 2, submitted, "region") == set()
+    for rows in ([row(1), row(2)], [row(3), row(4, kind="merge")]):
+        driver.add(rows)
+        driver.flush()
+    driver.add([row(5)])
+    assert indices_since(store, 2, submitted, "region") == {1, 2, 3}
