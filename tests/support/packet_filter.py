@@ -50,7 +50,7 @@ class Enforced:
         self._thread.start()
 
     def stop(self) -> None:
-        """Takes every rule away.
+        """Follows the cluster no more.
 
         Raises:
             RuntimeError: the rules could not be kept up to date, so that what was seen says nothing.
@@ -58,7 +58,6 @@ class Enforced:
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(timeout=30)
-        remove_rules()
         if self._trouble:
             raise RuntimeError("the packet filter did not follow the cluster") from self._trouble
 
@@ -113,22 +112,34 @@ class Enforced:
 @contextmanager
 def enforced(cluster: Cluster) -> Iterator[Enforced]:
     """Every NetworkPolicy of the cluster holds inside the block."""
-    remove_rules()
-    filter_ = Enforced(cluster)
+    with _broom():
+        filter_ = Enforced(cluster)
+        try:
+            filter_.start()
+            yield filter_
+        finally:
+            filter_.stop()
+
+
+@contextmanager
+def _broom() -> Iterator[None]:
+    """A process that takes all rules away when the block ends or this process dies, however it does."""
+    sweep = [f"while iptables --wait -D {hook} -j {chain}; do :; done" for hook, chain in JUMPS]
+    sweep += [f"iptables --wait {do} {chain}" for do in ("-F", "-X") for chain in (COUNTERS, EGRESS, INGRESS)]
+    command = [str(SCRIPTS / "inside.sh"), "sh", "-c", f"cat; {'; '.join(sweep)}"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
     try:
-        filter_.start()
-        yield filter_
+        yield
     finally:
-        filter_.stop()
-
-
-def remove_rules() -> None:
-    """Also those of a run that was killed."""
-    _remove_jumps()
-    for chain in (COUNTERS, EGRESS, INGRESS):
-        for command in ("-F", "-X"):
-            with contextlib.suppress(RuntimeError):
-                inside(*_IPTABLES, command, chain)
+        process.stdin.close()
+        process.wait(timeout=60)
 
 
 def _remove_jumps() -> None:
