@@ -7,7 +7,6 @@ rules refuse.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -21,7 +20,6 @@ from cluster import Cluster
 from cluster_jobs import ClusterJob
 from cluster_storage import Bucket
 from host_tests import CLUSTER_VARIABLE
-from misbehaving_task import RESULT
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -102,8 +100,9 @@ def settled(job: ClusterJob) -> dict[str, Any] | None:
 
 
 def log(job: ClusterJob) -> str:
-    [driver] = [pod["metadata"]["name"] for pod in job.pods("driver")]
-    return job.kubectl("logs", driver)
+    """What the driver printed; nothing as long as there is none."""
+    drivers = job.running("driver")
+    return job.kubectl("logs", *drivers) if drivers else ""
 
 
 def answered(job: ClusterJob) -> list[str]:
@@ -118,7 +117,7 @@ def answered(job: ClusterJob) -> list[str]:
 def test_hostile_last_words_end_the_job_as_its_exit_code_says(
     cluster: Cluster, namespace: str, bucket: Bucket
 ) -> None:
-    """Several jobs at once: what each leaves in its termination message is believed as far as it can be."""
+    """Several jobs at once: what is none of a job's own documents is quoted at most."""
     kinds = ["huge", "binary", "types", "foreign", "finished", "hostile"]
     processes = operator_processes(cluster)
     jobs = {kind: ClusterJob(cluster, namespace, bucket, kind) for kind in kinds}
@@ -129,13 +128,17 @@ def test_hostile_last_words_end_the_job_as_its_exit_code_says(
         assert job.is_true("Stalled"), kind
         assert not job.condition("Complete"), kind
         assert "result" not in job.status, kind
-        assert RESULT["url"] not in json.dumps(job.status), kind
         assert len(failed["message"]) <= 1024, kind
         assert failed["message"].isprintable(), kind
-        assert "Lie" not in json.dumps([job.status, job.events()]), kind
+    for kind in ("huge", "binary", "types", "foreign"):
+        assert jobs[kind].status["stage"] == "Preflight", "what the driver had said at /progress stays"
+        assert jobs[kind].status["attempts"]["recorded"] == 0, kind
     hostile = jobs["hostile"].condition("Failed")["message"]
     assert "<script>alert(1)</script>" in hostile, "its own words, made printable"
     assert operator_processes(cluster) == processes
+    for job in jobs.values():
+        job.wait_until(lambda job=job: not job.children("secrets,networkpolicies"), "its guards deleted", 30)
+    time.sleep(2)
     requests = Requests(namespace)
     time.sleep(5)
     assert not requests.count(), "jobs that ended cost nothing"
@@ -213,7 +216,8 @@ def test_pod_settings_that_the_api_server_refuses_are_named_and_can_be_mended(jo
     assert '"Never"' in said
     requests = Requests(job.namespace)
     time.sleep(WINDOW_SECONDS)
-    assert requests.count().total() <= REQUESTS, requests.count()
+    made = requests.count()
+    assert max(made.values(), default=0) <= REQUESTS / 2, f"tried again hot: {made}"
     job.patch(driver={"tolerations": None})
     job.wait_until(lambda: job.condition("Ready").get("reason") == "Running", "preflight passed", 60)
     assert job.counted_failures == 0
