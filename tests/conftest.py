@@ -9,6 +9,7 @@ import pytest
 
 import gcs as google
 import s3 as amazon
+from chaos import pytest_configure, pytest_report_header  # noqa: F401  (hooks)
 from faulty_proxy import FaultyProxy, running_proxy
 from gcs import GcsEmulator
 from host_tests import (  # noqa: F401  (hooks)

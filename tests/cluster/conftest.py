@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,9 @@ import chart
 import cluster as cluster_support
 import cluster_storage
 from cluster import HOME, OWN_LABEL, Cluster
+from cluster_jobs import ClusterJob
 from cluster_storage import Bucket, ClusterStorage
+from kills import PLACES, Half
 from turns import once, turn
 
 TIMEOUT_SECONDS = 900
@@ -102,6 +106,50 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 def bucket(storage: ClusterStorage) -> Bucket:
     """A new, empty bucket, with its request log and its faults."""
     return storage.new_bucket()
+
+
+@pytest.fixture(scope="session")
+def share(testrun_uid: str) -> Callable[[str, Callable[[], bytes]], bytes]:
+    """What the first process of this run that asks makes, for all of them."""
+
+    def share(name: str, make: Callable[[], bytes]) -> bytes:
+        path = LOCKS / f"shared-{name}-{testrun_uid}"
+        set_up_once(testrun_uid, name, lambda: path.write_bytes(make()))
+        return path.read_bytes()
+
+    return share
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    cluster: Cluster, operator: None, storage: ClusterStorage, share: Callable[..., bytes]
+) -> dict[str, bytes]:
+    """The result of the same job that nobody disturbs."""
+
+    def run() -> bytes:
+        namespace = cluster.make_namespace()
+        try:
+            job = ClusterJob(cluster, namespace, storage.new_bucket()).apply()
+            return pickle.dumps(job.complete().result())
+        finally:
+            cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+    result: dict[str, bytes] = pickle.loads(share("undisturbed", run))
+    return result
+
+
+@pytest.fixture
+def start(
+    cluster: Cluster, namespace: str, bucket: Bucket, undisturbed: dict[str, bytes]
+) -> Callable[..., Half]:
+    """Starts a job with two workers that will stand at a moment of `chaos`."""
+
+    def start(moment: str = "region", pace: float = 0.0, **changes: Any) -> Half:
+        job = ClusterJob(cluster, namespace, bucket)
+        job.apply(**(job.gate(PLACES[moment].path, pace=pace) | changes))
+        return Half(job, PLACES[moment], undisturbed)
+
+    return start
 
 
 def set_up_once(run: str, name: str, action: Callable[[], None]) -> None:

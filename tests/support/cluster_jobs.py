@@ -119,11 +119,15 @@ class ClusterJob:
         self.cluster.apply(self.manifest(task=task, **changes), namespace=self.namespace)
         return self
 
-    def gate(self, path: str, at: str = "gate") -> dict[str, Any]:
-        """Changes of a manifest: whoever writes an object matching `path` waits for `open_gate(at)`."""
+    def gate(self, path: str, at: str = "gate", pace: float = 0.0) -> dict[str, Any]:
+        """Changes of a manifest: whoever writes an object matching `path` waits for `open_gate(at)`.
+
+        Before every region a worker waits for `pace` seconds.
+        """
         variables = {
             "GATE_URL": f"{ENDPOINT}/storage/v1/b/{self.bucket.name}/o/{at}",
             "GATE_PATH": path,
+            "PACE_SECONDS": str(pace),
         }
         return {"podDefaults": {"env": [{"name": n, "value": v} for n, v in variables.items()]}}
 

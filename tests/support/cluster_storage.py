@@ -1,8 +1,8 @@
 """A Google Cloud Storage emulator in the test cluster, with a bucket per test.
 
-Jobs reach it at `ENDPOINT`, the test's process through a port-forward. Before it stands the faulty proxy
-(`storage_pod`): it keeps the log of requests, from which tests count what was written, and fails as real
-storage does, for one bucket at a time.
+Jobs reach it at `ENDPOINT`, the test's process through a relay or a port-forward. Before it stands the
+faulty proxy (`storage_pod`): it keeps the log of requests, from which tests count what was written, and fails
+as real storage does, for one bucket at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import re
 import socket
 import subprocess
@@ -24,8 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machine
 from cluster import Cluster, tool
 from faulty_proxy import Request
+from host_tests import CLUSTER_VARIABLE
 
 NAMESPACE = "influence-storage"
 PORT, CONTROL_PORT = 4443, 4444
@@ -49,7 +52,7 @@ class ClusterStorage:
     """The emulator as the test's process sees it."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._forward = PortForward(cluster, NAMESPACE, "service/gcs", PORT, CONTROL_PORT)
+        self._forward = _way_to(cluster)
 
     @property
     def endpoint(self) -> str:
@@ -133,6 +136,14 @@ class Bucket:
 
     def heal(self) -> None:
         self.storage.call(self.name, "heal")
+
+
+def _way_to(cluster: Cluster) -> machine.Relay | PortForward:
+    """In our own cluster one that stands while API server and kubelet are away."""
+    if CLUSTER_VARIABLE in os.environ:
+        return PortForward(cluster, NAMESPACE, "service/gcs", PORT, CONTROL_PORT)
+    service = cluster.core.read_namespaced_service("gcs", NAMESPACE)
+    return machine.Relay(service.spec.cluster_ip, PORT, CONTROL_PORT)
 
 
 class PortForward:

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -41,6 +41,8 @@ class Request:
     """What the client was told; 0 for a connection that was reset."""
     reached: bool
     """Whether the storage saw it."""
+    client: str = ""
+    """The address that asked."""
 
 
 @dataclass
@@ -170,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked = _understand(self.command, self.path, body)
+        asked = replace(_understand(self.command, self.path, body), client=self.client_address[0])
         decided = self.server.proxy.decide(asked)
         if not decided.reached and decided.status == 0:
             self.server.proxy.record(decided)
@@ -238,7 +240,7 @@ def _understand(method: str, path: str, body: bytes) -> Request:
 
 
 def _with(request: Request, status: int, *, reached: bool) -> Request:
-    return Request(request.action, request.bucket, request.object_name, request.prefix, status, reached)
+    return replace(request, status=status, reached=reached)
 
 
 def _error_body(status: int) -> bytes:

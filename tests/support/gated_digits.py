@@ -2,7 +2,8 @@
 
 A gate is a storage object that does not exist yet. A process that is about to write an object whose path
 matches GATE_PATH waits until the object at GATE_URL is there, so that a test can kill something while the job
-stands at a known place. Without these variables it is the digits job.
+stands at a known place. PACE_SECONDS is waited before each region's write. Without these variables it is the
+digits job.
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ def _wait(url: str) -> None:
 
 def _install(url: str, pattern: str) -> None:
     original = Store.put
+    pace = float(os.environ.get("PACE_SECONDS", "0"))
 
     def put(self: Store, path: str, *arguments: Any, **options: Any) -> Any:
+        if path.startswith("influences/c/"):
+            time.sleep(pace)
         if re.search(pattern, path):
             _wait(url)
         return original(self, path, *arguments, **options)

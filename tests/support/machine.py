@@ -5,19 +5,24 @@ Only for the cluster of tests/cluster/machine; with TEST_KUBECONFIG there is no 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import socket
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cluster import HOME, SCRIPTS
 
 AUDIT_LOG = HOME / "log/audit.log"
+_CLONE_NEWNET = 0x40000000
 
 
 def pid(component: str) -> int:
@@ -56,6 +61,67 @@ def inside(*command: str, seconds: float = 60) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}{done.stdout}")
     return done.stdout
+
+
+class Relay:
+    """Ports of an address in the cluster's network namespace, at 127.0.0.1 of this machine.
+
+    Needs neither API server nor kubelet, which a `kubectl port-forward` does.
+    """
+
+    def __init__(self, address: str, *ports: int) -> None:
+        self._servers = {port: _RelayServer((address, port)) for port in ports}
+        for server in self._servers.values():
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def url(self, port: int) -> str:
+        """Where the port answers."""
+        return f"http://127.0.0.1:{self._servers[port].server_address[1]}"
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.shutdown()
+            server.server_close()
+
+
+class _RelayServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        super().__init__(("127.0.0.1", 0), _RelayHandler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Connections that break are what tests make."""
+
+
+class _RelayHandler(socketserver.BaseRequestHandler):
+    server: _RelayServer
+
+    def handle(self) -> None:
+        _enter_the_namespace()  # this thread alone, which ends with its connection
+        with socket.create_connection(self.server.target, timeout=10) as inside:
+            inside.settimeout(None)
+            back = threading.Thread(target=_pump, args=(inside, self.request), daemon=True)
+            back.start()
+            _pump(self.request, inside)
+            back.join()
+
+
+def _enter_the_namespace() -> None:
+    name = os.environ.get("K8S_NETNS", "influence-cluster")
+    with Path(f"/run/netns/{name}").open() as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    with suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
 
 
 class AuditLog:
