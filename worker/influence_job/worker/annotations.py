@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_calculator.torch.converter import TorchNumpyConverter
 from influence_job.errors import PermanentError, Reason
 from influence_job.storage import arrays
 from influence_job.task import InfluenceTask
 from influence_job.worker.session import Session
+
+_CONVERTER = TorchNumpyConverter()
 
 
 def annotate(task: InfluenceTask, objective: Objective, batch: Batch) -> dict[str, np.ndarray]:
@@ -30,7 +33,7 @@ def annotate(task: InfluenceTask, objective: Objective, batch: Batch) -> dict[st
 
 
 def _column(name: str, value: Any, count: int) -> np.ndarray:
-    column = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    column = _CONVERTER.to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
     if column.shape != (count,) or column.dtype.kind not in "biuf" or not name.isidentifier():
         raise PermanentError(
             Reason.INVALID_TASK,
