@@ -25,7 +25,20 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line)
+
+
+class PlainFormatter(logging.Formatter):
+    """One line per record for people, but for the trace of a defect.
+
+    Messages quote what users, their containers and webhooks wrote: none of it may look like a line of ours or
+    steer a terminal.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the library's name)
+        """The line."""
+        line = super().formatMessage(record)
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class Seldom(logging.Filter):
@@ -47,7 +60,7 @@ class Seldom(logging.Filter):
 def configure(log_format: LogFormat, level: str) -> None:
     """Sets up the process's logging, to stderr."""
     handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    plain = PlainFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else plain)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # kopf tells of each event it hands on, and that it handles no signals in a thread, as it should not.

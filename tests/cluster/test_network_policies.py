@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -218,8 +219,8 @@ def test_a_job_runs_under_its_network_policies_which_let_nobody_else_in(
 def test_a_scheduler_that_answers_404_draws_nobody_to_its_own_port(job: ClusterJob) -> None:
     """There pickles are taken from, and given to, a process whose image the tenant chose.
 
-    Scaled down as a user does, nobody even tries; dask-kubernetes, when a tenant has it scale down, tries and
-    does not get through.
+    Scaled down as a user does, nobody even tries. A tenant can open the job's policies and have
+    dask-kubernetes scale down: it asks, gets the 404, tries, and the chart's policy for its pod stops it.
     """
     cluster = job.cluster
     with packet_filter.enforced(cluster) as network, packet_filter.recorded() as record:
@@ -246,9 +247,11 @@ def test_a_scheduler_that_answers_404_draws_nobody_to_its_own_port(job: ClusterJ
         assert cluster_["spec"]["worker"]["replicas"] == 2, "dask-kubernetes was told to scale down"
         assert len(job.pods("worker")) == 2
 
+        let_everybody_in(job)
         patch = json.dumps({"spec": {"worker": {"replicas": 1}}})
         job.kubectl("patch", "daskcluster", base, "--type=merge", "--patch", patch)
         job.wait_until(lambda: sum(count() for count in tries["dask operator"]), "the fall-back to pickle")
+        assert flows_to(record, scheduler, 8787, ours["dask operator"])
         drawn = flows_to(record, scheduler, 8786, ours["operator"] + ours["dask operator"])
         assert drawn == []
 
@@ -263,6 +266,18 @@ def make_scheduler_deaf(job: ClusterJob, base: str) -> str:
         "the new scheduler alone",
     )
     return ip(job.pods("scheduler")[0])
+
+
+def let_everybody_in(job: ClusterJob) -> None:
+    """Policies add up: any that lets somebody in does."""
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "everybody"},
+        "spec": {"podSelector": {}, "ingress": [{}]},
+    }
+    job.cluster.apply(policy, namespace=job.namespace)
+    time.sleep(3 * packet_filter.POLL_SECONDS + 1)
 
 
 def flows_to(record: Recorded, address: str, port: int, sources: list[str]) -> list[Flow]:

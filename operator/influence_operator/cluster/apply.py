@@ -119,7 +119,7 @@ class Applier:
         if answer.get("kind") == kind.kind:
             self.cache.put(kind, answer)
         elif uid is not None:
-            self.cache.forget(key, uid)
+            self.cache.forget(uid)
         return bool(answer)
 
     async def _patch(self, key: JobKey, action: Patch) -> bool:
@@ -136,7 +136,7 @@ class Applier:
         except ApiError as error:
             if not error.not_found:
                 raise
-            self.cache.forget(key, action.uid)
+            self.cache.forget(action.uid)
             return True
         finalizers = list(found["metadata"].get("finalizers") or ())
         if found["metadata"]["uid"] != action.uid or action.finalizer not in finalizers:

@@ -49,6 +49,8 @@ class Cache:
     def __init__(self) -> None:
         self._jobs: dict[str, Object] = {}
         self._children: dict[JobKey, dict[str, tuple[Kind, Object]]] = {}
+        self._places: dict[str, JobKey] = {}
+        """Of each child, the job under which it is kept."""
         self._gone: OrderedDict[str, None] = OrderedDict()
 
     def put(self, kind: Kind, obj: Object) -> JobKey | None:
@@ -59,6 +61,9 @@ class Cache:
         if kind == INFLUENCE_JOB:
             self._jobs[uid] = _newer(self._jobs.get(uid), _trimmed(kind, obj))
             return key
+        if self._places.setdefault(uid, key) != key:
+            self._take_out(uid)  # somebody changed its labels
+            self._places[uid] = key
         siblings = self._children.setdefault(key, {})
         known = siblings.get(uid)
         siblings[uid] = (kind, _newer(known[1] if known else None, _trimmed(kind, obj)))
@@ -68,19 +73,24 @@ class Cache:
         """Forgets an object that is gone for good; returns the job that it concerned."""
         key = _key(kind, obj)
         if key is not None:
-            self.forget(key, obj["metadata"]["uid"])
+            self.forget(obj["metadata"]["uid"])
         return key
 
-    def forget(self, key: JobKey, uid: str) -> None:
-        """Forgets one object of a job, or the job itself."""
+    def forget(self, uid: str) -> None:
+        """Forgets a child, or a job itself."""
         self._gone[uid] = None
         if len(self._gone) > REMEMBERED_DELETIONS:
             self._gone.popitem(last=False)
         self._jobs.pop(uid, None)
-        siblings = self._children.get(key, {})
-        siblings.pop(uid, None)
-        if not siblings:
-            self._children.pop(key, None)
+        self._take_out(uid)
+
+    def _take_out(self, uid: str) -> None:
+        key = self._places.pop(uid, None)
+        if key is None:
+            return
+        del self._children[key][uid]
+        if not self._children[key]:
+            del self._children[key]
 
     def find(self, kind: Kind, obj: Object) -> Object | None:
         """What is known of an object that a watch tells of."""

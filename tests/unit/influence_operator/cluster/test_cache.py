@@ -69,7 +69,7 @@ def test_children_outlive_their_job_until_each_is_gone():
 
     assert cache.job(KEY) is None
     assert cache.job_keys() == {KEY}
-    cache.forget(KEY, "uid of a")
+    cache.forget("uid of a")
     assert cache.job_keys() == set()
 
 
@@ -83,6 +83,19 @@ def test_a_child_that_names_another_job_than_its_uid_does_is_nobodys():
     assert key == JobKey("ns", "another", "u-1")
     assert cache.job(key) is None
     assert cache.children(KEY) == Children()
+
+
+def test_a_child_whose_labels_somebody_changed_is_the_other_jobs_alone():
+    cache = Cache()
+    cache.put(POD, child("a"))
+    moved = child("a", version=2)
+    moved["metadata"]["labels"] = names.labels("another", "u-2", 1)
+    key = cache.put(POD, moved)
+
+    assert key == JobKey("ns", "another", "u-2")
+    assert cache.job_keys() == {key}
+    cache.remove(POD, moved)
+    assert cache.job_keys() == set()
 
 
 def test_what_nothing_decides_by_is_not_kept():
