@@ -12,7 +12,7 @@ import torch
 
 import broken_task
 import stored
-from jobs import Jobs, Run
+from jobs import Barrier, Jobs, Run
 
 TASK = {"task": {"entrypoint": "broken_task:faulty"}}
 
@@ -222,6 +222,30 @@ def test_a_data_set_that_answers_differently_the_second_time_is_refused(
     _assert_refused(run, "InvalidData", ("train examples", "dataset not deterministic or changed"))
     start, stop = _named_range(run.stderr)
     assert start <= broken_task.FAULTY_EXAMPLE <= stop
+
+
+CHANGED_AFTER = {
+    "half of a pass": (Barrier("read", "before", "", 8), "factors"),
+    "the fit": (Barrier("enter", "before", "Scores"), "merge"),
+}
+"""When the first run is killed -> rows that the second one must not get to."""
+
+
+@pytest.mark.parametrize("when", CHANGED_AFTER)
+def test_data_that_changed_since_an_earlier_run_is_refused(when: str, jobs: Jobs, tmp_path: Path) -> None:
+    """In an example that is none of those by which the data is known; no curvature of one data set and no
+    score of another come together.
+    """
+    barrier, never = CHANGED_AFTER[when]
+    path, manifest = tmp_path / "result.zarr", jobs.manifest(TASK)
+    first = jobs.start(manifest, output=path, barrier=barrier)
+    first.wait_for_barrier()
+    first.kill()
+    run = jobs.run(manifest, output=path, env={"FAULT": "changed"})
+    _assert_refused(run, "InvalidData", ("train examples", "dataset not deterministic or changed"))
+    start, stop = _named_range(run.stderr)
+    assert start <= broken_task.FAULTY_EXAMPLE <= stop
+    assert not [kind for kind, _ in stored.held(stored.open_store(path)) if kind == never]
 
 
 def test_a_loss_without_a_finite_gradient_is_refused(jobs: Jobs, tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ class _Faulty:
             x[place, 2] = torch.nan
         if self._fault == "differs":
             x[place] += torch.rand(6, generator=torch.Generator().manual_seed(int.from_bytes(os.urandom(4))))
+        if self._fault == "changed":
+            x[place] += 1
         if self._fault == "class":
             y[place] = 7
         if self._fault == "short":

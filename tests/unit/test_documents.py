@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from influence_calculator import CgInfluence, EkfacInfluence, SolverStatus, torch_dataset_to_dask_array
+from influence_calculator.maths import errors as maths_errors
 from influence_calculator.maths.ekfac import Unsupported
 from influence_calculator.maths.expectation import Expectation
 from influence_job import errors
@@ -179,6 +180,12 @@ def test_the_table_of_exit_codes_has_each_once() -> None:
 def test_the_table_of_solver_statuses_has_each_with_its_value() -> None:
     shown = [(name, int(value)) for name, value, _ in table(LIBRARY, "`SolverStatus`")]
     assert shown == [(status.name, status.value) for status in SolverStatus]
+
+
+def test_the_table_of_errors_has_each_of_the_maths_with_its_own_name() -> None:
+    shown = {name for name, _ in table(LIBRARY, "error")}
+    kinds = {name for name, kind in vars(maths_errors).items() if isinstance(kind, type)}
+    assert shown == kinds - {"CalculatorError"}
 
 
 def test_the_table_of_ekfac_options_names_every_value() -> None:

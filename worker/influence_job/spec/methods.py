@@ -171,7 +171,7 @@ class CgSpec(_SolverSpec):
         description="Absolute part of that bound. Default 0: larger ones answer 0 for confident examples.",
     )
     maxiter: Annotated[Integer, Field(ge=1, le=1_000_000)] | None = Field(
-        None, description="Iterations at most; default 10 times the number of parameters."
+        None, description="Iterations at most; default 10 times the number of parameters, at most 5000."
     )
     simultaneous: Flag = Field(
         True, description="Solve all test examples of a chunk at once, sharing each pass. Default true."
