@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import urllib.error
@@ -40,8 +41,13 @@ def test_progress_health_and_metrics_are_served_while_a_job_runs(jobs: Jobs, tmp
     assert not document.finished
     assert document.job_uid
     text = _get(metrics, "/metrics").decode()
-    assert "Scores" in text
-    assert "influence" in text
+    assert f'influence_job_info{{stage="Scores",uid="{document.job_uid}"}} 1.0' in text
+    assert f'influence_regions{{state="total"}} {float(document.regions.total)}' in text
+    done = re.search(r'influence_regions\{state="done"\} (\S+)', text)
+    assert done
+    assert document.regions.done <= float(done[1]) < document.regions.total
+    assert "influence_workers 2.0" in text
+    assert "influence_finished 0.0" in text
     with pytest.raises(urllib.error.HTTPError, match="404"):
         _get(progress, "/elsewhere")
     run.open_barrier()
