@@ -255,12 +255,17 @@ def test_a_loss_without_a_finite_gradient_is_refused(jobs: Jobs, tmp_path: Path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_is_refused_and_computes_nothing(jobs: Jobs, tmp_path: Path) -> None:
-    """It never falls back to the processor in silence."""
-    path = tmp_path / "result.zarr"
-    run = jobs.run(jobs.manifest(), "--device", "cuda", output=path, workers=1)
-    _assert_refused(run, "GpuNotVisible", ("spec.device", "nvidia.com/gpu", "device: cpu"))
+def test_cuda_without_a_gpu_is_refused_and_computes_nothing(
+    jobs: Jobs, tmp_path: Path, half_done: Any
+) -> None:
+    """It never falls back to the processor in silence; what it was to overwrite is still there."""
+    path, before = tmp_path / "result.zarr", _without_claims(half_done.path)
+    options = ("--device", "cuda", "--on-existing", "Overwrite")
+    for output in (path, half_done.path):
+        run = jobs.run(jobs.manifest(), *options, output=output, workers=1)
+        _assert_refused(run, "GpuNotVisible", ("spec.device", "nvidia.com/gpu", "device: cpu"))
     assert not stored.held(stored.open_store(path))
+    assert stored.differing(_without_claims(half_done.path), before) == []
 
 
 def test_an_output_below_a_file_is_refused(jobs: Jobs, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ KILLS = {
         Barrier("enter", "before", "Factors"), {"ranges": (2 * FIT_RANGES, 2 * FIT_RANGES), "factors": (0, 0)}
     ),
     "on entering Scores": Kill(Barrier("enter", "before", "Scores"), {**FITTED, "region": (0, 0)}),
+    "after entering Scores": Kill(Barrier("enter", "after", "Scores"), {**FITTED, "region": (0, 0)}),
     "on entering Verifying": Kill(Barrier("enter", "before", "Verifying"), {"region": (REGIONS, REGIONS)}),
     "while the ledger is compacted": Kill(
         Barrier("delete", "before", r"^ledger/\d+-\d+$", 2), {"region": (REGIONS, REGIONS)}

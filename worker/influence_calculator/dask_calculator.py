@@ -60,7 +60,8 @@ class DaskInfluenceCalculator:
         influence_function_model: a fitted model (or one that is fitted before the first graph is built).
         converter: between numpy arrays and the model's tensors, on the worker's device.
         client: any `distributed.Client`; the model is sent to its workers once, when the first graph is
-            built, and again only after the model changed. Or `DisableClientSingleThreadCheck`.
+            built, and again only after the model changed (an asynchronous client's graphs hold it).
+            Or `DisableClientSingleThreadCheck`.
 
     Attributes:
         group_bytes: memory for the factors of one group of test chunks and their scores against one
@@ -201,7 +202,8 @@ class DaskInfluenceCalculator:
         model = self.influence_function_model
         if self._sent is None or self._sent[0] != model.revision:
             side = chunk_tasks.WorkerSide(model, self.numpy_converter, model.factor_dtype)
-            if self._client is None:
+            # An asynchronous client sends nothing until somebody awaits it: the graph takes the model along.
+            if self._client is None or self._client.asynchronous:
                 sent = delayed(side, name=f"influence-model-{uuid4().hex}", traverse=False)
             else:
                 sent = self._client.scatter(side, broadcast=True, hash=False)

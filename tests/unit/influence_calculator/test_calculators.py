@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, worker_client
 
 from counting_model import FEATURES, CountingModel
 from influence_calculator import (
@@ -275,6 +276,26 @@ class TestOnACluster:
             safe = DaskInfluenceCalculator(CountingModel(is_thread_safe=True), TorchNumpyConverter(), threads)
             values = threads.compute(safe.influences(*queries(), *training())).result()
         assert np.allclose(values, EXPECTED)
+
+    def test_an_asynchronous_client_will_do(self):
+        async def influences() -> Any:
+            options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+            async with (
+                LocalCluster(asynchronous=True, **options) as cluster,
+                Client(cluster, asynchronous=True, set_as_default=False) as asynchronous,
+            ):
+                calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), asynchronous)
+                return await asynchronous.compute(calculator.influences(*queries(), *training()))
+
+        assert np.allclose(asyncio.run(influences()), EXPECTED)
+
+    def test_a_client_inside_a_task_will_do(self, client: Client):
+        def inside() -> Any:
+            with worker_client() as own:
+                calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), own)
+                return own.compute(calculator.influences(*queries(), *training())).result()
+
+        assert np.allclose(client.submit(inside).result(), EXPECTED)
 
     def test_with_the_check_disabled_no_client_is_called(
         self, client: Client, monkeypatch: pytest.MonkeyPatch
