@@ -136,4 +136,4 @@ class AuditLog:
             log.seek(self._begin)
             lines = log.read().splitlines()
         found = [json.loads(line) for line in lines if line.endswith(b"}")]
-        return [entry for entry in found if not user or entry["user"]["username"] == user]
+        return [entry for entry in found if not user or entry["user"].get("username") == user]
