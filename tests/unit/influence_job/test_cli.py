@@ -294,19 +294,24 @@ SCORES = np.array([[3, -1, 0, 2], [-5, 4, 1, 0], [0, 0, 0, 1], [9, 8, -7, -6]], 
 
 
 def make_store(
-    path: Path, *, finished: bool = True, annotated: bool = True, operation: str = "Influences"
+    path: Path,
+    *,
+    finished: bool = True,
+    annotated: bool = True,
+    operation: str = "Influences",
+    mode: str = "Up",
 ) -> None:
     """A store of 4 × 4 scores, as a job leaves it, or as it is when two of its four regions are done."""
     with Store.open(str(path)) as store:
         epoch = claim(store, Claim("uid-1", 0, "host", "Resume"))
-        annotations = ["test_label", "test_predicted", "train_label"] if annotated else []
+        annotations = ["test_label", "test_predicted", "train_label", "train_confidence"]
         record = {
             "jobUid": "uid-1",
             "name": "small",
             "spec": {"method": {"name": "Cg", "regularization": 0.5}},
             "plan": {
                 "operation": operation,
-                "mode": "Up",
+                "mode": mode,
                 "test": 4,
                 "train": 4,
                 "testChunk": 1,
@@ -315,7 +320,7 @@ def make_store(
                 "blocks": {"": 11},
             },
             "provenance": {"created": "2026-01-01", "versions": {"torch": "2.9", "zarr": "3.1"}},
-            "annotations": annotations,
+            "annotations": annotations if annotated else [],
         }
         if finished:
             record |= {"finished": True, "result": {"dtype": "float32", "bytes": 64}}
@@ -351,7 +356,12 @@ def _write_results(store: Store, annotated: bool) -> None:
         "solver_status": np.array([0, 0, 1, 0], np.int8),
     }
     if annotated:
-        statistics |= {"test_label": LABELS, "test_predicted": PREDICTED, "train_label": LABELS}
+        statistics |= {
+            "test_label": LABELS,
+            "test_predicted": PREDICTED,
+            "train_label": LABELS,
+            "train_confidence": LABELS / 3,
+        }
     for name, vector in statistics.items():
         arrays.write_array(store, name, vector, (name.split("_")[0],))
 
@@ -372,8 +382,8 @@ def test_show_names_the_examples_behind_each_misread_test_case(
     first = document["tests"][0]
     assert first["coordinates"] == {"label": 1, "predicted": 7}
     assert first["mostHelpful"] == [
-        {"train": 1, "score": 4.0, "coordinates": {"label": 1}},
-        {"train": 2, "score": 1.0, "coordinates": {"label": 2}},
+        {"train": 1, "score": 4.0, "coordinates": {"label": 1, "confidence": 1 / 3}},
+        {"train": 2, "score": 1.0, "coordinates": {"label": 2, "confidence": 2 / 3}},
     ]
     assert [ranked["train"] for ranked in first["mostHarmful"]] == [0, 3]
     assert document["solver"] == {"converged": 3, "max_iterations": 1}
@@ -410,9 +420,31 @@ def test_show_reads_top_lists_without_the_matrix(tmp_path: Path, capsys: pytest.
     assert "with torch 2.9, zarr 3.1; job uid-1" in text
     assert "3 converged, 1 max iterations" in text
     assert "test 1: label 1, predicted 7" in text
-    assert "helps score label harms score label" in text
-    assert "#1 +4 1 #0 -5 0" in text
+    assert "helps score label confidence harms score label confidence" in text
+    assert "#1 +4 1 0.333 #0 -5 0 0" in text
     assert "about score / 4" in text
+
+
+def test_show_cuts_no_number_off_however_narrow_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    make_store(tmp_path / "s.zarr")
+    assert execute(["show", str(tmp_path / "s.zarr"), "--top", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert "#1 +4 1 0.333 #0 -5 0 0" in " ".join(text.split())
+
+
+def test_show_says_of_perturbations_what_their_scores_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "s.zarr", mode="Perturbation")
+    assert execute(["show", str(tmp_path / "s.zarr"), "--top", "1"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "moves most score label confidence moves least score" in text
+    assert "gradient by the training input" in text
+    assert "helps" not in text
 
 
 def test_show_of_an_unfinished_store_says_how_far_it_is(

@@ -10,10 +10,11 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from influence_job.cli.options import json_option, verbose_option
-from influence_job.spec import Operation
+from influence_job.spec import Mode, Operation
 from influence_job.units import in_words
 
 if TYPE_CHECKING:
@@ -110,17 +111,22 @@ def draw(summary: Summary, console: Console) -> None:
     """The summary as a person reads it."""
     for line in _headline(summary):
         console.print(escape(line), soft_wrap=True)
+    if not summary.cases:
+        return
+    plan = summary.record["plan"]
+    perturbs = plan["mode"] == Mode.PERTURBATION
     for case in summary.cases:
         console.print()
-        _draw_case(case, console)
-    if summary.cases:
-        train = summary.record["plan"]["train"]
-        console.print()
-        console.print(
-            "A positive score helps: without that training example (#, counted from 0) the loss would be "
-            f"higher, by about score / {train}.",
-            soft_wrap=True,
-        )
+        _draw_case(case, console, ("moves most", "moves least") if perturbs else ("helps", "harms"))
+    console.print()
+    meaning = (
+        "A score is the length of the gradient by the training input (#, counted from 0): the larger, the "
+        "more a change of that input changes the loss."
+        if perturbs
+        else "A positive score helps: without that training example (#, counted from 0) the loss would be "
+        f"higher, by about score / {plan['train']}."
+    )
+    console.print(meaning, soft_wrap=True)
 
 
 def _headline(summary: Summary) -> list[str]:
@@ -183,16 +189,19 @@ def _how_far(summary: Summary) -> str:
     return "all regions are there, verifying"
 
 
-def _draw_case(case: TestCase, console: Console) -> None:
-    told = ", ".join(f"{name} {value}" for name, value in case.coordinates.items())
+def _draw_case(case: TestCase, console: Console, titles: tuple[str, str]) -> None:
+    told = ", ".join(f"{name} {_short(value)}" for name, value in case.coordinates.items())
     console.print(escape(f"test {case.test}{': ' if told else ''}{told}"), style="bold")
     names = list((*case.most_helpful, *case.most_harmful)[0].coordinates) if case.most_helpful else []
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for title in ("helps", "harms"):
+    for title in titles:
         for column in (title, "score", *names):
             table.add_column(escape(column), justify="right", no_wrap=True)
     for rank in range(max(len(case.most_helpful), len(case.most_harmful))):
         table.add_row(*_cells(case.most_helpful, rank, names), *_cells(case.most_harmful, rank, names))
+    # Wider than a narrow terminal rather than with numbers cut off.
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.width = max(width, console.width)
     console.print(table)
 
 
@@ -200,5 +209,10 @@ def _cells(ranked: tuple[Ranked, ...], rank: int, names: list[str]) -> list[str]
     if rank >= len(ranked):
         return [""] * (2 + len(names))
     example = ranked[rank]
-    told = [escape(str(example.coordinates[name])) for name in names]
+    told = [escape(_short(example.coordinates[name])) for name in names]
     return [f"#{example.train}", f"{example.score:+.3g}", *told]
+
+
+def _short(value: Any) -> str:
+    """An annotation with as many digits as a person reads."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
