@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test test-unit test-gpu lint format manifests bench cluster cluster-down images clean
+.PHONY: help venv run demo test test-unit test-gpu chaos lint format manifests bench cluster cluster-down images clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-unit: $(STAMP) ## the tests that need no cluster
 test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
 	$(BIN)/python -m pytest tests/gpu
 
+chaos: $(STAMP) ## every kill of a job's pods at every moment; `make test` takes one moment for each
+	INFLUENCE_CHAOS=all $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/cluster/test_kills.py
+
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,8 +54,11 @@ format: $(STAMP) ## put the code into the project's format
 manifests: $(STAMP) ## what is generated: the CRD from the spec, the chart's copies, charts/install.yaml; needs helm
 	PATH="$${K8S_HOME:-$$HOME/.cache/influence-cluster}/bin:$$PATH" $(BIN)/python charts/manifests.py
 
-bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation, in one run
-	$(BIN)/python tests/benchmarks/run.py
+bench: $(STAMP) ## the benchmarks: ratios against pyDVL and a plain implementation; many jobs on the test cluster
+	@missed=0; \
+	$(BIN)/python tests/benchmarks/run.py || missed=1; \
+	PYTHONPATH=tests/support $(BIN)/python tests/benchmarks/operator_scale.py || missed=1; \
+	exit $$missed
 
 cluster: ## a real Kubernetes on this machine, for the tests: tests/cluster/machine/README.md
 	@tests/cluster/machine/build.sh
