@@ -5,8 +5,10 @@ Each cause is named by a condition within a minute of the job's creation, in the
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -288,21 +290,39 @@ def test_a_dask_operator_that_does_not_run(job: ClusterJob) -> None:
 @pytest.mark.alone
 def test_a_cluster_that_knows_no_dask_clusters_yet(job: ClusterJob) -> None:
     """Their CRDs go and come back while the operators run."""
-    names = [f"{plural}.kubernetes.dask.org" for plural in DASK_CRDS]
-    definitions = [job.cluster.get("crd", name) for name in names]
-    job.cluster.kubectl("delete", "crd", *names, "--timeout=60s")
-    try:
+    definitions = [job.cluster.get("crd", f"{plural}.kubernetes.dask.org") for plural in DASK_CRDS]
+    with without_definitions(job.cluster, definitions):
         job.apply(**SMALL)
         named(job, "DaskOperatorMissing", "knows no DaskCluster", "install the dask-kubernetes operator")
         waits(job)
-    finally:
-        job.cluster.apply(*map(as_written, definitions))
     job.complete()
     assert (job.attempt, job.counted_failures) == (1, 0)
+
+
+@contextlib.contextmanager
+def without_definitions(cluster: Cluster, definitions: list[dict[str, Any]]) -> Iterator[None]:
+    """The CRDs are away inside the block, and the objects of these kinds for ever."""
+    names = [definition["metadata"]["name"] for definition in definitions]
+    try:
+        release_leftovers(cluster)
+        cluster.kubectl("delete", "crd", *names, "--timeout=60s")
+        yield
+    finally:
+        cluster.kubectl("wait", "--for=delete", *(f"crd/{name}" for name in names), "--timeout=60s")
+        cluster.apply(*map(as_written, definitions))
+
+
+def release_leftovers(cluster: Cluster) -> None:
+    """DaskClusters of other tests that dask-kubernetes cannot let go would hold the CRD for ever."""
+    listed = json.loads(cluster.kubectl("get", "daskclusters", "--all-namespaces", "--output", "json"))
+    for found in listed["items"]:
+        where = ("--namespace", found["metadata"]["namespace"], found["metadata"]["name"])
+        patch = ("--type=merge", "--patch", '{"metadata": {"finalizers": null}}')
+        cluster.kubectl("patch", "daskcluster", *where, *patch)
 
 
 def as_written(definition: dict[str, Any]) -> dict[str, Any]:
     """A CRD as it can be made again."""
     kept = ("name", "labels", "annotations")
     metadata = {name: value for name, value in definition["metadata"].items() if name in kept}
-    return {**definition, "metadata": metadata, "status": None}
+    return {key: value for key, value in definition.items() if key != "status"} | {"metadata": metadata}
