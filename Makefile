@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test test-unit test-gpu chaos lint format manifests bench cluster cluster-down images clean
+.PHONY: help venv run demo test test-unit test-again test-gpu chaos lint format manifests bench cluster cluster-down images clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: $(STAMP) ## every test that needs no accelerator; brings up a Kubernetes c
 
 test-unit: $(STAMP) ## the tests that need no cluster
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit tests/contract tests/integration
+
+test-again: $(STAMP) ## the tests that failed when they last ran, one after another
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
 	$(BIN)/python -m pytest tests/gpu

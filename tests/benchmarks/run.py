@@ -27,6 +27,7 @@ import plain_ekfac
 import pydvl_environment
 import torch
 import workload
+from findings import Finding, table
 from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
@@ -34,17 +35,6 @@ CORES = 2
 MIB = 2**20
 
 Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One figure; `target` is what it is held to, None where it only informs."""
-
-    name: str
-    value: float
-    unit: str
-    target: str | None = None
-    reached: bool = True
 
 
 @dataclass(frozen=True)
@@ -175,18 +165,6 @@ BENCHMARKS: dict[str, Callable[[Path, Effort], list[Finding]]] = {
     "cg": conjugate_gradients,
     "regions": regions,
 }
-
-
-def table(findings: list[Finding]) -> str:
-    """One line per figure."""
-    width = max(len(finding.name) for finding in findings)
-    lines = []
-    for finding in findings:
-        line = f"{finding.name:<{width}}  {finding.value:>10.4g} {finding.unit:<3}"
-        if finding.target:
-            line += f"  {finding.target:>8}  {'reached' if finding.reached else 'MISSED'}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
 
 
 def relative_error(found: Array, expected: Array) -> float:

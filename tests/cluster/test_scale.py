@@ -1,4 +1,4 @@
-"""What many jobs cost the API server: requests are counted, never seconds. `make bench` runs the same, larger."""
+"""What many jobs cost the API server, in requests, never in seconds; `make bench` runs more of the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ MOST_UNTIL_CHILDREN = 10
 """Requests of the operator per job until it has its children: six children, some Events and statuses."""
 
 
-def test_a_job_costs_its_children_and_few_requests_more(cluster: Cluster, operator: None) -> None:
+def test_a_job_costs_its_children_and_few_requests_more_and_none_while_it_waits(
+    cluster: Cluster, operator: None
+) -> None:
     found = scale.waiting(cluster, SMALL.waiting)
 
     for kind, number in CHILDREN.items():
@@ -25,11 +27,6 @@ def test_a_job_costs_its_children_and_few_requests_more(cluster: Cluster, operat
     assert verbs.total() <= MOST_UNTIL_CHILDREN * found.jobs, found.until_children
     assert verbs["update"] + verbs["delete"] == 0, found.until_children
     assert found.until_settled["patch", "influencejobs/status"] <= 5 * found.jobs, found.until_settled
-
-
-def test_jobs_that_wait_cost_no_requests_of_their_own(cluster: Cluster, operator: None) -> None:
-    found = scale.waiting(cluster, SMALL.waiting)
-
     assert writes(found.while_waiting) == {}
     # What the warnings in their namespace say is looked up for all of them together.
     assert found.while_waiting.total() <= scale.WATCHED_SECONDS / 5 + 1, found.while_waiting
