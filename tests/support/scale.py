@@ -124,6 +124,7 @@ class Side:
 def waiting(cluster: Cluster, jobs: int) -> Waiting:
     """Creates jobs for a node that is nowhere."""
     leader = Leader(cluster)
+    get_going(cluster)
     with namespace(cluster) as where:
         before, log = leader.memory, AuditLog()
         create_jobs(cluster, where, (manifest(f"waiting-{n}") for n in range(jobs)))
@@ -150,6 +151,17 @@ def waiting(cluster: Cluster, jobs: int) -> Waiting:
             memory=(before, leader.memory),
             processor=share,
         )
+
+
+def get_going(cluster: Cluster) -> None:
+    """Waits until children can be made.
+
+    For half a minute after the CRD was created, an API server that guards `blockOwnerDeletion` refuses them.
+    """
+    with namespace(cluster) as where:
+        log = AuditLog()
+        create_jobs(cluster, where, [manifest("first")])
+        cluster.wait_until(lambda: children(log, where), "the first driver Job", 90, where)
 
 
 def children(log: AuditLog, namespace: str) -> int:
