@@ -265,6 +265,7 @@ def foreign(cluster: Cluster, number: int) -> Foreign:
 
 def running(cluster: Cluster, storage: ClusterStorage, jobs: int) -> Side:
     """Runs jobs of one worker each to their end."""
+    have_image(cluster)
     with namespace(cluster) as where:
         log, since = AuditLog(), time.monotonic()
         ours = [ClusterJob(cluster, where, storage.new_bucket(), f"digits-{n}") for n in range(jobs)]
@@ -279,6 +280,7 @@ def running(cluster: Cluster, storage: ClusterStorage, jobs: int) -> Side:
 
 def running_dask_jobs(cluster: Cluster, storage: ClusterStorage, jobs: int) -> Side:
     """The same work as DaskJobs."""
+    have_image(cluster)
     with namespace(cluster) as where:
         log, since = AuditLog(), time.monotonic()
         theirs = [DaskJob(cluster, where, storage.new_bucket(), f"plain-{n}") for n in range(jobs)]
@@ -294,6 +296,15 @@ def running_dask_jobs(cluster: Cluster, storage: ClusterStorage, jobs: int) -> S
         seconds = time.monotonic() - since
         requests = settled(log, THEIRS, where)
         return Side(jobs, seconds, asked(log, OURS, where), requests)
+
+
+def have_image(cluster: Cluster) -> None:
+    """Waits until the node has the worker image: several gigabytes, which the first pod would pay for."""
+    with namespace(cluster) as where:
+        pods.start(cluster, where, "first", pods.pod(cluster.images.worker.name, "true"))
+        cluster.wait_until(
+            lambda: pods.phase_of(cluster, where, "first") == "Succeeded", "the image", 600, where
+        )
 
 
 # -- what all of them need ------------------------------------------------------------------------
