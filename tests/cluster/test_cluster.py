@@ -159,7 +159,8 @@ def test_the_audit_log_tells_who_asked_for_what_and_whether_they_got_it(
     stranger = client.CoreV1Api(cluster.api_as("default", namespace))
     with pytest.raises(client.ApiException, match="Forbidden"):
         stranger.list_namespaced_secret(namespace)
-    (entry,) = log.entries(f"system:serviceaccount:{namespace}:default")
+    who = f"system:serviceaccount:{namespace}:default"
+    (entry,) = cluster.wait_until(lambda: log.entries(who), "the audit log to tell", seconds=10)
     assert entry["verb"] == "list"
     assert entry["objectRef"]["resource"] == "secrets"
     assert entry["annotations"]["authorization.k8s.io/decision"] == "forbid"

@@ -107,7 +107,12 @@ class Cluster:
 
     def api_as(self, account: str, namespace: str) -> client.ApiClient:
         """The same for a ServiceAccount, by a token of its own: what it may do, not what we may."""
-        token = self.kubectl("create", "token", account, "--namespace", namespace).strip()
+        # A namespace has its ServiceAccount a moment after itself.
+        token = self.wait_until(
+            lambda: self.kubectl("create", "token", account, "--namespace", namespace).strip(),
+            f"a token of {namespace}/{account}",
+            seconds=30,
+        )
         settings = client.Configuration()
         settings.host = self.api.configuration.host
         settings.ssl_ca_cert = self.api.configuration.ssl_ca_cert
