@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run demo test test-unit test-outages test-again test-gpu chaos lint format manifests bench cluster cluster-down images clean
+.PHONY: help venv run demo test test-unit test-again test-gpu chaos lint format manifests bench cluster cluster-down images clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,15 +29,12 @@ run: $(STAMP) ## the influences of 1400 handwritten digits on 300 others, then w
 demo: $(STAMP) ## the same job on a real Kubernetes on this machine, from nothing, watched live
 	PYTHONPATH=tests/support $(BIN)/python tests/cluster/demo.py
 
-# They take the cluster itself down, or fill it: a target of their own until they have run long enough without harm
-# to the tests after them.
-OUTAGES := tests/cluster/test_outages.py tests/cluster/test_scale.py
-
+# What breaks or changes a part of the cluster that others use comes afterwards, by itself.
 test: $(STAMP) ## the tests that need no accelerator; brings up a Kubernetes cluster on this machine
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(addprefix --ignore=,$(OUTAGES))
-
-test-outages: $(STAMP) ## what takes the test cluster down for a while, and many jobs at once
-	$(BIN)/python -m pytest $(OUTAGES)
+	@failed=0; \
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not alone" || failed=1; \
+	$(BIN)/python -m pytest -m alone || failed=1; \
+	exit $$failed
 
 test-unit: $(STAMP) ## the tests that need no cluster
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit tests/contract tests/integration

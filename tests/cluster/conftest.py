@@ -21,6 +21,8 @@ import cluster_storage
 from cluster import HOME, OWN_LABEL, Cluster
 from cluster_jobs import ClusterJob
 from cluster_storage import Bucket, ClusterStorage
+from influence_job.crd import PLURAL, custom_resource_definition
+from influence_job.spec import API_VERSION
 from kills import PLACES, Half
 from turns import once, turn
 
@@ -73,6 +75,20 @@ def operator(cluster: Cluster, testrun_uid: str) -> None:
 
 
 @pytest.fixture(scope="session")
+def crd(cluster: Cluster, testrun_uid: str) -> Cluster:
+    """The cluster, which knows InfluenceJobs as this checkout defines them; no operator is needed."""
+
+    def define() -> None:
+        cluster.apply(custom_resource_definition())
+        # Established comes a moment before it is served.
+        jobs = f"/apis/{API_VERSION}/{PLURAL}?limit=1"
+        cluster.wait_until(lambda: cluster.kubectl("get", "--raw", jobs), "InfluenceJobs to be served", 30)
+
+    set_up_once(testrun_uid, "crd", define)
+    return cluster
+
+
+@pytest.fixture(scope="session")
 def dask_operator(operator: None) -> None:
     """The controller of dask-kubernetes, for tests that need nothing else."""
 
@@ -88,9 +104,12 @@ def storage(cluster: Cluster, testrun_uid: str) -> Iterator[ClusterStorage]:
 
 @pytest.fixture(autouse=True)
 def take_turn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests marked `alone` run while no other does."""
-    with turn(LOCKS, alone=request.node.get_closest_marker("alone") is not None):
+    """Tests marked `alone` run while no other does, and leave the operators as they found them."""
+    alone = request.node.get_closest_marker("alone") is not None
+    with turn(LOCKS, alone=alone):
         yield
+        if alone and "operator" in request.fixturenames:
+            chart.wait_for_replicas(Cluster.connect())
 
 
 @pytest.fixture

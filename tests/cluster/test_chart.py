@@ -65,6 +65,7 @@ def may(cluster: Cluster, verb: str, resource: str, who: str, namespace: str) ->
 
 
 def test_two_replicas_are_ready_and_one_of_them_leads(cluster: Cluster) -> None:
+    chart.wait_for_replicas(cluster)
     replicas = pods(cluster, NAMESPACE)
     assert [ready(pod) for pod in replicas] == [True, True]
     assert leader(cluster, NAMESPACE) in {pod["metadata"]["name"] for pod in replicas}

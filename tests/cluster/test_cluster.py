@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from kubernetes import client
 
+import chart
 import machine
 from cluster import Cluster
 from cluster_storage import ENDPOINT, Bucket, ClusterStorage
@@ -204,12 +205,12 @@ def test_whoever_lacks_the_right_to_finalize_an_owner_may_not_block_its_deletion
 @pytest.mark.alone
 @pytest.mark.parametrize("component", ["kubelet", "containerd", "kube-apiserver", "kube-controller-manager"])
 def test_a_component_that_was_killed_comes_back_and_pods_do_not_notice(
-    cluster: Cluster, namespace: str, component: str
+    cluster: Cluster, operator: None, namespace: str, component: str
 ) -> None:
     start(cluster, namespace, "lasting", pod(cluster.images.operator.name, "sleep", "300"))
     cluster.wait_until(lambda: phase_of(cluster, namespace, "lasting") == "Running", "a pod", 60, namespace)
     before = container_of(cluster, namespace)
-    with machine.down(component):
+    with chart.without_api_server(cluster) if component == "kube-apiserver" else machine.down(component):
         pass
     assert container_of(cluster, namespace) == before
     finish(cluster, namespace, "later", pod(cluster.images.operator.name, "true"))
@@ -234,10 +235,12 @@ def test_a_node_whose_kubelet_is_away_counts_as_lost_within_half_a_minute(cluste
 
 @pytest.mark.host
 @pytest.mark.alone
-def test_the_bucket_answers_its_test_again_after_the_api_server_was_away(bucket: Bucket) -> None:
+def test_the_bucket_answers_its_test_again_after_the_api_server_was_away(
+    cluster: Cluster, operator: None, bucket: Bucket
+) -> None:
     files = fsspec.filesystem("gs", **bucket.options, skip_instance_cache=True)
     files.pipe_file(f"{bucket.name}/before", b"a")
-    with machine.down("kube-apiserver"):
+    with chart.without_api_server(cluster):
         pass
     assert bucket.puts() == {"before": 1}
     bucket.fail_all(503)

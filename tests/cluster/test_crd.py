@@ -27,20 +27,6 @@ SEED_VARIABLE = "CRD_SEED"
 MANIFESTS = 300
 
 
-@pytest.fixture(scope="module")
-def crd(cluster: Cluster) -> Cluster:
-    """The cluster, which knows InfluenceJobs as this checkout defines them."""
-    cluster.apply(custom_resource_definition())
-    name = custom_resource_definition()["metadata"]["name"]
-    cluster.kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s")
-    # Established comes a moment before it is served.
-    jobs = f"/apis/{API_VERSION}/{PLURAL}?limit=1"
-    cluster.wait_until(
-        lambda: cluster.kubectl("get", "--raw", jobs), "InfluenceJobs to be served", seconds=30
-    )
-    return cluster
-
-
 @pytest.fixture
 def chance() -> random.Random:
     """Random numbers that can be had again: set CRD_SEED to what is printed."""

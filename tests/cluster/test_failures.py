@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+import chart
 import machine
-from cluster import Cluster
+from cluster import Cluster, CommandError
 from cluster_jobs import STORE, ClusterJob
 from cluster_storage import Bucket
 
@@ -303,13 +304,14 @@ def test_a_cluster_that_knows_no_dask_clusters_yet(job: ClusterJob) -> None:
 def without_definitions(cluster: Cluster, definitions: list[dict[str, Any]]) -> Iterator[None]:
     """The CRDs are away inside the block, and the objects of these kinds for ever."""
     names = [definition["metadata"]["name"] for definition in definitions]
+    release_leftovers(cluster)
+    cluster.kubectl("delete", "crd", *names, "--wait=false")
     try:
-        release_leftovers(cluster)
-        cluster.kubectl("delete", "crd", *names, "--timeout=60s")
+        cluster.kubectl("wait", "--for=delete", *(f"crd/{name}" for name in names), "--timeout=60s")
         yield
     finally:
-        cluster.kubectl("wait", "--for=delete", *(f"crd/{name}" for name in names), "--timeout=60s")
         cluster.apply(*map(as_written, definitions))
+        chart.wait_for_owners(cluster)
 
 
 def release_leftovers(cluster: Cluster) -> None:
@@ -318,7 +320,11 @@ def release_leftovers(cluster: Cluster) -> None:
     for found in listed["items"]:
         where = ("--namespace", found["metadata"]["namespace"], found["metadata"]["name"])
         patch = ("--type=merge", "--patch", '{"metadata": {"finalizers": null}}')
-        cluster.kubectl("patch", "daskcluster", *where, *patch)
+        try:
+            cluster.kubectl("patch", "daskcluster", *where, *patch)
+        except CommandError as error:
+            if "NotFound" not in error.output:  # gone by itself meanwhile
+                raise
 
 
 def as_written(definition: dict[str, Any]) -> dict[str, Any]:

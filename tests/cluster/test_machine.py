@@ -70,6 +70,7 @@ def read(path: Path) -> str:
         return ""  # ended meanwhile
 
 
+@pytest.mark.alone
 def test_two_clusters_run_side_by_side_and_one_leaves_nothing_behind(
     cluster: Cluster, second: Second
 ) -> None:

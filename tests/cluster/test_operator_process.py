@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cluster import Cluster, CommandError
+from cluster_jobs import unplaced
 from influence_job.crd import custom_resource_definition
 from influence_operator.manifests import names
 from operator_process import LEASE_SECONDS, OperatorProcess, operator_process
@@ -44,22 +45,6 @@ def _no_other_operator(cluster: Cluster) -> Iterator[None]:
     yield
     cluster.kubectl("scale", *INSTALLED, f"--replicas={replicas}")
     cluster.kubectl("rollout", "status", *INSTALLED)
-
-
-def manifest(name: str, **spec: Any) -> dict[str, Any]:
-    """A job whose driver no node takes."""
-    return {
-        "apiVersion": "influence-operator.dev/v1alpha1",
-        "kind": "InfluenceJob",
-        "metadata": {"name": name},
-        "spec": {
-            "task": {"entrypoint": "influence_job.examples.digits:task"},
-            "method": {"name": "Ekfac", "regularization": 0.01},
-            "output": {"url": "gs://nowhere/digits.zarr"},
-            "driver": {"nodeSelector": {"nobody": "has"}},
-        }
-        | spec,
-    }
 
 
 def status(cluster: Cluster, namespace: str, name: str) -> dict[str, Any]:
@@ -99,7 +84,7 @@ def test_a_standby_is_ready_and_follows_a_leader_that_is_told_to_stop(
 
         assert ended < 5, "the process takes its time to stop"
         assert time.monotonic() - asked < 15, "the lease of 30 s was not released"
-        cluster.apply(manifest("digits"), namespace=namespace)
+        cluster.apply(unplaced("digits"), namespace=namespace)
         cluster.wait_until(lambda: has_children(cluster, namespace, 1), "children", 30, namespace)
 
 
@@ -126,7 +111,7 @@ def test_a_leader_that_was_frozen_ends_when_it_wakes_and_writes_nothing(
         leading(cluster, frozen)
         frozen.send(signal.SIGSTOP)
         # Its watch tells it of these when it wakes.
-        cluster.apply(*(manifest(f"digits-{n}") for n in range(5)), namespace=namespace)
+        cluster.apply(*(unplaced(f"digits-{n}") for n in range(5)), namespace=namespace)
         leading(cluster, follower, LEASE_SECONDS + 15)
         cluster.wait_until(lambda: has_children(cluster, namespace, 5), "children", 30, namespace)
         follower.settle()
@@ -143,8 +128,8 @@ def test_a_leader_that_was_frozen_ends_when_it_wakes_and_writes_nothing(
 def test_many_jobs_cost_few_requests_and_a_restart_writes_nothing(
     cluster: Cluster, namespace: str, tmp_path: Path
 ) -> None:
-    waiting = [manifest(f"waiting-{n}") for n in range(15)]
-    resting = [manifest(f"resting-{n}", suspend=True) for n in range(15)]
+    waiting = [unplaced(f"waiting-{n}") for n in range(15)]
+    resting = [unplaced(f"resting-{n}", suspend=True) for n in range(15)]
     with operator_process(cluster, namespace, "first", tmp_path) as first:
         leading(cluster, first)
         cluster.apply(*waiting, *resting, namespace=namespace)
@@ -182,7 +167,7 @@ def test_a_job_is_looked_at_again_though_nothing_happens(
 ) -> None:
     with operator_process(cluster, namespace, "only", tmp_path, resync_seconds="4") as only:
         leading(cluster, only)
-        cluster.apply(manifest("digits", suspend=True), namespace=namespace)
+        cluster.apply(unplaced("digits", suspend=True), namespace=namespace)
         cluster.wait_until(lambda: status(cluster, namespace, "digits").get("phase"), "a phase", 30)
         only.settle()
         passes = only.metric("influence_operator_reconciles_total")
@@ -196,7 +181,7 @@ def test_objects_nobody_meant_to_make_neither_end_nor_heat_it(
 ) -> None:
     with operator_process(cluster, namespace, "only", tmp_path) as only:
         leading(cluster, only)
-        cluster.apply(manifest("digits"), manifest("taken", suspend=True), namespace=namespace)
+        cluster.apply(unplaced("digits"), unplaced("taken", suspend=True), namespace=namespace)
         cluster.wait_until(lambda: has_children(cluster, namespace, 1), "children", 30, namespace)
         uids = {
             job["metadata"]["name"]: job["metadata"]["uid"]

@@ -42,7 +42,7 @@ RIGHT_SECONDS = 10.0
 
 @contextmanager
 def _away(cluster: Cluster, deployment: str, replicas: int) -> Iterator[None]:
-    """None of a Deployment's pods runs inside the block, ended without grace; all are back after it."""
+    """None of a Deployment's pods runs inside the block, ended without grace; they come back after it."""
     scale = ("scale", f"deployment/{deployment}", "--namespace", chart.NAMESPACE)
     cluster.kubectl(*scale, "--replicas=0")
     try:
@@ -165,7 +165,7 @@ def test_containerd_restarted(start: Callable[..., Half]) -> None:
 def test_the_api_server_down_for_half_a_minute(start: Callable[..., Half]) -> None:
     """The job needs none; the operator finds out afterwards."""
     half = start().reached()
-    with machine.down("kube-apiserver"):
+    with chart.without_api_server(half.job.cluster):
         half.job.open_gate()
         time.sleep(30)
         written = half.job.bucket.puts(rf"^{STORE}/influences/c/0/\d+$")

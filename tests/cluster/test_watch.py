@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from cluster import Cluster
-from influence_job.crd import PLURAL, custom_resource_definition
+from influence_job.crd import PLURAL
 from influence_job.spec import API_VERSION
 from job_samples import VALID
 
@@ -114,17 +114,6 @@ class Watching:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.put(line.rstrip("\n"))
-
-
-@pytest.fixture(scope="module")
-def crd(cluster: Cluster) -> Cluster:
-    """The cluster, which knows InfluenceJobs."""
-    cluster.apply(custom_resource_definition())
-    jobs = f"/apis/{API_VERSION}/{PLURAL}?limit=1"
-    cluster.wait_until(
-        lambda: cluster.kubectl("get", "--raw", jobs), "InfluenceJobs to be served", seconds=30
-    )
-    return cluster
 
 
 @pytest.fixture
@@ -252,7 +241,7 @@ def test_a_cluster_that_does_not_answer_at_first_is_not_waited_for(cable: Cable,
 
 def test_somebody_without_the_right_is_told_so(crd: Cluster, namespace: str, kubeconfig: Path) -> None:
     settings = yaml.safe_load(kubeconfig.read_text("utf-8"))
-    token = crd.kubectl("create", "token", "default", "--namespace", namespace).strip()
+    token = crd.token_of("default", namespace)
     settings["users"][0]["user"] = {"token": token}
     kubeconfig.write_text(yaml.safe_dump(settings), "utf-8")
     with contextlib.closing(Watching("sample", "--kubeconfig", str(kubeconfig))) as watching:

@@ -115,11 +115,11 @@ class Leader:
 
     def restart(self) -> None:
         """Every replica ends and another takes its place; the new leader has seen every job afterwards."""
-        deployment = f"deployment/{chart.OPERATOR}"
-        where = ("--namespace", chart.NAMESPACE)
         before = {pod.metadata.name for pod in self._replicas()}
-        self._cluster.kubectl("rollout", "restart", deployment, *where)
-        self._cluster.kubectl("rollout", "status", deployment, *where, "--timeout=120s")
+        self._cluster.kubectl(
+            "rollout", "restart", f"deployment/{chart.OPERATOR}", "--namespace", chart.NAMESPACE
+        )
+        chart.wait_for_replicas(self._cluster)
         jobs = len(self._jobs())
 
         def has_seen_all() -> bool:

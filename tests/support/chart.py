@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import machine
 from cluster import CHECKOUT, Cluster
 
 CHART = CHECKOUT / "charts/influence-operator"
@@ -35,3 +41,52 @@ def install(cluster: Cluster) -> None:
         # CRDs outlive the releases that brought them, whatever these were called.
         *("--take-ownership", "--wait", "--timeout", "180s"),
     )
+    wait_for_owners(cluster)
+
+
+def wait_for_owners(cluster: Cluster) -> None:
+    """Waits until objects may say that an InfluenceJob or a DaskCluster owns them.
+
+    For half a minute after a CRD came, an API server that guards `blockOwnerDeletion` knows no such kind and
+    refuses the children of its objects.
+    """
+    ours, theirs = "influence-operator.dev/v1alpha1", "kubernetes.dask.org/v1"
+    _wait_for_owner(cluster, OPERATOR, (ours, "InfluenceJob"), {"kind": "ConfigMap"})
+    service = {"kind": "Service", "spec": {"ports": [{"port": 1}]}}
+    _wait_for_owner(cluster, DASK_OPERATOR, (theirs, "DaskCluster"), service)
+
+
+def _wait_for_owner(cluster: Cluster, account: str, owner: tuple[str, str], child: dict[str, Any]) -> None:
+    """Tries, without making anything, what an operator will do."""
+    version, kind = owner
+    reference = {"apiVersion": version, "kind": kind, "name": "none", "uid": "none"}
+    metadata = {"name": "owned", "ownerReferences": [reference | {"blockOwnerDeletion": True}]}
+    stdin = json.dumps({"apiVersion": "v1", "metadata": metadata} | child)
+    command = (
+        *("create", "--dry-run=server", "--filename", "-", "--namespace", NAMESPACE),
+        *("--as", f"system:serviceaccount:{NAMESPACE}:{account}"),
+    )
+    cluster.wait_until(lambda: cluster.kubectl(*command, stdin=stdin), f"a child of a {kind} to be taken", 90)
+
+
+def wait_for_replicas(cluster: Cluster) -> None:
+    """Waits until every replica of both operators is ready, and one of ours leads."""
+    for deployment in (OPERATOR, DASK_OPERATOR):
+        where = ("--namespace", NAMESPACE, "--timeout=120s")
+        cluster.kubectl("rollout", "status", f"deployment/{deployment}", *where, seconds=130)
+
+    def leads() -> bool:
+        lease = cluster.get("lease", OPERATOR, NAMESPACE)
+        pods = cluster.get("pods", "", NAMESPACE, f"app.kubernetes.io/name={OPERATOR}")
+        names = {pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]}
+        return lease["spec"].get("holderIdentity", "") in names
+
+    cluster.wait_until(leads, "a replica that runs to lead", 60)
+
+
+@contextmanager
+def without_api_server(cluster: Cluster) -> Iterator[None]:
+    """The API server is away inside the block; after it, it takes what it took before."""
+    with machine.down("kube-apiserver"):
+        yield
+    wait_for_owners(cluster)

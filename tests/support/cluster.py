@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kubernetes import client, config
+from urllib3.exceptions import HTTPError
 
 from host_tests import CLUSTER_VARIABLE
 
@@ -105,14 +106,14 @@ class Cluster:
         """For the typed clients: `client.BatchV1Api(cluster.api)`."""
         return config.new_client_from_config(str(self.kubeconfig))
 
+    def token_of(self, account: str, namespace: str) -> str:
+        """A new token of a ServiceAccount, which a namespace has a moment after itself."""
+        command = ("create", "token", account, "--namespace", namespace)
+        return self.wait_until(lambda: self.kubectl(*command).strip(), f"{namespace}/{account}", 30)
+
     def api_as(self, account: str, namespace: str) -> client.ApiClient:
         """The same for a ServiceAccount, by a token of its own: what it may do, not what we may."""
-        # A namespace has its ServiceAccount a moment after itself.
-        token = self.wait_until(
-            lambda: self.kubectl("create", "token", account, "--namespace", namespace).strip(),
-            f"a token of {namespace}/{account}",
-            seconds=30,
-        )
+        token = self.token_of(account, namespace)
         settings = client.Configuration()
         settings.host = self.api.configuration.host
         settings.ssl_ca_cert = self.api.configuration.ssl_ca_cert
@@ -189,7 +190,7 @@ class Cluster:
                 if value := predicate():
                     return value
                 trouble = ""
-            except (CommandError, client.ApiException) as error:
+            except (CommandError, client.ApiException, HTTPError) as error:
                 trouble = f"; at last it raised {error}"
             time.sleep(POLL_SECONDS)
         state = f"\n{self.describe(namespace)}" if namespace else ""

@@ -53,6 +53,22 @@ BASE: dict[str, Any] = {
 """A job of some seconds; what it asks for fits a small node several times."""
 
 
+def unplaced(name: str, **spec: Any) -> dict[str, Any]:
+    """A job whose driver no node takes."""
+    return {
+        "apiVersion": BASE["apiVersion"],
+        "kind": BASE["kind"],
+        "metadata": {"name": name},
+        "spec": {
+            "task": {"entrypoint": "influence_job.examples.digits:task"},
+            "method": BASE["spec"]["method"],
+            "output": {"url": "gs://nowhere/digits.zarr"},
+            "driver": {"nodeSelector": {"nobody": "has"}},
+        }
+        | spec,
+    }
+
+
 def merged(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A copy with nested mappings merged; None removes a field, a `method` is replaced whole."""
     result = deepcopy(document)

@@ -20,7 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class ClusterStorage:
 
     def __init__(self, cluster: Cluster) -> None:
         self._forward = _way_to(cluster)
+        self._logs: defaultdict[str, list[Request]] = defaultdict(list)
 
     @property
     def endpoint(self) -> str:
@@ -72,8 +73,10 @@ class ClusterStorage:
 
     def log(self, bucket: str) -> list[Request]:
         """What was asked of a bucket since the emulator started."""
-        question = urllib.parse.urlencode({"bucket": bucket})
-        return [Request(**r) for r in self._ask(CONTROL_PORT, f"/log?{question}")]
+        seen = self._logs[bucket]
+        question = urllib.parse.urlencode({"bucket": bucket, "since": len(seen)})
+        seen += [Request(**r) for r in self._ask(CONTROL_PORT, f"/log?{question}")]
+        return list(seen)
 
     def _ask(self, port: int, path: str, content: Any = None) -> Any:
         """Tries again while the way is broken: tests take the API server away, and the forward with it."""

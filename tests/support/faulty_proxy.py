@@ -13,7 +13,7 @@ import re
 import socket
 import struct
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -68,6 +68,8 @@ class FaultyProxy:
     def __init__(self, target: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.target = urlsplit(target).netloc
         self.log: list[Request] = []
+        self._logs: defaultdict[str, list[Request]] = defaultdict(list)
+        """The same by bucket."""
         self._faults: dict[str, _Faults] = {}
         self._lock = threading.Lock()
         self._server = _Server(address, _Handler)
@@ -107,6 +109,12 @@ class FaultyProxy:
         """Forgets the requests so far."""
         with self._lock:
             self.log.clear()
+            self._logs.clear()
+
+    def log_of(self, bucket: str) -> list[Request]:
+        """The requests about one bucket so far."""
+        with self._lock:
+            return list(self._logs[bucket])
 
     def puts(self, matching: str = "") -> Counter[str]:
         """How often each object whose name matches was written to the storage."""
@@ -136,6 +144,7 @@ class FaultyProxy:
         """Adds to the log."""
         with self._lock:
             self.log.append(request)
+            self._logs[request.bucket].append(request)
 
     def start(self) -> None:
         self._thread.start()

@@ -125,15 +125,29 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
 
 
 class AuditLog:
-    """What the API server was asked after this object was made."""
+    """What the API server was asked after this object was made.
+
+    The file stays open: the API server renames it when it is large, and goes on in a new one.
+    """
 
     def __init__(self) -> None:
-        self._begin = AUDIT_LOG.stat().st_size
+        self._file = AUDIT_LOG.open("rb")
+        self._file.seek(0, os.SEEK_END)
+        self._rest = b""
+        """The beginning of a line whose end is not there yet."""
+        self._entries: list[dict[str, Any]] = []
 
     def entries(self, user: str = "") -> list[dict[str, Any]]:
         """Events of the API group audit.k8s.io, whole; `user` chooses those of one user."""
-        with AUDIT_LOG.open("rb") as log:
-            log.seek(self._begin)
-            lines = log.read().splitlines()
-        found = [json.loads(line) for line in lines if line.endswith(b"}")]
-        return [entry for entry in found if not user or entry["user"].get("username") == user]
+        self._read_on()
+        if os.fstat(self._file.fileno()).st_ino != AUDIT_LOG.stat().st_ino:
+            self._read_on()
+            self._file.close()
+            self._file = AUDIT_LOG.open("rb")
+            self._read_on()
+        return [entry for entry in self._entries if not user or entry["user"].get("username") == user]
+
+    def _read_on(self) -> None:
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+        # What was being written when the log was opened is half a line.
+        self._entries += [json.loads(line) for line in lines if line.startswith(b"{")]

@@ -20,7 +20,7 @@ import api_requests
 import pods
 from api_requests import OURS, THEIRS, Leader, Requests, asked, settled
 from cluster import Cluster
-from cluster_jobs import RESOURCE, ClusterJob
+from cluster_jobs import RESOURCE, ClusterJob, unplaced
 from cluster_storage import ClusterStorage
 from dask_jobs import FAILED, SUCCESSFUL, DaskJob
 from influence_operator.manifests import names
@@ -124,10 +124,9 @@ class Side:
 def waiting(cluster: Cluster, jobs: int) -> Waiting:
     """Creates jobs for a node that is nowhere."""
     leader = Leader(cluster)
-    get_going(cluster)
     with namespace(cluster) as where:
         before, log = leader.memory, AuditLog()
-        create_jobs(cluster, where, (manifest(f"waiting-{n}") for n in range(jobs)))
+        create_jobs(cluster, where, (unplaced(f"waiting-{n}") for n in range(jobs)))
         cluster.wait_until(lambda: children(log, where) == jobs, "driver Jobs", 60 + jobs, where)
         until_children = asked(log, OURS, where)
         assert_children(cluster, where, jobs)
@@ -139,6 +138,7 @@ def waiting(cluster: Cluster, jobs: int) -> Waiting:
         until_settled = settled(log, OURS, where)
         later, processor, since = AuditLog(), leader.processor_seconds, time.monotonic()
         time.sleep(WATCHED_SECONDS)
+        while_waiting = asked(later, OURS, where)
         share = (leader.processor_seconds - processor) / (time.monotonic() - since)
         made, last = api_requests.created(log, where, "influencejobs"), last_children(log, where)
         return Waiting(
@@ -147,21 +147,10 @@ def waiting(cluster: Cluster, jobs: int) -> Waiting:
             delays=tuple(sorted((last[name] - made[name]).total_seconds() for name in made)),
             until_children=until_children,
             until_settled=until_settled,
-            while_waiting=asked(later, OURS, where),
+            while_waiting=while_waiting,
             memory=(before, leader.memory),
             processor=share,
         )
-
-
-def get_going(cluster: Cluster) -> None:
-    """Waits until children can be made.
-
-    For half a minute after the CRD was created, an API server that guards `blockOwnerDeletion` refuses them.
-    """
-    with namespace(cluster) as where:
-        log = AuditLog()
-        create_jobs(cluster, where, [manifest("first")])
-        cluster.wait_until(lambda: children(log, where), "the first driver Job", 90, where)
 
 
 def children(log: AuditLog, namespace: str) -> int:
@@ -192,10 +181,10 @@ def resting(cluster: Cluster, suspended: int, finished: int) -> Resting:
     leader = Leader(cluster)
     with namespace(cluster) as where:
         failing, completing, log = finished // 2, finished - finished // 2, AuditLog()
-        documents = [manifest(f"suspended-{n}", suspend=True) for n in range(suspended)]
-        documents += [manifest(f"complete-{n}", suspend=True) for n in range(completing)]
+        documents = [unplaced(f"suspended-{n}", suspend=True) for n in range(suspended)]
+        documents += [unplaced(f"complete-{n}", suspend=True) for n in range(completing)]
         documents += [
-            manifest(f"failed-{n}", startupDeadlineSeconds=DEADLINE_SECONDS) for n in range(failing)
+            unplaced(f"failed-{n}", startupDeadlineSeconds=DEADLINE_SECONDS) for n in range(failing)
         ]
         create_jobs(cluster, where, documents)
         with_status = suspended + completing
@@ -308,22 +297,6 @@ def have_image(cluster: Cluster) -> None:
 
 
 # -- what all of them need ------------------------------------------------------------------------
-
-
-def manifest(name: str, **spec: Any) -> dict[str, Any]:
-    """A job whose driver no node takes."""
-    return {
-        "apiVersion": "/".join(RESOURCE),
-        "kind": "InfluenceJob",
-        "metadata": {"name": name},
-        "spec": {
-            "task": {"entrypoint": "influence_job.examples.digits:task"},
-            "method": {"name": "Ekfac", "regularization": 0.01},
-            "output": {"url": "gs://nowhere/digits.zarr"},
-            "driver": {"nodeSelector": {"nobody": "has"}},
-        }
-        | spec,
-    }
 
 
 def create_jobs(cluster: Cluster, namespace: str, documents: Iterable[dict[str, Any]]) -> None:

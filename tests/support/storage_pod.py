@@ -2,7 +2,8 @@
 
 Started with `python storage_pod.py TARGET PORT CONTROL_PORT`; standard library only, so any image with
 Python serves. On the control port `POST /call` takes `{"method", "arguments"}` of `FaultyProxy`, and
-`GET /log?bucket=NAME` tells the requests of a bucket. `cluster_storage` is the other end.
+`GET /log?bucket=NAME&since=N` tells the requests of a bucket from the N-th on. `cluster_storage` is the other
+end.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Control
 
     def do_GET(self) -> None:
-        bucket = parse_qs(urlsplit(self.path).query).get("bucket", [""])[0]
-        seen = [dataclasses.asdict(r) for r in list(self.server.proxy.log) if r.bucket == bucket]
-        self._answer(200, seen)
+        asked = parse_qs(urlsplit(self.path).query)
+        seen = self.server.proxy.log_of(asked["bucket"][0])[int(asked["since"][0]) :]
+        self._answer(200, [dataclasses.asdict(request) for request in seen])
 
     def do_POST(self) -> None:
         call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
