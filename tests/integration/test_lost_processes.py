@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -224,6 +225,27 @@ def test_all_workers_may_go_and_others_come(
     assert run.code is None, run.stderr
     dask.worker()
     finished(run, path, undisturbed)
+
+
+def test_all_workers_may_go_between_factors_and_none_that_the_ledger_holds_is_solved_again(
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
+) -> None:
+    """What has ended is nobody's to run again, the last that ended included."""
+    dask.environment |= {"BARRIER": r"put before 1 ^factors/\d+/c/2/", "BARRIER_FOLDER": str(dask.folder)}
+    dask.scheduler()
+    workers = [dask.worker(), dask.worker()]
+    run = start(drives, path)
+    run.wait_until((dask.folder / "reached").exists, "a worker stands before the last factors")
+    run.wait_until(lambda: count(stored.held(stored.open_store(path)))["factors"] == 2, "two in the ledger")
+    kill(*workers)
+    (dask.folder / "go").touch()
+    held = dask.times_written(path)
+    dask.worker()
+    finished(run, path, undisturbed)
+    pattern = re.compile(r"(factors/\d+|solver_\w+)/c/[01](/\d+)?$")
+    solved = {name: times for name, times in held.items() if pattern.match(name)}
+    assert solved
+    assert {name: dask.times_written(path)[name] for name in solved} == solved
 
 
 def test_a_local_worker_that_is_killed_is_replaced(jobs: Jobs, tmp_path: Path, undisturbed: object) -> None:

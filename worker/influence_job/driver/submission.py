@@ -92,11 +92,7 @@ class Submitter:
                 self._tick()
                 if self._connection.lost:
                     waiting.extend(self._reopen())
-                for future in self._completed():
-                    again = self._settle(future, self._flight.pop(future), on_value)
-                    if again is not None:
-                        waiting.append(again)
-                    on_row()
+                waiting.extend(self._settled(on_value))
                 on_row()
             self.ledger.flush()
         finally:
@@ -158,6 +154,14 @@ class Submitter:
         except queue.Empty:
             pass
         return [future for future in ended if future in self._flight]
+
+    def _settled(self, on_value: Callable[[Any], None]) -> list[Work]:
+        """Takes over what completed; the work that is left of it.
+
+        No future is known afterwards: Dask would compute again what it holds when its worker vanishes.
+        """
+        left = (self._settle(f, self._flight.pop(f), on_value) for f in self._completed())
+        return [work for work in left if work is not None]
 
     def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> Work | None:
         """Takes over what a future brought; the work that is left of it."""
