@@ -45,8 +45,8 @@ test-again: $(STAMP) ## the tests that failed when they last ran, one after anot
 test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
 	$(BIN)/python -m pytest tests/gpu
 
-chaos: $(STAMP) ## every kill of a job's pods at every moment; `make test` takes one moment for each
-	INFLUENCE_CHAOS=all $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/cluster/test_kills.py
+chaos: $(STAMP) ## every kill at every moment; the other targets take one moment for each
+	INFLUENCE_CHAOS=all $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/cluster/test_kills.py tests/cluster/test_outages.py
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
