@@ -20,8 +20,8 @@ from cluster_storage import Bucket, ClusterStorage
 pytestmark = pytest.mark.usefixtures("operator")
 
 INFLUENCE = str(Path(sys.executable).with_name("influence"))
-SCORED = ("influences/", "most_", "score_", "test_", "train_")
-"""What a job that is given its factors stores as well as one that computes them."""
+SCORED = ("influences/c/", "most_", "score_", "train_")
+"""What a job that is given its factors stores as well as one that computes them; it runs no test example."""
 ONE = {"replicas": 1}
 
 
