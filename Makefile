@@ -45,8 +45,11 @@ test-again: $(STAMP) ## the tests that failed when they last ran, one after anot
 test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
 	$(BIN)/python -m pytest tests/gpu
 
-chaos: $(STAMP) ## every kill of a job's pods at every moment; `make test` takes one moment for each
-	INFLUENCE_CHAOS=all $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/cluster/test_kills.py
+chaos: $(STAMP) ## every kill at every moment; `make test` takes one moment for each
+	@failed=0; export INFLUENCE_CHAOS=all; \
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not alone" tests/cluster/test_kills.py || failed=1; \
+	$(BIN)/python -m pytest -m alone tests/cluster/test_kills.py tests/cluster/test_outages.py || failed=1; \
+	exit $$failed
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

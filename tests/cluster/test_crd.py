@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,27 +15,17 @@ import pytest
 import yaml
 from kubernetes.client import ApiException
 
+import refusals
 from cluster import CHECKOUT, Cluster, CommandError
 from influence_job.crd import PLURAL, custom_resource_definition
-from influence_job.spec import API_VERSION, InvalidSpecError, parse_spec
-from job_samples import CHANGES, VALID, Broken, Json, broken, broken_rules, job, without_options
-
-GROUP, VERSION = API_VERSION.split("/")
-SEED_VARIABLE = "CRD_SEED"
-MANIFESTS = 300
+from influence_job.spec import API_VERSION, parse_spec
+from job_samples import CHANGES, VALID, Json, broken_rules, job, without_options
+from refusals import GROUP, VERSION, create, own_refusal, refusal, spec_schema, wrong_manifests
 
 
 @pytest.fixture
 def chance() -> random.Random:
-    """Random numbers that can be had again: set CRD_SEED to what is printed."""
-    seed = int(os.environ.get(SEED_VARIABLE, time.time()))
-    print(f"{SEED_VARIABLE}={seed}")
-    return random.Random(seed)
-
-
-def spec_schema() -> dict[str, Json]:
-    [version] = custom_resource_definition()["spec"]["versions"]
-    return version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return refusals.chance()
 
 
 def unmanaged(document: dict[str, Json], name: str = "") -> dict[str, Json]:
@@ -48,34 +36,6 @@ def unmanaged(document: dict[str, Json], name: str = "") -> dict[str, Json]:
     if isinstance(made["spec"], dict):
         made["spec"].setdefault("managedBy", "tests")
     return made
-
-
-def create(crd: Cluster, namespace: str, document: dict[str, Json], *, dry: bool = False) -> Json:
-    """As kubectl does it: fields that nobody knows are errors."""
-    dry_run = {"dry_run": "All"} if dry else {}
-    return crd.objects.create_namespaced_custom_object(
-        GROUP, VERSION, namespace, PLURAL, document, field_validation="Strict", **dry_run
-    )
-
-
-def refusal(crd: Cluster, namespace: str, document: dict[str, Json]) -> str | None:
-    """What the API server says against creating a job; None: nothing."""
-    try:
-        create(crd, namespace, document, dry=True)
-    except ApiException as error:
-        if error.status not in (400, 422):
-            raise
-        return str(json.loads(error.body)["message"])
-    return None
-
-
-def own_refusal(document: dict[str, Json]) -> str | None:
-    """What the operator would say in a condition."""
-    try:
-        parse_spec(document["spec"])
-    except InvalidSpecError as error:
-        return str(error)
-    return None
 
 
 def test_the_api_server_finds_no_fault_with_the_definition(crd: Cluster) -> None:
@@ -119,34 +79,6 @@ def examples() -> Iterator[Any]:
 @pytest.mark.parametrize("document", list(examples()))
 def test_our_examples_are_accepted(document: dict[str, Json], crd: Cluster, namespace: str) -> None:
     assert refusal(crd, namespace, document) is None
-
-
-def wrong_manifests() -> list[Broken]:
-    schema = spec_schema()
-    return [case for document in VALID.values() for case in broken(document, schema)]
-
-
-def test_wrong_manifests_are_refused_by_the_api_server_or_by_the_operator_naming_the_field(
-    crd: Cluster, namespace: str, chance: random.Random
-) -> None:
-    rules = list(broken_rules())
-    cases = [*rules, *chance.sample(wrong_manifests(), MANIFESTS - len(rules))]
-    left_to_the_operator = []
-    for case in cases:
-        said = refusal(crd, namespace, case.document)
-        if said is None:
-            said = own_refusal(case.document)
-            left_to_the_operator.append(case.what)
-        assert said is not None, f"accepted by both: {case.what}"
-        assert names(said, case), f"{case.what}: {said}"
-    print(f"left to the operator: {left_to_the_operator}")
-    assert len(left_to_the_operator) < MANIFESTS / 10
-
-
-def names(message: str, case: Broken) -> bool:
-    """Whether a message names the field: the last of its path that is no index, or the one above a key."""
-    steps = [step for step in case.path if isinstance(step, str)]
-    return any(step in message for step in steps[-2:])
 
 
 def test_whatever_the_api_server_refuses_a_laptop_refuses_too(

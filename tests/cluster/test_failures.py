@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import chart
-import machine
 from cluster import Cluster, CommandError
 from cluster_jobs import STORE, ClusterJob
 from cluster_storage import Bucket
+from surroundings import quota, tag_image
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -105,19 +105,6 @@ def test_an_image_that_cannot_be_pulled_yet(job: ClusterJob) -> None:
     goes_on(job, 120)
 
 
-def tag_image(image: str, tag: str) -> None:
-    """Gives an image of the test cluster's registry one more tag, as a push does."""
-    host, _, name = image.partition("/")
-    repository, _, old = name.rpartition(":")
-    manifests = f"http://{host}/v2/{repository}/manifests"
-    kind = "application/vnd.oci.image.manifest.v1+json"
-    manifest = machine.inside(
-        "curl", "--fail", "--silent", "--header", f"Accept: {kind}", f"{manifests}/{old}"
-    )
-    put = ("--request", "PUT", "--header", f"Content-Type: {kind}", "--data-binary", manifest)
-    machine.inside("curl", "--fail", "--silent", *put, f"{manifests}/{tag}")
-
-
 def test_a_gpu_that_nobody_has_yet(job: ClusterJob) -> None:
     resource = f"nvidia.com/mig-{job.namespace}"
     job.apply(workers={"replicas": 1, "resources": {"limits": {resource: "1"}}})
@@ -169,22 +156,6 @@ def test_a_bucket_that_is_not_there(job: ClusterJob) -> None:
 
 
 # -- what the API server refuses -----------------------------------------------------------------
-
-
-def quota(job: ClusterJob, **hard: int) -> None:
-    """Sets the namespace's quota; names with a dot or a slash stand for themselves."""
-    spec = {"hard": {name: str(count) for name, count in hard.items()}}
-    metadata = {"name": "small"}
-    document = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": metadata, "spec": spec}
-    job.cluster.apply(document, namespace=job.namespace)
-    job.wait_until(
-        lambda: (
-            job.cluster.get("resourcequota", "small", job.namespace).get("status", {}).get("hard")
-            == spec["hard"]
-        ),
-        "the quota in force",
-        20,
-    )
 
 
 def test_a_quota_that_refuses_the_driver_until_it_is_raised(job: ClusterJob) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-import chart
 import machine
+from chart import operator_processes
 from cluster import Cluster
-from cluster_jobs import ClusterJob
+from cluster_jobs import ClusterJob, merged
 from cluster_storage import Bucket
 from host_tests import CLUSTER_VARIABLE
 
@@ -32,13 +32,6 @@ REQUESTS = WINDOW_SECONDS / 2
 @pytest.fixture
 def job(cluster: Cluster, namespace: str, bucket: Bucket) -> ClusterJob:
     return ClusterJob(cluster, namespace, bucket)
-
-
-def operator_processes(cluster: Cluster) -> dict[str, int]:
-    """The operator's pods, and how often each was started anew."""
-    found = cluster.get("pods", "", chart.NAMESPACE, f"app.kubernetes.io/name={chart.OPERATOR}")
-    pods = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
-    return {pod["metadata"]["name"]: pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods}
 
 
 def environment(**variables: str) -> dict[str, Any]:
@@ -109,6 +102,29 @@ def answered(job: ClusterJob) -> list[str]:
     """The hostile answers so far."""
     lines = log(job).splitlines()
     return [line.removeprefix("answers ") for line in lines if line.startswith("answers ")]
+
+
+def test_a_driver_of_another_contract_stalls_the_job_until_its_image_is_changed(job: ClusterJob) -> None:
+    """Nothing of its documents is believed but their version; the next attempt runs the other image."""
+    grace = {"terminationGracePeriodSeconds": 1}
+    speaking = environment(ANSWERS="other_contract")
+    job.apply_misbehaving(**merged(speaking, {"driver": grace}))
+    job.wait_until(lambda: job.is_true("Stalled"), "Stalled", 90)
+    stalled = job.condition("Stalled")
+    assert stalled["reason"] == "ImageIncompatible"
+    assert "contract version 9" in stalled["message"]
+    assert "set image" in stalled["message"]
+    assert job.condition("Ready")["status"] == "False"
+    assert not job.condition("Complete")
+    assert "result" not in job.status
+    assert not job.children("daskclusters")
+    assert job.attempt == 1
+    job.patch(image=job.cluster.images.worker.name, driver={"env": None})
+    job.wait_until(lambda: job.attempt == 2, "the next attempt", 60)
+    job.wait_until(lambda: not job.condition("Stalled"), "no longer stalled", 30)
+    job.wait_until(lambda: job.running("driver"), "the driver of the other image", 60)
+    assert job.counted_failures == 0
+    assert job.events().count(("Warning", "ImageIncompatible")) == 1
 
 
 # -- last words ----------------------------------------------------------------------------------

@@ -81,16 +81,20 @@ def test_a_job_that_stands_still_ends_at_its_progress_deadline_which_counts(job:
 # -- failures ------------------------------------------------------------------------------------
 
 
-def test_a_driver_that_crashes_is_tried_again_as_often_as_backoff_limit_says(job: ClusterJob) -> None:
-    crash = {"driver": {"env": [{"name": "EXIT_CODE", "value": "3"}]}}
+@pytest.mark.parametrize(("code", "reason"), [(3, "DriverFailed"), (75, "DriverLost")])
+def test_a_driver_that_crashes_is_tried_again_as_often_as_backoff_limit_says(
+    job: ClusterJob, code: int, reason: str
+) -> None:
+    """Lost infrastructure, exit code 75, counts like every other failure where nothing was recorded."""
+    crash = {"driver": {"env": [{"name": "EXIT_CODE", "value": str(code)}]}}
     job.apply_misbehaving(backoffLimit=1, **crash, **SMALL)
     job.wait_until(lambda: job.status.get("phase") == "Retrying", "Retrying", 40)
     attempts = job.status["attempts"]
-    assert (attempts["counted"], attempts["countedFailures"], attempts["lastExitCode"]) == (True, 1, 3)
+    assert (attempts["counted"], attempts["countedFailures"], attempts["lastExitCode"]) == (True, 1, code)
     waited = seconds(attempts, "ended", "nextStart")
     assert waited == 10
     failed = job.wait_for("Failed", 60, reason="BackoffLimitExceeded")
-    assert failed["message"].startswith("2 counted failures, backoffLimit is 1; the last: DriverFailed")
+    assert failed["message"].startswith(f"2 counted failures, backoffLimit is 1; the last: {reason}")
     assert (job.attempt, job.counted_failures) == (2, 2)
     assert job.events().count(("Normal", "AttemptStarted")) == 2
     assert job.events().count(("Warning", "AttemptEnded")) == 2

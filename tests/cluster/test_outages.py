@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import chaos
 import chart
 import machine
 import stored
@@ -65,9 +66,10 @@ def _end_pods(cluster: Cluster, deployment: str) -> list[str]:
 
 
 @pytest.mark.alone
-def test_the_operator(start: Callable[..., Half]) -> None:
+@pytest.mark.parametrize("moment", chaos.moments_of("operator"))
+def test_the_operator(start: Callable[..., Half], moment: str) -> None:
     """Both replicas at once; the job does not notice."""
-    half = start().reached()
+    half = start(moment).reached()
     taken = _lease(half.job.cluster)[1]
     assert len(_end_pods(half.job.cluster, chart.OPERATOR)) == 2
     half.finishes()
@@ -127,9 +129,10 @@ def _seconds_after(taken: datetime.datetime, condition: dict[str, Any]) -> float
 
 
 @pytest.mark.alone
-def test_the_dask_operator(start: Callable[..., Half]) -> None:
+@pytest.mark.parametrize("moment", chaos.moments_of("dask-operator"))
+def test_the_dask_operator(start: Callable[..., Half], moment: str) -> None:
     """It is away while a worker dies and while the job ends, whose cluster its finalizer would keep."""
-    half = start().reached()
+    half = start(moment).reached()
     with _away(half.job.cluster, chart.DASK_OPERATOR, 1):
         half.kill("worker")
         half.replaced("worker", WORKERS)
@@ -200,6 +203,28 @@ def test_the_node(start: Callable[..., Half], tmp_path: Path) -> None:
     half.finished(attempt=2)
     assert job.status["attempts"]["lastReason"] == "Complete"
     assert ("Warning", "AttemptEnded") in job.events()
+
+
+@pytest.mark.host
+@pytest.mark.alone
+def test_a_job_is_suspended_while_its_node_is_away(start: Callable[..., Half]) -> None:
+    """Pods that nobody ends stay Terminating; 60 s after their grace period they count as lost."""
+    grace = {"terminationGracePeriodSeconds": 2}
+    half = start(driver=grace, scheduler=grace, workers=grace).reached()
+    job = half.job
+    with machine.down("kubelet"):
+        asked = time.monotonic()
+        job.patch(suspend=True)
+        job.wait_until(lambda: not job.pods(), "every pod asked to end", 60)
+        assert not job.is_true("Suspended"), "they may still run"
+        job.wait_for("Suspended", 2 + 60 + 30)
+        assert time.monotonic() - asked >= 60  # the grace period's two seconds are for whole seconds
+        terminating = [pod for pod in job.children("pods") if "deletionTimestamp" in pod["metadata"]]
+        assert {pod["metadata"]["labels"]["influence-operator.dev/role"] for pod in terminating} == {
+            "driver", "scheduler", "worker",
+        }, "the pods still stand"  # fmt: skip
+    job.patch(suspend=False)
+    half.finishes(attempt=2)
 
 
 def _store_begun(job: ClusterJob) -> bool:

@@ -1,4 +1,4 @@
-"""At which moments the cluster's tests kill each role of a job: one per run, or all of them.
+"""At which moments the cluster's tests kill what a job stands on: one per role and run, or all of them.
 
 `INFLUENCE_CHAOS` chooses: `all` takes every moment (`make chaos`), the name of a moment that one, and any
 other word one moment per role, by its digest. By default it is the commit's hash. Hooks of pytest that
@@ -16,8 +16,8 @@ VARIABLE = "INFLUENCE_CHAOS"
 ALL = "all"
 MOMENTS = ("fit", "factors", "region", "last")
 """In the middle of a stage, and before the very last rows."""
-ROLES = ("worker", "workers", "scheduler", "driver")
-"""`worker` is one of them, `workers` are all."""
+ROLES = ("worker", "workers", "scheduler", "driver", "eviction", "operator", "dask-operator")
+"""`worker` is one of them, `workers` are all; `eviction` is the driver's."""
 
 
 def moments_of(role: str) -> list[str]:

@@ -90,3 +90,10 @@ def without_api_server(cluster: Cluster) -> Iterator[None]:
     with machine.down("kube-apiserver"):
         yield
     wait_for_owners(cluster)
+
+
+def operator_processes(cluster: Cluster) -> dict[str, int]:
+    """The operator's pods, and how often each was started anew: equal twice if none has ended in between."""
+    found = cluster.get("pods", "", NAMESPACE, f"app.kubernetes.io/name={OPERATOR}")
+    pods = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+    return {pod["metadata"]["name"]: pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods}

@@ -8,6 +8,7 @@ digits job.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from influence_job.data import ArraySource
 from influence_job.examples import digits
 from influence_job.storage.store import Store
 from influence_job.task import InfluenceTask
@@ -26,6 +28,17 @@ POLL_SECONDS = 0.2
 def task(**arguments: Any) -> InfluenceTask:
     """`influence_job.examples.digits:task`."""
     return digits.task(**arguments)
+
+
+def few(train: int, test: int, **arguments: Any) -> InfluenceTask:
+    """The same model with the first of its training and of its test images."""
+    whole = digits.task(**arguments)
+    return dataclasses.replace(
+        whole,
+        train=ArraySource(*whole.train.read(0, train)),
+        test=ArraySource(*whole.test.read(0, test)),
+        data_version=f"{whole.data_version}, the first {train} and {test}",
+    )
 
 
 def broken(message: str = "the labels are in another room") -> InfluenceTask:

@@ -53,7 +53,7 @@ class Half:
     undisturbed: dict[str, bytes]
     held: Rows = field(default_factory=set)
     killed: set[str] = field(default_factory=set)
-    """Addresses."""
+    """Addresses of processes that ended, without grace or with their attempt: others must do the rest."""
     newcomers: set[str] = field(default_factory=set)
     """Addresses of processes that came in the place of killed ones and must have written something."""
     mark: int = 0
@@ -134,7 +134,7 @@ class Half:
         assert not again, f"the ledger held these, and they were written again: {again}"
         assert self.job.attempt == attempt, self.job.status["attempts"]
         assert self.job.counted_failures == counted_failures, self.job.status["attempts"]
-        assert self.writers(_COMPUTED), "something was left to do"
+        assert self.writers(_COMPUTED) - self.killed, "the killed did all that was left"
         assert not self.newcomers or self.newcomers & self.writers(_COMPUTED), "the new process did nothing"
         assert self.writers(_LEDGER), "what was left was recorded"
 

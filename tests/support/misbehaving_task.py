@@ -98,6 +98,11 @@ def other_attempt(handler: BaseHTTPRequestHandler) -> None:
     send(handler, lie(attempt=7))
 
 
+def other_contract(handler: BaseHTTPRequestHandler) -> None:
+    """Honest, for an operator of another release."""
+    send(handler, lie(contractVersion=9))
+
+
 def wrong_types(handler: BaseHTTPRequestHandler) -> None:
     send(handler, lie(stage=["Scores"], regions="all", workersNeeded={}, warnings=7, finished="perhaps"))
 
