@@ -77,9 +77,7 @@ def test_a_scheduler_that_chooses_nobody_loses_no_worker_and_fails_no_pass(answe
         outcome, written = scaled_down(server)
 
     assert words in outcome.unretired
-    assert replace(outcome, unretired="") == Outcome(), (
-        "neither done, nor an error that repeats the whole pass"
-    )
+    assert replace(outcome, unretired="") == Outcome(), "neither done, nor an error of the whole pass"
     assert written == []
 
 

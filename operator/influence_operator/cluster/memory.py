@@ -19,8 +19,8 @@ class Outcome:
     conflicts: tuple[Conflict, ...] = ()
     refusals: tuple[str, ...] = ()
     unretired: str = ""
-    """Why the scheduler did not choose all workers that were to go. The pass has not failed for that: the rest
-    of the job goes on, and the next decision says when to ask again."""
+    """Why the scheduler did not choose all workers that were to go. That fails no pass: the rest of the job
+    goes on, and the next decision says when to ask again."""
     error: ClusterError | None = None
     """Why the rest was not done; also set for conflicts and refusals."""
 

@@ -54,7 +54,7 @@ class Reason(StrEnum):
     """Driver, scheduler and every worker run."""
     SOME_WORKERS_READY = "SomeWorkersReady"
     SCALE_DOWN_BLOCKED = "ScaleDownBlocked"
-    """Driver, scheduler and workers run, more of them than wanted: the scheduler does not say whom to retire."""
+    """More workers run than are wanted, and the scheduler does not say whom to retire."""
     NOT_STARTED = "NotStarted"
     FINISHED = "Finished"
     RETRYING = "Retrying"

@@ -76,7 +76,7 @@ class Snapshot:
     refusals: tuple[str, ...] = ()
     """What the API server said when it refused a child in the last pass (quota, Pod Security, webhook)."""
     unretired: str = ""
-    """Why the scheduler did not choose the workers that were to go, when it was last asked; empty if it did."""
+    """Why the scheduler did not choose workers that were to go, when it was last asked; empty if it did."""
     source: Object | None = None
     """The ConfigMap that `task.source.configMap` names, if it exists."""
     missing: tuple[str, ...] = ()
