@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from influence_job.spec import InfluenceJobSpec
-from influence_job.spec.pods import api_audience, projected_tokens
+from influence_job.spec import InfluenceJobSpec, api_audience, projected_tokens
 
 
 def refused_tokens(spec: InfluenceJobSpec, audiences: Collection[str]) -> tuple[str, ...]:
