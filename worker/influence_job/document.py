@@ -16,8 +16,8 @@ FILE = "job.json"
 DIRECTORY = "/etc/influence/job"
 """Where the ConfigMap is mounted in the driver."""
 SOURCE_DIRECTORY = "/etc/influence/task"
-"""Where the copy of `task.source.configMap` is mounted in all three roles; `influence_job.entrypoint` searches
-it first."""
+"""Where the copy of `task.source.configMap` is mounted in all three roles; entry points are looked for in it
+first."""
 TLS_DIRECTORY = "/etc/influence/tls"
 """Where the attempt's `ca.crt`, `tls.crt` and `tls.key` are mounted in all three roles."""
 CREDENTIALS_DIRECTORY = "/etc/influence/credentials"
