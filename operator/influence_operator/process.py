@@ -11,6 +11,7 @@ import logging
 import signal
 from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -19,6 +20,7 @@ from kubernetes.aio.client import Configuration
 from influence_operator import handlers
 from influence_operator.cluster.api import Api, credentials
 from influence_operator.cluster.apply import Applier
+from influence_operator.cluster.audiences import own_audiences
 from influence_operator.cluster.cache import Cache, JobKey
 from influence_operator.cluster.driver import DriverClient
 from influence_operator.cluster.errors import ClusterError, LeaseLostError
@@ -53,6 +55,7 @@ async def run(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     configuration = await credentials()
+    settings = await with_own_audiences(settings, configuration)
     async with AsyncExitStack() as stack:
         replica = Replica(settings, configuration)
         stack.push_async_callback(replica.close)
@@ -62,6 +65,12 @@ async def run(settings: Settings) -> int:
             )
         )
         return await _until(stop, replica)
+
+
+async def with_own_audiences(settings: Settings, configuration: Configuration) -> Settings:
+    """The settings with the audiences of the operator's own token beside those that were given."""
+    audiences = (*settings.api_audiences, *await own_audiences(configuration))
+    return replace(settings, api_audiences=tuple(dict.fromkeys(audiences)))
 
 
 async def _until(stop: asyncio.Event, replica: Replica) -> int:

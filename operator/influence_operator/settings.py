@@ -39,6 +39,9 @@ class Settings:
     """Labels of the operator's own pods, which NetworkPolicies let in."""
     metrics_namespace: str = ""
     """Namespace whose pods may read `/metrics` of drivers; empty: nobody."""
+    api_audiences: tuple[str, ...] = ()
+    """Audiences of tokens that the API server accepts, beside those of the operator's own token: volumes of
+    jobs that ask for such a token are refused."""
     watch_namespaces: tuple[str, ...] = ()
     """Namespaces that are watched; empty: all."""
     health_port: int = 8081

@@ -59,7 +59,7 @@ def cluster(testrun_uid: str) -> Cluster:
         cluster_support.prepare()
         ours = Cluster.connect()
         remove_old_namespaces(ours)
-        ours.advertise_gpus(GPUS)
+        ours.provide_gpus(GPUS)
 
     try:
         set_up_once(testrun_uid, "cluster", bring_up)

@@ -17,6 +17,7 @@ from cluster import Cluster, CommandError, tool
 Manifest = dict[str, Any]
 LISTS = {
     "watchNamespaces": ["one", "two"],
+    "apiAudiences": ["one", "two"],
     "imagePullSecrets": [{"name": "changed"}],
     "tolerations": [{"key": "changed", "operator": "Exists"}],
     "daskOperator.extraEnv": [],

@@ -231,11 +231,14 @@ def test_kubectl_shows_the_columns(crd: Cluster, namespace: str) -> None:
     assert row.split()[-2:] == ["Running", "gs://bucket/digits.zarr"]
 
 
-def test_kubectl_explains_what_a_method_may_hold(crd: Cluster) -> None:
+def test_kubectl_explains_what_a_method_may_hold_and_when_changes_take_effect(crd: Cluster) -> None:
     explained = crd.kubectl("explain", "influencejob.spec.method")
     assert "How (H + λI)^-1 is applied" in explained
     assert "regularization\t<number> -required-" in explained
     assert "Keys the draws" in explained
+    for field in ("image", "driver", "scheduler", "workers", "podDefaults"):
+        told = " ".join(crd.kubectl("explain", f"influencejob.spec.{field}").split())
+        assert "changes take effect with the next attempt" in told.lower(), field
     recursive = crd.kubectl("explain", "influencejob", "--recursive")
     for field in (
         "credentialsSecretRef",

@@ -20,6 +20,7 @@ from cluster import Cluster
 from cluster_jobs import ClusterJob, merged
 from cluster_storage import Bucket
 from host_tests import CLUSTER_VARIABLE
+from influence_operator.cluster.audiences import audiences_of
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -163,7 +164,11 @@ def test_hostile_last_words_end_the_job_as_its_exit_code_says(
 # -- what our own rules refuse -------------------------------------------------------------------
 
 
-TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
+def token(**source: str) -> dict[str, Any]:
+    """A volume with a ServiceAccount's token."""
+    return {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "token"} | source}]}}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a type": (
         {"workers": {"env": [{"name": "A", "value": 1}]}},
@@ -174,8 +179,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "spec.scheduler.volumes[0].image: unknown to dask-kubernetes",
     ),
     "a token": (
-        {"driver": {"volumes": [TOKEN]}},
+        {"driver": {"volumes": [token()]}},
         "spec.driver.volumes[0].projected.sources[0].serviceAccountToken.audience: expected",
+    ),
+    "a token with the API server's name": (
+        {"scheduler": {"volumes": [token(audience="https://kubernetes.default.svc.cluster.local")]}},
+        "spec.scheduler.volumes[0].projected.sources[0].serviceAccountToken.audience: expected",
     ),
     "a null": (
         {"output": {"storageOptions": {"a": [{"b": None}]}}},
@@ -205,6 +214,22 @@ def test_a_spec_that_only_the_operators_rules_refuse_stalls_the_job_until_it_is_
     mend(job, changes)
     job.wait_until(lambda: job.attempt == 1, "the first attempt", 60)
     assert not job.condition("Stalled")
+
+
+def test_no_pod_gets_a_token_of_an_audience_that_this_api_server_accepts(job: ClusterJob) -> None:
+    """Whatever its audiences are called; the operator reads them off its own token."""
+    account = ("default", "--namespace", job.namespace)
+    accepted = job.wait_until(
+        lambda: audiences_of(job.cluster.kubectl("create", "token", *account)), "the account"
+    )
+    job.apply(workers={"volumes": [token(audience=accepted[-1])]})
+    job.wait_until(lambda: job.is_true("Stalled"), "Stalled", 10)
+    stalled = job.condition("Stalled")
+    assert stalled["reason"] == "InvalidSpec"
+    assert (
+        f"serviceAccountToken.audience: expected the audience of whom the token is for, got {accepted[-1]!r}"
+        in (stalled["message"])
+    )
 
 
 def create(job: ClusterJob, document: dict[str, Any]) -> None:

@@ -239,6 +239,12 @@ def test_a_scheduler_that_answers_404_draws_nobody_to_its_own_port(job: ClusterJ
             lambda: len(flows_to(record, scheduler, 8787, ours["operator"])) >= asked_before + 3,
             "the operator to ask the scheduler, over and over",
         )
+        job.wait_until(
+            lambda: job.condition("ClusterReady").get("reason") == "ScaleDownBlocked",
+            "the condition that says why two workers stay",
+        )
+        assert "expected status 200, got 404" in job.condition("ClusterReady")["message"]
+        assert job.events().count(("Warning", "ScaleDownBlocked")) == 1
         assert {who: sum(count() for count in counts) for who, counts in tries.items()} == {
             "operator": 0,
             "dask operator": 0,

@@ -138,6 +138,10 @@ def test_many_jobs_cost_few_requests_and_a_restart_writes_nothing(
         first.settle()
         requests = first.requests()
 
+        assert first.metric("influence_operator_jobs", phase="Suspended") == 15
+        assert first.metric("influence_operator_jobs", phase="Starting") == 15
+        assert first.metric("influence_operator_queue_depth") == 0
+        assert first.metric("influence_operator_queue_oldest_seconds") == 0
         for kind, number in CHILDREN.items():
             assert requests["create", kind] == number * 15
         assert requests["patch", "influencejobs/status"] <= 5 * 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from kubernetes.aio.client import Configuration
@@ -78,6 +79,58 @@ def test_it_waits_for_its_own_kind_and_is_not_ready_meanwhile():
                 api.kinds |= {INFLUENCE_JOB}
 
                 await until(lambda: replica.unready() is None)
+
+    asyncio.run(scenario())
+
+
+def test_a_leader_whose_watches_fall_silent_is_to_be_started_anew(monkeypatch: pytest.MonkeyPatch):
+    """What `/healthz` says, and with it the liveness probe. Any sign of life from each watch will do."""
+    monkeypatch.setattr(process, "SILENCE", 1.0)
+
+    async def scenario() -> None:
+        async with scripted_api() as api, replica_of(api) as replica:
+            assert replica.sick() is None
+            await until(lambda: replica.unready() is None)
+            assert replica.sick() is None, "every watch has begun a moment ago"
+
+            await until(replica.sick)
+            assert replica.sick() == "no watch event for 1 s"
+            bookmark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "101"}}}
+            for kind in WATCHED_KINDS:
+                named = {"kind": kind.kind, "apiVersion": kind.api_version}
+                api.streams[kind.plural].put_nowait({**bookmark, "object": bookmark["object"] | named})
+            await until(lambda: replica.sick() is None)
+
+    asyncio.run(scenario())
+
+
+def job_in(phase: str, number: int) -> dict[str, Any]:
+    """A suspended job that another manager carries out, so that no pass changes it."""
+    metadata = {"name": f"job-{number}", "namespace": "team", "uid": f"u-{number}", "resourceVersion": "7"}
+    return {
+        "apiVersion": INFLUENCE_JOB.api_version,
+        "kind": INFLUENCE_JOB.kind,
+        "metadata": metadata,
+        "spec": {"managedBy": "another"},
+        **({"status": {"phase": phase}} if phase else {}),
+    }
+
+
+def test_its_metrics_count_jobs_by_phase_and_say_that_nothing_waits():
+    async def scenario() -> None:
+        async with scripted_api() as api:
+            phases = ["Suspended", "Running", "Suspended", ""]
+            api.lists[INFLUENCE_JOB.plural] = [job_in(phase, number) for number, phase in enumerate(phases)]
+            async with replica_of(api) as replica:
+                await until(lambda: 'reconciles_total{result="done"} 4.0' in replica.scrape().decode())
+                told = replica.scrape().decode()
+
+        assert 'influence_operator_jobs{phase="Suspended"} 2.0' in told
+        assert 'influence_operator_jobs{phase="Running"} 1.0' in told
+        assert 'influence_operator_jobs{phase="Pending"} 1.0' in told
+        assert "influence_operator_queue_depth 0.0" in told
+        assert "influence_operator_queue_oldest_seconds 0.0" in told
+        assert "influence_operator_leader 1.0" in told
 
     asyncio.run(scenario())
 

@@ -32,6 +32,8 @@ HOME = Path(os.environ.get("K8S_HOME", "~/.cache/influence-cluster")).expanduser
 OWN_LABEL = "influence-tests"
 """On every namespace that tests make."""
 POLL_SECONDS = 0.2
+FAKE_GPUS_VARIABLE = "TEST_FAKE_GPUS"
+"""`yes`: nodes of a cluster that is somebody else's may be made to advertise GPUs, too."""
 
 T = TypeVar("T")
 
@@ -160,8 +162,26 @@ class Cluster:
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
         return name
 
+    def provide_gpus(self, count: int) -> None:
+        """Has nodes advertise so many, unless the cluster is somebody else's and has GPUs of its own.
+
+        Raises:
+            RuntimeError: it has none, and nobody said that nodes may pretend.
+        """
+        if _may_fake_gpus() or not any(map(_gpus, self.get("nodes"))):
+            self.advertise_gpus(count)
+
     def advertise_gpus(self, count: int) -> None:
-        """Every node says that it has so many `nvidia.com/gpu`; there is no device behind it."""
+        """Every node says that it has so many `nvidia.com/gpu`; there is no device behind it.
+
+        Raises:
+            RuntimeError: the cluster is somebody else's, and nobody said that its nodes may be changed.
+        """
+        if not _may_fake_gpus():
+            raise RuntimeError(
+                f"the tests need {count} nvidia.com/gpu per node, which need no device behind them: set "
+                f"{FAKE_GPUS_VARIABLE}=yes to have every node of the cluster advertise so many"
+            )
         patch = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": str(count)}]
         for node in self.core.list_node().items:
             self.kubectl(
@@ -227,6 +247,14 @@ class CommandError(RuntimeError):
         ended = "was stopped" if code is None else f"ended with {code}"
         super().__init__(f"{Path(command[0]).name} {' '.join(command[1:])} {ended}: {output.strip()}")
         self.output = output
+
+
+def _may_fake_gpus() -> bool:
+    return CLUSTER_VARIABLE not in os.environ or os.environ.get(FAKE_GPUS_VARIABLE) == "yes"
+
+
+def _gpus(node: Any) -> bool:
+    return node["status"].get("allocatable", {}).get("nvidia.com/gpu", "0") != "0"
 
 
 def tool(name: str) -> str:

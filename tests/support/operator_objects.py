@@ -156,6 +156,8 @@ class World:
     """What the driver answers at /progress."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further fields of the snapshot."""
+    settings: Settings = SETTINGS
+    """The operator's."""
     events: list[str] = field(default_factory=list)
     """Reasons of all Events so far."""
 
@@ -182,7 +184,7 @@ class World:
 
     def decide(self) -> Decision:
         """What would be done."""
-        return decide(self.snapshot(), SETTINGS)
+        return decide(self.snapshot(), self.settings)
 
     def step(self, seconds: float = 0.0) -> Decision:
         """Time passes, and one pass is made."""

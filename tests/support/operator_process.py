@@ -66,9 +66,13 @@ class OperatorProcess:
         except OSError:
             return 0
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        return sum(value for sample, _, value in self._samples() if sample == name)
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over the labels that are not given."""
+        return sum(
+            value
+            for sample, found, value in self._samples()
+            if sample == name and labels.items() <= found.items()
+        )
 
     def requests(self) -> Counter[tuple[str, str]]:
         """Requests to the API server by verb and resource, those for the lease left out."""

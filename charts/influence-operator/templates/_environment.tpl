@@ -12,6 +12,7 @@
   "OPERATOR_SELECTOR" (printf "app.kubernetes.io/name=%s,app.kubernetes.io/instance=%s" .Chart.Name .Release.Name)
   "METRICS_NAMESPACE" .Values.metrics.namespace
   "WATCH_NAMESPACES" (join "," .Values.watchNamespaces)
+  "API_AUDIENCES" (join "," .Values.apiAudiences)
   "RESYNC_SECONDS" .Values.resyncSeconds
   "LEASE_SECONDS" .Values.leaseSeconds
   "STATUS_WRITES_PER_SECOND" .Values.statusWritesPerSecond

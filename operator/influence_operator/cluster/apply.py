@@ -52,6 +52,9 @@ class Applier:
                 done += await self._do(key, action)
             except _TakenError as taken:
                 return Outcome(done, conflicts=(taken.conflict,), error=taken)
+            except _NotRetiredError as error:
+                log.info("%s: %s", key, error)
+                return Outcome(done, unretired=str(error))
             except ApiError as error:
                 return Outcome(done, refusals=_refusals(action, error), error=error)
             except ClusterError as error:
@@ -159,6 +162,9 @@ class Applier:
         """Deletes `count` workers' Deployments: first those nobody would miss, then whom the scheduler names.
 
         Only then is the number left written, so that dask-kubernetes finds nothing to scale down itself.
+
+        Raises:
+            _NotRetiredError: the scheduler did not choose as many as it was asked for.
         """
         children = self.cache.children(key)
         uids = {
@@ -166,8 +172,11 @@ class Applier:
             for deployment in children.deployments
             if deployment["metadata"]["name"] in action.deployments
         }
-        for name in await self._whom_to_retire(key, children, action, set(uids)):
+        chosen = await self._whom_to_retire(key, children, action, set(uids))
+        for name in chosen:
             await self._delete(key, DEPLOYMENT, name, uids[name])
+        if len(chosen) < action.count:
+            raise _NotRetiredError(f"the scheduler chose {len(chosen)} of {action.count} workers to retire")
         patch = {"metadata": {"uid": action.cluster_uid}, "spec": {"worker": {"replicas": action.replicas}}}
         stored = await self.api.merge(DASK_CLUSTER, key.namespace, action.cluster, patch)
         self.cache.put(DASK_CLUSTER, stored)
@@ -180,11 +189,14 @@ class Applier:
         if pod is None:  # without a scheduler no worker holds anything
             return sorted(ours)[: action.count]
         address = pod["status"]["podIP"]
-        connected = set(await self.schedulers.workers(address)) & ours
-        idle = sorted(ours - connected)[: action.count]
-        wanted = min(action.count - len(idle), len(connected))
-        retired = await self.schedulers.retire(address, wanted) if wanted > 0 else ()
-        return idle + [name for name in retired if name in connected][:wanted]
+        try:
+            connected = set(await self.schedulers.workers(address)) & ours
+            idle = sorted(ours - connected)[: action.count]
+            wanted = min(action.count - len(idle), len(connected))
+            retired = await self.schedulers.retire(address, wanted) if wanted > 0 else ()
+        except ClusterError as error:
+            raise _NotRetiredError(f"the scheduler did not say whom to retire: {error}") from error
+        return idle + [name for name in dict.fromkeys(retired) if name in connected][:wanted]
 
     async def _delete_job(self, key: JobKey, action: DeleteJob) -> bool:
         try:
@@ -202,6 +214,10 @@ class _TakenError(ClusterError):
     def __init__(self, conflict: Conflict) -> None:
         super().__init__(f"{conflict.kind} {conflict.name} exists and does not belong to the job")
         self.conflict = conflict
+
+
+class _NotRetiredError(ClusterError):
+    """A scheduler, whose image is the tenant's, did not choose workers."""
 
 
 def _refusals(action: Action, error: ApiError) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ class Gatherer:
             scheduler=scheduler,
             conflicts=conflicts,
             refusals=memory.refusals,
+            unretired=memory.unretired,
             source=source[0],
             missing=source[1],
             warnings=warnings,

@@ -18,6 +18,9 @@ class Outcome:
     """Actions that changed something."""
     conflicts: tuple[Conflict, ...] = ()
     refusals: tuple[str, ...] = ()
+    unretired: str = ""
+    """Why the scheduler did not choose all workers that were to go. That fails no pass: the rest of the job
+    goes on, and the next decision says when to ask again."""
     error: ClusterError | None = None
     """Why the rest was not done; also set for conflicts and refusals."""
 
@@ -28,6 +31,7 @@ class Memory:
 
     conflicts: tuple[Conflict, ...] = ()
     refusals: tuple[str, ...] = ()
+    unretired: str = ""
     written: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
     """The status that was wanted, and what the API server made of it."""
     driver: tuple[float, DriverReport] | None = None
@@ -37,7 +41,8 @@ class Memory:
     def learn(self, standing: tuple[Conflict, ...], outcome: Outcome) -> None:
         """Takes up how a pass went; `standing` are the conflicts that it found still there."""
         self.conflicts = tuple(dict.fromkeys(standing + outcome.conflicts))
-        if outcome.refusals:
+        well = outcome.done > 0 and outcome.error is None
+        if outcome.refusals or well:
             self.refusals = outcome.refusals
-        elif outcome.done and outcome.error is None:
-            self.refusals = ()
+        if outcome.unretired or well:
+            self.unretired = outcome.unretired

@@ -14,7 +14,7 @@ from influence_operator.decisions import attempts, deadlines, driver, observed, 
 from influence_operator.decisions.attempts import Ending, Verdict
 from influence_operator.decisions.course import Course, Outcome, closed, finished, opened, recall, reopened
 from influence_operator.decisions.reasons import Reason
-from influence_operator.decisions.spec_change import changed_before_start
+from influence_operator.decisions.spec_change import changed_before_start, waiting_changes
 from influence_operator.decisions.view import View
 from influence_operator.settings import Settings
 
@@ -32,7 +32,7 @@ def advance(view: View, settings: Settings) -> Course:
         course = _between_attempts(view, course)
     if may_open(view, course):
         course = opened(view, course)
-    return course
+    return replace(course, waiting_changes=waiting_changes(view, course, settings.defaults.image))
 
 
 def may_open(view: View, course: Course) -> bool:

@@ -36,6 +36,11 @@ class ClusterParts:
         return self.asked == self.grouped == len(self.deployments)
 
     @property
+    def too_many(self) -> int:
+        """Workers that are to go."""
+        return max(0, len(self.deployments) - self.wanted)
+
+    @property
     def complete(self) -> bool:
         """Whether nothing is left to be made, changed or taken away."""
         return not self.missing and self.settled and self.asked == self.wanted

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from influence_job.status import ConditionType
 from influence_operator.decisions import driver, observed, remains
+from influence_operator.decisions.cluster_parts import cluster_parts
 from influence_operator.decisions.course import Course
 from influence_operator.decisions.diagnosis import diagnose
 from influence_operator.decisions.reasons import Reason
@@ -36,6 +37,8 @@ def cluster_state(view: View, course: Course) -> ClusterState:
             message = _steady(view, problem.reason, problem.message)
             return ClusterState(False, problem.reason, message, wrong=True)
         return waiting
+    if blocked := _scale_down_blocked(view, course):
+        return blocked
     if view.ready_workers(course.number) >= view.spec.workers.replicas:
         return ClusterState(True, Reason.CLUSTER_READY, "driver, scheduler and workers run")
     message = problem.message if problem else "the other workers are starting"
@@ -57,6 +60,19 @@ def _waiting(view: View, course: Course) -> ClusterState | None:
     if not view.ready_workers(number):
         return ClusterState(False, Reason.WORKERS_STARTING, "no worker is ready yet")
     return None
+
+
+def _scale_down_blocked(view: View, course: Course) -> ClusterState | None:
+    """Workers that nobody retires. What was told stays told until they are gone, also by a new leader."""
+    stored, said = view.condition(ConditionType.CLUSTER_READY), view.snapshot.unretired
+    told = stored.message if stored and stored.reason == Reason.SCALE_DOWN_BLOCKED else ""
+    parts = cluster_parts(view, course) if said or told else None
+    if parts is None or not parts.too_many:
+        return None
+    if said:
+        number = f"workers: {parts.wanted} wanted, {len(parts.deployments)} there"
+        told = f"{number}; {said}; suspending and resuming the job starts fewer"
+    return ClusterState(True, Reason.SCALE_DOWN_BLOCKED, told, wrong=True)
 
 
 def _between_attempts(view: View, course: Course) -> ClusterState:

@@ -77,7 +77,7 @@ def _ready(view: View, course: Course, cluster: ClusterState) -> Statement:
         return Statement(kind, False, Reason.SUSPENDING, "pods of the job are ending")
     if _passed_preflight(view, course):
         return Statement(kind, True, Reason.RUNNING, _running(course))
-    return Statement(kind, False, Reason.STARTING, cluster.message)
+    return Statement(kind, False, Reason.STARTING, cluster.message + _waiting_changes(course))
 
 
 def _stalled(view: View, course: Course) -> Statement | None:
@@ -110,8 +110,17 @@ def _passed_preflight(view: View, course: Course) -> bool:
 def _running(course: Course) -> str:
     attempts = course.attempts
     if course.open:
-        return f"attempt {attempts.current} runs"
+        return f"attempt {attempts.current} runs{_waiting_changes(course)}"
     return f"attempt {attempts.current} ended: {attempts.last_reason}: {attempts.last_message}"
+
+
+def _waiting_changes(course: Course) -> str:
+    *others, last = course.waiting_changes or ("",)
+    if not last:
+        return ""
+    if not others:
+        return f"; the change of {last} takes effect with the next attempt"
+    return f"; the changes of {', '.join(others)} and {last} take effect with the next attempt"
 
 
 def _suspended(view: View, course: Course) -> Statement | None:

@@ -38,6 +38,8 @@ class Course:
     """What the driver of the present attempt says, or said last, in this pass."""
     incompatible: str | None = None
     """Why the driver's documents cannot be understood."""
+    waiting_changes: tuple[str, ...] = ()
+    """Fields of the spec that were changed since the present attempt began and wait for the next one."""
     start_time: datetime | None = None
     completion_time: datetime | None = None
     active_seconds: int = 0

@@ -39,7 +39,7 @@ def decide(snapshot: Snapshot, settings: Settings) -> Decision:
         return Decision(release.actions, _stored(job), urgent=False, again_after=soonest(release.due))
     stored = stored_status(job)
     try:
-        view = View(snapshot, spec_of(job), stored, now)
+        view = View(snapshot, spec_of(job, settings.api_audiences), stored, now)
     except RefusedSpecError as error:
         status = stalled_status(stored, str(error), generation(job), now)
         return _decision(job, stored, status, release)

@@ -19,7 +19,8 @@ from influence_operator.decisions.view import View
 YOUNG_SECONDS = 10.0
 """A DaskCluster so young is still being made."""
 PATIENCE_SECONDS = 10.0
-"""What is left undone for so long, dask-kubernetes has overlooked."""
+"""What is left undone for so long, dask-kubernetes has overlooked. A scheduler that did not choose workers to
+retire is asked again so often."""
 REPEATING_SECONDS = 75.0
 """In phase Created it repeats a failed creation itself, once a minute."""
 
@@ -30,7 +31,8 @@ def tend(view: View, course: Course) -> tuple[Course, Step]:
     if parts is None or parts.complete:
         return replace(course, cluster_incomplete_since=None), Step()
     waited = view.seconds_since(course.cluster_incomplete_since)
-    action = scaling.scale(parts, waited >= PATIENCE_SECONDS) or _heal(parts, waited)
+    silent = bool(view.snapshot.unretired)
+    action = scaling.scale(parts, waited >= PATIENCE_SECONDS, silent) or _heal(parts, waited)
     actions = (action,) if action else ()
     young = YOUNG_SECONDS - view.seconds_since(observed.created(parts.cluster))
     if course.cluster_incomplete_since is None and young > 0:

@@ -53,6 +53,8 @@ class Reason(StrEnum):
     CLUSTER_READY = "ClusterReady"
     """Driver, scheduler and every worker run."""
     SOME_WORKERS_READY = "SomeWorkersReady"
+    SCALE_DOWN_BLOCKED = "ScaleDownBlocked"
+    """More workers run than are wanted, and the scheduler does not say whom to retire."""
     NOT_STARTED = "NotStarted"
     FINISHED = "Finished"
     RETRYING = "Retrying"

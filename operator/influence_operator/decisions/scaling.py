@@ -14,18 +14,19 @@ from influence_operator.decisions.actions import Action, Patch, RetireWorkers
 from influence_operator.decisions.cluster_parts import ClusterParts
 
 
-def scale(parts: ClusterParts, patient: bool) -> Action | None:
+def scale(parts: ClusterParts, patient: bool, silent: bool) -> Action | None:
     """The next step towards the number of workers that is wanted.
 
     Args:
         parts: the cluster.
-        patient: whether dask-kubernetes has had long enough.
+        patient: whether dask-kubernetes, or the scheduler, has had long enough since the last step.
+        silent: whether the scheduler did not choose workers when it was last asked.
     """
-    made = len(parts.deployments)
     if parts.missing:
         return None
-    if made > parts.wanted:
-        return _retire(parts) if parts.settled or patient else None
+    if parts.too_many:
+        return _retire(parts) if patient or (parts.settled and not silent) else None
+    made = len(parts.deployments)
     if parts.asked > parts.wanted:
         return _ask(parts, parts.wanted) if patient else None
     if parts.asked < parts.wanted:
@@ -49,7 +50,7 @@ def _retire(parts: ClusterParts) -> RetireWorkers:
     return RetireWorkers(
         cluster=observed.name(parts.cluster),
         cluster_uid=observed.uid(parts.cluster),
-        count=len(parts.deployments) - parts.wanted,
+        count=parts.too_many,
         deployments=parts.deployments,
         replicas=parts.wanted,
     )

@@ -75,6 +75,8 @@ class Snapshot:
     """Names found taken when the last pass tried to create a child."""
     refusals: tuple[str, ...] = ()
     """What the API server said when it refused a child in the last pass (quota, Pod Security, webhook)."""
+    unretired: str = ""
+    """Why the scheduler did not choose workers that were to go, when it was last asked; empty if it did."""
     source: Object | None = None
     """The ConfigMap that `task.source.configMap` names, if it exists."""
     missing: tuple[str, ...] = ()

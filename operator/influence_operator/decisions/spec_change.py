@@ -1,7 +1,9 @@
-"""A spec that was changed while its attempt's driver has not started: the attempt starts anew with it.
+"""What was changed in a spec since its attempt began, and what becomes of it.
 
-Such a driver has done nothing that could be lost, and what it lacks may be what the change mends: an image
-that cannot be pulled, a node selector that no node fits, a setting that the API server refuses.
+An attempt's pods are made from the spec that it began with: a change waits for the next attempt. While the
+driver has not started, the attempt ends for it. Such a driver has done nothing that could be lost, and what
+it lacks may be what the change mends: an image that cannot be pulled, a node selector that no node fits, a
+setting that the API server refuses.
 """
 
 from __future__ import annotations
@@ -25,16 +27,22 @@ def changed_before_start(view: View, course: Course, default_image: str) -> bool
         return False
     if not all(map(_waits, view.pods(course.number, Role.DRIVER))):
         return False
-    return any(_differs(view, copy, default_image) for copy in view.of(course.number).config_maps[:1])
+    return bool(waiting_changes(view, course, default_image))
+
+
+def waiting_changes(view: View, course: Course, default_image: str) -> tuple[str, ...]:
+    """Fields, as documents spell them, that are others than those that the open attempt began with.
+
+    None for an attempt that has no copy of its spec yet.
+    """
+    copies = view.of(course.number).config_maps if course.open else ()
+    begun = begun_with(copies[0], view.spec) if copies else view.spec
+    if begun is view.spec:
+        return ()  # no copy, or one that cannot be read
+    image = ("image",) if begun.image != (view.spec.image or default_image) else ()
+    changed = (f for f in _OF_PODS if getattr(begun, f) != getattr(view.spec, f))
+    return (*image, *(type(view.spec).model_fields[f].alias or f for f in changed))
 
 
 def _waits(pod: Object) -> bool:
     return observed.text(pod, "status", "phase") in ("", "Pending")
-
-
-def _differs(view: View, copy: Object, default_image: str) -> bool:
-    begun = begun_with(copy, view.spec)
-    if begun is view.spec:
-        return False  # the copy cannot be read
-    image = view.spec.image or default_image
-    return begun.image != image or any(getattr(begun, f) != getattr(view.spec, f) for f in _OF_PODS)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
-from influence_job.document import SOURCE_DIRECTORY, TLS_DIRECTORY
+from influence_job.document import TLS_DIRECTORY
 from influence_job.spec import Device
 from influence_operator.manifests import names
 from influence_operator.manifests.child import Attempt
@@ -95,8 +95,6 @@ def _required(attempt: Attempt, role: Role) -> list[Variable]:
             values |= dask_environment(_WORKER) | THREAD_SETTINGS
             # dask-kubernetes would set one without TLS, in a cluster domain that not every cluster has.
             values["DASK_SCHEDULER_ADDRESS"] = names.scheduler_address(attempt.base, attempt.namespace)
-    if attempt.spec.task.source is not None:
-        values["PYTHONPATH"] = SOURCE_DIRECTORY
     return [
         _from_field("POD_NAME", "metadata.name"),
         _from_field("POD_NAMESPACE", "metadata.namespace"),

@@ -1,6 +1,6 @@
 #!/bin/bash
 # build.sh: gets together what the cluster is made of, in $K8S_HOME: packages of Debian, and binaries from Go modules
-# (Kubernetes as go.mod pins it, CoreDNS, Helm). What is there is left alone.
+# (Kubernetes as go.mod pins it, CoreDNS, Helm). What is there in its version is left alone.
 # With nothing there, on 2 cores: Kubernetes 6.5 min, CoreDNS 2 min, Helm 2 min.
 source "$(dirname "$0")/settings.sh"
 KUBERNETES=$(sed -n 's/^\tk8s.io\/kubernetes \(v[0-9.]*\).*/\1/p' "$MACHINE/go.mod")
@@ -49,15 +49,23 @@ build_kubernetes() {
     -X $version.gitMinor=${minor%%.*} -X $client.gitVersion=$KUBERNETES" tool
   say "built Kubernetes $KUBERNETES"
 }
-build_tool() { # build_tool NAME MODULE LINKER_FLAGS
-  [ ! -x "$BIN/$1" ] || return 0
-  need_go "$1"
-  go install -trimpath -ldflags "-s -w ${3:-}" "$2"
-  say "built $1"
+build_tool() { # build_tool NAME VERSION MODULE LINKER_FLAGS: unless it is there in this version
+  ! says_version "$1" "$2" || return 0
+  need_go "$1 $2"
+  go install -trimpath -ldflags "-s -w ${4:-}" "$3@$2"
+  says_version "$1" "$2" || fail "expected $BIN/$1 in version $2 from $3, got $(version_of "$1")"
+  say "built $1 $2"
+}
+says_version() { [ "$(version_of "$1")" = "$2" ]; }
+version_of() { # version_of NAME: v1.2.3, or nothing
+  case $1 in
+    coredns) "$BIN/coredns" -version 2>/dev/null | sed --quiet 's/^CoreDNS-/v/p' ;;
+    helm) "$BIN/helm" version --template '{{.Version}}' 2>/dev/null || true ;;
+  esac
 }
 make_image() { # make_image NAME:TAG BINARY: an image of one static binary, as an archive for containerd
   local archive=$IMG/${1%:*}.tar container
-  [ ! -s "$archive" ] || return 0
+  [ ! -s "$archive" ] || [ "$2" -nt "$archive" ] || return 0
   container=$("${BUILDAH[@]}" from scratch)
   "${BUILDAH[@]}" add --quiet "$container" "$2" "/${1%:*}" >/dev/null
   "${BUILDAH[@]}" config --entrypoint "[\"/${1%:*}\"]" "$container"
@@ -73,8 +81,8 @@ install_packages
 mkdir -p "$BIN" "$IMG"
 export CGO_ENABLED=0 GOBIN=$BIN GOTOOLCHAIN=local
 build_kubernetes
-build_tool coredns "github.com/coredns/coredns@$COREDNS"
-build_tool helm "helm.sh/helm/v3/cmd/helm@$HELM" "-X helm.sh/helm/v3/internal/version.version=$HELM"
+build_tool coredns $COREDNS github.com/coredns/coredns
+build_tool helm $HELM helm.sh/helm/v3/cmd/helm "-X helm.sh/helm/v3/internal/version.version=$HELM"
 if [ ! -s "$IMG/pause.tar" ]; then gcc -static -Os -o "$IMG/pause" "$MACHINE/pause.c"; fi
 make_image pause:1 "$IMG/pause"
 make_image "coredns:${COREDNS#v}" "$BIN/coredns"

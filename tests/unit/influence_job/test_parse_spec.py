@@ -18,6 +18,11 @@ def said_against(raw: Any) -> str:
     return str(caught.value)
 
 
+def token_for(audience: str) -> dict[str, Any]:
+    """A volume with a ServiceAccount's token."""
+    return {"projected": {"sources": [{"serviceAccountToken": {"audience": audience}}]}}
+
+
 def test_a_right_spec_is_returned() -> None:
     assert parse_spec(SHORTEST).output.url == "gs://bucket/digits.zarr"
 
@@ -47,6 +52,12 @@ def test_a_right_spec_is_returned() -> None:
             "audience: without one it is the API server's, and no pod of a job holds such",
         ),
         (
+            {"driver": {"volumes": [token_for("https://kubernetes.default.svc")]}},
+            "spec.driver.volumes[0].projected.sources[0].serviceAccountToken.audience: expected the audience "
+            "of whom the token is for, got 'https://kubernetes.default.svc', which is the API server's: no "
+            "pod of a job holds such a token",
+        ),
+        (
             {"podDefaults": {"labels": {"team": "a b"}}},
             'spec.podDefaults.labels.team: wrong form, got "a b"; it must match '
             "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$",
@@ -55,6 +66,29 @@ def test_a_right_spec_is_returned() -> None:
 )
 def test_a_problem_names_the_field_what_came_and_the_cure(change: dict[str, Any], message: str) -> None:
     assert said_against({**SHORTEST, **change}) == message
+
+
+@pytest.mark.parametrize(
+    "audience",
+    [
+        "https://kubernetes.default.svc",
+        "https://kubernetes.default.svc.cluster.local",
+        "https://Kubernetes.default.svc:443/",
+        "kubernetes.default.svc",
+        "kubernetes.default",
+    ],
+)
+def test_no_volume_holds_a_token_with_a_name_of_the_api_server(audience: str) -> None:
+    assert "which is the API server's" in said_against(
+        {**SHORTEST, "workers": {"volumes": [token_for(audience)]}}
+    )
+
+
+@pytest.mark.parametrize(
+    "audience", ["https://bucket", "https://bucket/kubernetes.default.svc", "sts.example"]
+)
+def test_a_volume_may_hold_a_token_for_somebody_else(audience: str) -> None:
+    assert parse_spec({**SHORTEST, "workers": {"volumes": [token_for(audience)]}}).workers.volumes
 
 
 def test_snake_case_is_unknown_as_it_is_to_the_api_server() -> None:

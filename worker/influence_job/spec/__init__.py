@@ -40,7 +40,14 @@ from influence_job.spec.methods import (
     Unsupported,
 )
 from influence_job.spec.parsing import InvalidSpecError, parse_spec
-from influence_job.spec.pods import ImagePullPolicy, PodSettings, ResourcesSpec, WorkersSpec
+from influence_job.spec.pods import (
+    ImagePullPolicy,
+    PodSettings,
+    ResourcesSpec,
+    WorkersSpec,
+    api_audience,
+    projected_tokens,
+)
 
 __all__ = [
     "API_VERSION",
@@ -80,5 +87,7 @@ __all__ = [
     "Unsupported",
     "Verify",
     "WorkersSpec",
+    "api_audience",
     "parse_spec",
+    "projected_tokens",
 ]

@@ -203,6 +203,9 @@ class FactorsSpec(SpecModel):
 Seconds = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 
 
+_NEXT_ATTEMPT = "Changes take effect with the next attempt; changing a Failed job starts one."
+
+
 class InfluenceJobSpec(SpecModel):
     """The spec. What determines the numbers is immutable once the job exists."""
 
@@ -252,14 +255,22 @@ class InfluenceJobSpec(SpecModel):
     output: OutputSpec = Field(description="Where the result goes.")
     factors: FactorsSpec | None = Field(None, description="For InfluencesFromFactors, and only for it.")
     image: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[!-~]+$")] | None = Field(
-        None, description="Container image of driver, scheduler and workers. Default: the chart's."
+        None,
+        description="Container image of driver, scheduler and workers. Default: the chart's. "
+        f"{_NEXT_ATTEMPT}",
     )
-    workers: WorkersSpec = Field(default_factory=WorkersSpec, description="The Dask workers.")
-    driver: PodSettings = Field(default_factory=PodSettings, description="The driver's pod.")
-    scheduler: PodSettings = Field(default_factory=PodSettings, description="The Dask scheduler's pod.")
+    workers: WorkersSpec = Field(
+        default_factory=WorkersSpec,
+        description="The Dask workers. replicas may change at any time. "
+        f"{_NEXT_ATTEMPT.replace('Changes', 'Other changes')}",
+    )
+    driver: PodSettings = Field(default_factory=PodSettings, description=f"The driver's pod. {_NEXT_ATTEMPT}")
+    scheduler: PodSettings = Field(
+        default_factory=PodSettings, description=f"The Dask scheduler's pod. {_NEXT_ATTEMPT}"
+    )
     pod_defaults: PodSettings = Field(
         default_factory=PodSettings,
-        description="Defaults of all three; driver and scheduler never inherit GPU limits.",
+        description=f"Defaults of all three; driver and scheduler never inherit GPU limits. {_NEXT_ATTEMPT}",
     )
     suspend: Flag = Field(False, description="Stop and keep what is done. Default false.")
     backoff_limit: Annotated[Integer, Field(ge=0, le=1000)] = Field(

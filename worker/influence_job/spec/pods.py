@@ -5,6 +5,7 @@ Objects whose schema Kubernetes owns stay open; the API server checks them when 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any
@@ -24,18 +25,33 @@ from influence_job.spec.fields import (
     refuse,
 )
 
+_API_SERVER = re.compile(r"(https?://)?kubernetes\.default(\.svc.*)?", re.IGNORECASE)
+"""Audiences that API servers accept by default: the names of their Service."""
+
 
 def _no_token(volumes: list[Any]) -> list[Any]:
-    for field, token in _tokens(volumes):
-        if not token.get("audience"):
+    for field, token in projected_tokens(volumes):
+        audience = token.get("audience")
+        if not audience:
             raise refuse(
                 field,
                 "expected an audience: without one it is the API server's, and no pod of a job holds such",
             )
+        if isinstance(audience, str) and _API_SERVER.fullmatch(audience):
+            raise refuse(field, api_audience(audience))
     return volumes
 
 
-def _tokens(volumes: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def api_audience(audience: str) -> str:
+    """Why a token of this audience is refused."""
+    return (
+        f"expected the audience of whom the token is for, got {audience[:253]!r}, which is the API server's: "
+        "no pod of a job holds such a token"
+    )
+
+
+def projected_tokens(volumes: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every ServiceAccount token that volumes ask for, with the path of its audience below `volumes`."""
     for index, volume in enumerate(volumes):
         projected = volume.get("projected")
         sources = projected.get("sources") if isinstance(projected, dict) else None

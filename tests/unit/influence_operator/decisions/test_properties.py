@@ -154,6 +154,7 @@ def _obstacles(world: World, draw: Any) -> None:
     world.more = {
         "conflicts": draw(st.sampled_from([(), (Conflict("Job", base(_number(world))),)])),
         "refusals": draw(st.sampled_from([(), ("Job x: exceeded quota",)])),
+        "unretired": draw(st.sampled_from(["", "the scheduler chose 0 of 1 workers to retire"])),
         "dask_operator": draw(st.booleans()),
     }
 

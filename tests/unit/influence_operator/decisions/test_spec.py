@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from operator_objects import World, computing, driver_ends, influence_job
+from operator_objects import SETTINGS, World, computing, driver_ends, influence_job
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,35 @@ def test_the_field_is_named(change: dict, field: str):
     assert world.status["phase"] == "Pending"
     assert world.events == ["InvalidSpec"]
     assert world.step(100).status == world.job["status"]
+
+
+def token_for(audience: object) -> dict:
+    """Settings of pods with a ServiceAccount's token."""
+    sources = [{"configMap": {"name": "a"}}, {"serviceAccountToken": {"audience": audience, "path": "token"}}]
+    return {"volumes": [{"name": "cache", "emptyDir": {}}, {"name": "t", "projected": {"sources": sources}}]}
+
+
+ROLES = ("driver", "scheduler", "workers", "podDefaults")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_token_that_this_clusters_api_server_accepts_is_refused_wherever_it_is_asked_for(role: str):
+    settings = replace(SETTINGS, api_audiences=("https://issuer.example", "k3s"))
+    world = World(influence_job(**{role: token_for("k3s")}), settings=settings)
+    assert not world.step().actions
+    assert world.condition("Stalled") == "True InvalidSpec"
+    field = f"spec.{role}.volumes[1].projected.sources[1].serviceAccountToken.audience"
+    assert world.message("Stalled").startswith(
+        f"{field}: expected the audience of whom the token is for, got 'k3s'"
+    )
+
+
+@pytest.mark.parametrize("audience", ["https://bucket", "K3S", "k3s.example", 7])
+def test_a_token_for_somebody_else_is_the_jobs_own_affair(audience: object):
+    settings = replace(SETTINGS, api_audiences=("k3s",))
+    world = World(influence_job(driver=token_for(audience)), settings=settings)
+    world.step()
+    assert world.attempt == 1
 
 
 def test_every_problem_is_named_up_to_five():

@@ -163,3 +163,47 @@ def test_a_number_that_nobody_acts_upon_is_not_changed_back_and_forth():
     assert world.step(1).actions
     for _ in range(30):
         assert not world.step(10).actions, "dask-kubernetes is away"
+
+
+SILENCE = "the scheduler did not say whom to retire: http://10.0.0.1:8787: expected status 200, got 404"
+
+
+def test_workers_that_the_scheduler_does_not_retire_are_told_of_once_and_asked_for_seldom():
+    world = computing(workers=3)
+    world.change(workers={"replicas": 1})
+    assert isinstance(world.step(1).actions[0], RetireWorkers)
+    world.more["unretired"] = SILENCE
+    asked = sum(len(world.step(1).actions) for _ in range(60))
+    assert 5 <= asked <= 6, "every ten seconds"
+    assert world.condition("ClusterReady") == "True ScaleDownBlocked"
+    assert world.message("ClusterReady").startswith(f"workers: 1 wanted, 3 there; {SILENCE}; ")
+    assert world.condition("Ready") == "True Running", "the job goes on"
+    assert world.events.count("ScaleDownBlocked") == 1
+
+
+def test_a_new_leader_does_not_tell_again_that_workers_are_not_retired():
+    world = computing(workers=2)
+    world.change(workers={"replicas": 1})
+    world.step(1)
+    world.more["unretired"] = SILENCE
+    world.step(1)
+    world.more["unretired"] = ""
+    world.step(1)
+    assert world.condition("ClusterReady") == "True ScaleDownBlocked"
+    assert SILENCE in world.message("ClusterReady")
+    assert world.events.count("ScaleDownBlocked") == 1
+
+
+def test_workers_that_are_gone_or_wanted_again_block_nothing():
+    for mend in ("gone", "wanted"):
+        world = computing(workers=2)
+        world.change(workers={"replicas": 1})
+        world.step(1)
+        world.more["unretired"] = SILENCE
+        world.step(1)
+        if mend == "gone":
+            world.remove("Deployment", worker_name(1, 1))
+        else:
+            world.change(workers={"replicas": 2})
+        world.step(1)
+        assert world.condition("ClusterReady") == "True ClusterReady", mend

@@ -9,7 +9,6 @@ import pytest
 
 from attempts import build, containers, job, variables
 from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
-from influence_job.document import SOURCE_DIRECTORY
 
 ROLES = ("driver", "scheduler", "worker")
 
@@ -80,7 +79,12 @@ def test_the_gpus_libraries_are_found_where_gke_puts_them() -> None:
     assert "LD_LIBRARY_PATH" not in variables(containers(build(job()))["worker"])
 
 
-def test_the_source_directory_is_on_pythons_path_only_where_there_is_a_source(everything: Any) -> None:
+def test_pythons_path_is_the_images_or_the_users_also_where_there_is_a_source(everything: Any) -> None:
+    """The mounted code is found without it (`influence_job.entrypoint`)."""
     for role in ROLES:
-        assert variables(containers(everything)[role])["PYTHONPATH"] == SOURCE_DIRECTORY
-        assert "PYTHONPATH" not in variables(containers(build(job()))[role])
+        assert "PYTHONPATH" not in variables(containers(everything)[role])
+    users = {"env": [{"name": "PYTHONPATH", "value": "/opt/research"}]}
+    source = {"entrypoint": "task:task", "source": {"configMap": {"name": "task"}}}
+    made = build(job(task=source, podDefaults=users), source={"data": {"task.py": ""}})
+    for role in ROLES:
+        assert variables(containers(made)[role])["PYTHONPATH"] == "/opt/research"
