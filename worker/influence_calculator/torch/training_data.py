@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from influence_calculator.errors import OneShotIterableError
 from influence_calculator.iterables import Readable, pair_of
@@ -90,6 +90,9 @@ class _LoaderInOneOrder:
         self._processes = loader.num_workers
 
     def __iter__(self) -> Iterator[Any]:
+        if self._is_batched and type(self._dataset) is TensorDataset and self._collate is default_collate:
+            # What collating one example after another comes to, at a hundredth of the time.
+            return iter([t[torch.as_tensor(batch)] for t in self._dataset.tensors] for batch in self._order)
         batching: dict[str, Any] = (
             {"batch_sampler": self._order}
             if self._is_batched
