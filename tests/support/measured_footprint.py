@@ -65,6 +65,7 @@ def main() -> None:
     fitted = method.fitted(objective, state, None)
     mark = _mark()
     left = fitted.solve(fitted.gradients(objective, (x[:ROWS], y[:ROWS]))).left
+    fitted.factors(left)
     result["factors"] = [_since(mark), method.footprint(shapes, ROWS, ROWS).factors]
     mark = _mark()
     fitted.score(left, (x, y))

@@ -95,9 +95,18 @@ def turned_gradients(layer: CapturedLayer, basis: Basis) -> Tensor:
     o, j = basis.outputs.shape[0], basis.inputs.shape[0]
     if turns_tokens(layer.activations.shape[1], o, j):
         return per_sample_products(*turned_tokens(layer, basis)).flatten(1)
-    g = layer.gradients.to(basis.outputs.dtype)
-    V = per_sample_products(g, extended_activations(layer, g.dtype))
-    return _turned(V, basis).flatten(1)
+    return _turned(_gradient_matrices(layer, basis.inputs.dtype), basis).flatten(1)
+
+
+def _gradient_matrices(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
+    """`Σ_s g ãᵀ` of each example, `[n, o, j]`; tokens, of which there are many, are not copied."""
+    g = layer.gradients.to(dtype)
+    columns = []
+    if layer.spec.weight is not None:
+        columns.append(per_sample_products(g, layer.activations))
+    if layer.spec.bias is not None:
+        columns.append(g.sum(1).unsqueeze(2))
+    return torch.cat(columns, dim=2)
 
 
 def turns_tokens(S: int, o: int, j: int) -> bool:
