@@ -21,7 +21,7 @@ from influence_calculator.maths.method import fit
 from influence_calculator.maths.objective import xy_objective
 from training_sets import TrainingSet
 
-MICRO_BATCH, ROWS = 96, 32
+MICRO_BATCH, ROWS = 128, 32
 IMAGES = (3, 64, 64)
 
 

@@ -60,7 +60,7 @@ class WorkerSide:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}
 
-    def group(self, name: str, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None) -> Any:
+    def group(self, name: str, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None = None) -> Any:
         """The rows of the group called `name` as one tensor `[t, P]`, after `turn` if there is one."""
         last = self._group
         if last is None or last[0] != name:
@@ -144,5 +144,5 @@ def region(
             turn = model.left_of_factors if rows is Rows.FACTORS else None
             values = model.influences_from_left(side.group(name, chunks, turn), *data)
         else:
-            values = model.influences_from_factors(side.group(name, chunks, None), *data, mode)
+            values = model.influences_from_factors(side.group(name, chunks), *data, mode)
         return side.converter.to_numpy(values).astype(dtype, copy=False)

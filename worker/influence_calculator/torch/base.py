@@ -146,7 +146,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
         probe(self.objective, training.first())
-        kept = KeptBatches(training) if passes > 1 else training
+        kept = KeptBatches(training) if len(self.method.passes()) > 1 else training
         self._state = fit(self.method, self.objective, JoinedBatches(self.objective, kept))
         self._data = training if self.method.needs_data else None
         self._refresh()

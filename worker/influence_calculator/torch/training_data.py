@@ -29,7 +29,7 @@ class IterableTrainingData:
             OneShotIterableError: the data can be read once, and the method reads it more often.
         """
         self.device = device
-        self._items = Readable("data", _in_one_order(items))
+        self._items = Readable("data", in_one_order(items))
         self._peeked: Any = None
         self._length: int | None = None
         if self._items.is_one_shot and passes > 1:
@@ -107,7 +107,8 @@ class _LoaderInOneOrder:
         return {**self.__dict__, "_processes": 0}
 
 
-def _in_one_order(items: Iterable[Any]) -> Iterable[Any]:
+def in_one_order(items: Iterable[Any]) -> Iterable[Any]:
+    """`items`, a loader's always in the order of its sampler's first draw."""
     if isinstance(items, DataLoader) and not isinstance(items.dataset, IterableDataset):
         return _LoaderInOneOrder(items)
     return items
