@@ -252,14 +252,15 @@ class TestFit:
 
     @pytest.mark.parametrize("shuffle", [False, True])
     def test_a_dataset_of_tensors_is_cut_as_its_loader_collates(self, shuffle: bool):
-        dataset = TensorDataset(X, torch.arange(len(X)), X[:, None])
-        loader = DataLoader(
-            dataset, batch_size=5, shuffle=shuffle, generator=torch.Generator().manual_seed(1)
-        )
-        torch.manual_seed(0)
-        found = list(in_one_order(loader))
-        same = DataLoader(dataset, batch_sampler=[batch[1].tolist() for batch in found])
-        for ours, theirs in zip(found, same, strict=True):
+        class Collated(TensorDataset):
+            """Read example by example, as every other dataset."""
+
+        def cut(dataset: TensorDataset) -> list[Any]:
+            order = torch.Generator().manual_seed(1)
+            return list(in_one_order(DataLoader(dataset, batch_size=5, shuffle=shuffle, generator=order)))
+
+        tensors = (X, torch.arange(len(X)), X[:, None])
+        for ours, theirs in zip(cut(TensorDataset(*tensors)), cut(Collated(*tensors)), strict=True):
             assert type(ours) is type(theirs)
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
