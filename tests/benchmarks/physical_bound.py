@@ -34,7 +34,8 @@ def physical_bound(
 
     Per training example: 3 captures (2 in the fit, 1 in the score; each a forward, 2Sio, and activation
     gradients, 2Sio, none below the first layer), covariances and the rotation of captures at 2S(i² + o²)
-    each, per-sample gradients 2PS twice. Per test example: 1 capture, 2PS, rotation 4io(i + o).
+    each, per-sample gradients 2PS twice. Per test example: 1 capture, 2PS. To score, either every test
+    gradient is rotated there and back, 4io(i + o), or the captures of both sides are, 2S(i² + o²).
     Eigenproblems 10(i³ + o³) per layer. 2P FLOP and 4 bytes per pair.
     """
     seconds = 0.0
@@ -49,7 +50,7 @@ def physical_bound(
         rotation = 2 * S * (i * i / rate(1, rows, i, i) + o * o / rate(1, rows, o, o))
         seconds += train * (3 * capture + covariance + rotation + 2 * gradient)
         turn = 4 * i * o * (o / rate(chunk, o, o, i) + i / rate(chunk, o, i, i))
-        seconds += test * (capture + gradient + turn)
+        seconds += test * (capture + gradient) + min(test * turn, (test + train) * rotation)
         seconds += 10 * (i**3 / rate(1, i, i, i) + o**3 / rate(1, o, o, o))
     pair = max(2 * P / rate(1, test, P, chunk), 4 / bytes_per_second)
     return seconds + train * test * pair

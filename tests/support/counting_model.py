@@ -74,3 +74,24 @@ class CountingModel(InfluenceFunctionModel[Tensor, Iterable[Any]]):
         if mode is InfluenceMode.Up:
             return z_test_factors @ (x.float() * y.float().reshape(-1, 1)).T
         return torch.einsum("tp,n->tnp", z_test_factors, y.float().reshape(-1))
+
+
+class TurnedModel(CountingModel):
+    """Scores in coordinates of its own, factors times -2, and counts what it turns as `turned`."""
+
+    def left(self, x: Tensor, y: Tensor) -> Tensor:
+        return -2 * self._influence_factors(x, y)
+
+    def left_of_factors(self, z_test_factors: Tensor) -> Tensor:
+        self.calls["turned"] += 1
+        return -2 * z_test_factors
+
+    def influences_from_left(self, left: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return super().influences_from_factors(left / -2, x, y)
+
+    def influences_from_factors(
+        self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
+    ) -> Tensor:
+        if mode is InfluenceMode.Up:
+            raise AssertionError("a calculator turns a group once, and then scores what it turned")
+        return super().influences_from_factors(z_test_factors, x, y, mode)

@@ -21,7 +21,7 @@ from influence_calculator.maths.method import fit
 from influence_calculator.maths.objective import xy_objective
 from training_sets import TrainingSet
 
-MICRO_BATCH, ROWS = 96, 32
+MICRO_BATCH, ROWS = 128, 32
 IMAGES = (3, 64, 64)
 
 
@@ -65,6 +65,7 @@ def main() -> None:
     fitted = method.fitted(objective, state, None)
     mark = _mark()
     left = fitted.solve(fitted.gradients(objective, (x[:ROWS], y[:ROWS]))).left
+    fitted.factors(left)
     result["factors"] = [_since(mark), method.footprint(shapes, ROWS, ROWS).factors]
     mark = _mark()
     fitted.score(left, (x, y))

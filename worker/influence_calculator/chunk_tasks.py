@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,16 @@ from influence_calculator.types import InfluenceMode
 
 REPORT_DTYPE = np.dtype([("status", "i1"), ("iterations", "i4"), ("residual", "f8")])
 """How one right-hand side ended: a `SolverStatus`, iterations, `‖r‖ / ‖b‖`."""
+
+
+class Rows(Enum):
+    """What the chunks of a test side hold."""
+
+    FACTORS = "factors"
+    """Influence factors by parameter."""
+    LEFT = "left"
+    """What the model's own `left` returned."""
+
 
 _one_at_a_time = threading.Lock()
 """Workers with one thread each may still share a process (LocalCluster(processes=False)), and with it
@@ -49,13 +60,15 @@ class WorkerSide:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}
 
-    def group(self, name: str, factors: Sequence[NDArray[Any]]) -> Any:
-        """The factors of the group called `name` as one tensor `[t, P]`."""
+    def group(self, name: str, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None = None) -> Any:
+        """The rows of the group called `name` as one tensor `[t, P]`, after `turn` if there is one."""
         last = self._group
         if last is None or last[0] != name:
             self._group = None
-            together = factors[0] if len(factors) == 1 else np.concatenate(factors)
-            last = self._group = (name, self.converter.from_numpy(together))
+            together = rows[0] if len(rows) == 1 else np.concatenate(rows)
+            tensor = self.converter.from_numpy(together)
+            del together
+            last = self._group = (name, tensor if turn is None else turn(tensor))
         return last[1]
 
     @contextmanager
@@ -83,6 +96,15 @@ def factors_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDAr
     return solved_chunk(side, x, y)[0]
 
 
+def left_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """What the model scores in mode Up of one chunk, `[t, P]`: factors in its own coordinates."""
+    if len(x) == 0:
+        return np.empty((0, side.model.n_parameters), side.dtype)
+    with side.entered() as model:
+        left = model.left(side.converter.from_numpy(x), side.converter.from_numpy(y))
+    return side.converter.to_numpy(left).astype(side.dtype, copy=False)
+
+
 def solved_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.void]]:
     """Factors of one chunk and how each of its solves ended, `[t]` of `REPORT_DTYPE`."""
     rows = np.zeros(len(x), REPORT_DTYPE)
@@ -101,20 +123,26 @@ def solved_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> tuple[ND
 def region(
     side: WorkerSide,
     name: str,
-    factors: Sequence[NDArray[Any]],
+    rows: Rows,
+    chunks: Sequence[NDArray[Any]],
     x: NDArray[Any],
     y: NDArray[Any],
     mode: InfluenceMode,
 ) -> NDArray[Any]:
-    """The group called `name` against one training chunk: `[t, n]`, in mode perturbation `[t, n, F...]`."""
-    rows = sum(len(chunk) for chunk in factors)
-    dtype = factors[0].dtype
-    if rows == 0 or len(x) == 0:
+    """The group called `name` against one training chunk: `[t, n]`, in mode perturbation `[t, n, F...]`.
+
+    `rows` says what its `chunks` hold; a left representation is scored in mode Up only.
+    """
+    t = sum(len(chunk) for chunk in chunks)
+    dtype = chunks[0].dtype
+    if t == 0 or len(x) == 0:
         features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
-        return np.empty((rows, len(x), *features), dtype)
+        return np.empty((t, len(x), *features), dtype)
+    data = side.converter.from_numpy(x), side.converter.from_numpy(y)
     with side.entered() as model:
-        left = side.group(name, factors)
-        values = model.influences_from_factors(
-            left, side.converter.from_numpy(x), side.converter.from_numpy(y), mode
-        )
+        if mode is InfluenceMode.Up:
+            turn = model.left_of_factors if rows is Rows.FACTORS else None
+            values = model.influences_from_left(side.group(name, chunks, turn), *data)
+        else:
+            values = model.influences_from_factors(side.group(name, chunks), *data, mode)
         return side.converter.to_numpy(values).astype(dtype, copy=False)

@@ -24,6 +24,7 @@ from distributed import Client
 from influence_calculator import chunk_tasks, dask_graph
 from influence_calculator.array import NumpyConverter
 from influence_calculator.base_influence_function_model import InfluenceFunctionModel, require_both_or_none
+from influence_calculator.chunk_tasks import Rows
 from influence_calculator.dask_checks import (
     require_aligned_pair,
     require_differentiable,
@@ -120,7 +121,7 @@ class DaskInfluenceCalculator:
         """
         self._require_fitted()
         require_aligned_pair(x, y)
-        return dask_graph.factors(self._worker_side(), x, y, self.n_parameters, self._dtype)
+        return dask_graph.rows_of(Rows.FACTORS, self._worker_side(), x, y, self.n_parameters, self._dtype)
 
     def influence_factors_and_report(self, x: da.Array, y: da.Array) -> tuple[da.Array, da.Array]:
         """Factors as `influence_factors`, and how each example's solve ended, from the same solves.
@@ -164,8 +165,9 @@ class DaskInfluenceCalculator:
         require_aligned_pair(x, y)
         require_differentiable(x, mode)
         side = self._worker_side()
-        left = dask_graph.factors(side, x_test, y_test, self.n_parameters, self._dtype)
-        return dask_graph.influences(side, left, x, y, mode, self.group_bytes)
+        rows = Rows.LEFT if mode is InfluenceMode.Up else Rows.FACTORS
+        test = dask_graph.rows_of(rows, side, x_test, y_test, self.n_parameters, self._dtype)
+        return dask_graph.influences(side, rows, test, x, y, mode, self.group_bytes)
 
     def influences_from_factors(
         self,
@@ -191,7 +193,7 @@ class DaskInfluenceCalculator:
         mode = as_mode(mode)
         require_differentiable(x, mode)
         side = self._worker_side()
-        return dask_graph.influences(side, z_test_factors, x, y, mode, self.group_bytes)
+        return dask_graph.influences(side, Rows.FACTORS, z_test_factors, x, y, mode, self.group_bytes)
 
     @property
     def _dtype(self) -> np.dtype[Any]:

@@ -25,6 +25,7 @@ from distributed import Future
 from numpy.typing import NDArray
 
 from influence_calculator import chunk_tasks
+from influence_calculator.chunk_tasks import Rows
 from influence_calculator.groups import group_chunks
 from influence_calculator.types import InfluenceMode
 
@@ -34,10 +35,11 @@ Side = Future[Any] | Delayed
 Layer = dict[Any, GraphNode]
 
 
-def factors(side: Side, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]) -> da.Array:
-    """Factors `[n, P]` of (x, y), one task per chunk."""
-    name = f"influence-factors-{tokenize(side.key, x.name, y.name)}"
-    layer = _per_chunk(name, (0,), chunk_tasks.factors_of_chunk, side, x, y)
+def rows_of(rows: Rows, side: Side, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]) -> da.Array:
+    """Factors or left representations `[n, P]` of (x, y), one task per chunk."""
+    name = f"influence-{rows.value}-{tokenize(side.key, x.name, y.name)}"
+    solve = chunk_tasks.factors_of_chunk if rows is Rows.FACTORS else chunk_tasks.left_of_chunk
+    layer = _per_chunk(name, (0,), solve, side, x, y)
     return _array(name, layer, (x.chunks[0], (width,)), dtype, x, y, side)
 
 
@@ -59,32 +61,41 @@ def factors_and_report(
 
 
 def influences(
-    side: Side, left: da.Array, x: da.Array, y: da.Array, mode: InfluenceMode, group_bytes: int
+    side: Side,
+    rows: Rows,
+    test: da.Array,
+    x: da.Array,
+    y: da.Array,
+    mode: InfluenceMode,
+    group_bytes: int,
 ) -> da.Array:
-    """Influences `[T, N]` (in mode perturbation `[T, N, F...]`) of (x, y) from factors `left`.
+    """Influences `[T, N]` (in mode perturbation `[T, N, F...]`) of (x, y) from the rows `test` of the test
+    side, `[T, P]`.
 
     One region per group of test chunks and training chunk, and one chunk of the output per region.
     """
-    name = f"influences-{tokenize(side.key, left.name, x.name, y.name, mode, group_bytes)}"
+    name = f"influences-{tokenize(side.key, test.name, x.name, y.name, mode, group_bytes)}"
     features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
-    rows, columns = left.chunks[0], x.chunks[0]
-    scores = max(columns) * math.prod(features) * left.dtype.itemsize
-    factors = left.shape[1] * left.dtype.itemsize
-    groups = group_chunks(rows, factors + scores, group_bytes, scores)
+    heights, columns = test.chunks[0], x.chunks[0]
+    scores = max(columns) * math.prod(features) * test.dtype.itemsize
+    groups = group_chunks(heights, test.shape[1] * test.dtype.itemsize + scores, group_bytes, scores)
     layer: Layer = {}
     chunks_of = _read_once if len(groups) == 1 else _chunks
     training = list(zip(chunks_of(x), chunks_of(y), strict=True))
-    factor_chunks = _chunks(left)
+    test_chunks = _chunks(test)
     for number, group in enumerate(groups):
-        together = List(*(factor_chunks[i] for i in group))
+        together = List(*(test_chunks[i] for i in group))
         for column, data in enumerate(training):
             key: Key = (name, number, column, *(0 for _ in features))
             layer[key] = Task(
-                key, chunk_tasks.region, _reference(side), f"{name}-{number}", together, *data, mode
+                key, chunk_tasks.region, _reference(side), f"{name}-{number}", rows, together, *data, mode
             )
-    heights = tuple(sum(rows[i] for i in group) for group in groups)
-    chunks = (heights, columns, *((extent,) for extent in features))
-    return _array(name, layer, chunks, left.dtype, left, x, y, side)
+    chunks = (
+        tuple(sum(heights[i] for i in group) for group in groups),
+        columns,
+        *((extent,) for extent in features),
+    )
+    return _array(name, layer, chunks, test.dtype, test, x, y, side)
 
 
 def _per_chunk(

@@ -88,7 +88,9 @@ class SequentialInfluenceCalculator:
         require_fixed_order("train_data_iterable", train_data_iterable)
         test = Readable("test_data_iterable", test_data_iterable)
         train = Readable("train_data_iterable", train_data_iterable)
-        return NestedLazyChunkSequence(partial(self._rows, test, self._solve, train, mode), test.length)
+        model = self.influence_function_model
+        rows_of = partial(_rows_of_pair, model.left if mode is InfluenceMode.Up else model.influence_factors)
+        return NestedLazyChunkSequence(partial(self._rows, test, rows_of, train, mode), test.length)
 
     def influences_from_factors(
         self,
@@ -106,19 +108,21 @@ class SequentialInfluenceCalculator:
         require_fixed_order("train_data_iterable", train_data_iterable)
         factors = Readable("z_test_factors", z_test_factors)
         train = Readable("train_data_iterable", train_data_iterable)
-        return NestedLazyChunkSequence(partial(self._rows, factors, _unwrapped, train, mode), factors.length)
+        rows_of = self._left_of_factors if mode is InfluenceMode.Up else _unwrapped
+        return NestedLazyChunkSequence(partial(self._rows, factors, rows_of, train, mode), factors.length)
 
     def _factors(self, data: Readable[Any]) -> Iterator[Tensor]:
         for item in data:
             yield self.influence_function_model.influence_factors(*pair_of(data.field, item))
 
-    def _solve(self, item: Any) -> Tensor:
-        return self.influence_function_model.influence_factors(*pair_of("test_data_iterable", item))
+    def _left_of_factors(self, item: Any) -> Tensor:
+        left: Tensor = self.influence_function_model.left_of_factors(_unwrapped(item))
+        return left
 
     def _rows(
         self,
         test: Readable[Any],
-        factors_of: Callable[[Any], Tensor],
+        rows_of: Callable[[Any], Tensor],
         train: Readable[Any],
         mode: InfluenceMode,
     ) -> Iterator[Iterator[Tensor]]:
@@ -127,7 +131,7 @@ class SequentialInfluenceCalculator:
                 raise OneShotIterableError(
                     train.field, f"the test side needs several groups of {self.group_bytes} bytes"
                 )
-            group = _Group(self.influence_function_model, items, factors_of, train, mode)
+            group = _Group(self.influence_function_model, items, rows_of, train, mode)
             yield from map(group.row, range(len(items)))
 
     def _groups(
@@ -158,6 +162,10 @@ class SequentialInfluenceCalculator:
             raise NotFittedException(type(self.influence_function_model))
 
 
+def _rows_of_pair(solve: Callable[[Any, Any], Tensor], item: Any) -> Tensor:
+    return solve(*pair_of("test_data_iterable", item))
+
+
 def _unwrapped(item: Any) -> Tensor:
     return item[0] if isinstance(item, list | tuple) else item
 
@@ -171,7 +179,8 @@ class _Group:
 
     model: InfluenceFunctionModel[Any, Any]
     items: list[Any]
-    factors_of: Callable[[Any], Tensor]
+    rows_of: Callable[[Any], Tensor]
+    """Of one test item: what the model scores in the mode, a left representation or factors."""
     train: Readable[Any]
     mode: InfluenceMode
     _sizes: list[int] = field(init=False, default_factory=list)
@@ -197,10 +206,13 @@ class _Group:
 
     def _scored(self) -> Iterator[Tensor]:
         """The group against one training batch after the other."""
-        factors = [self.factors_of(item) for item in self.items]
-        self._sizes = [len(chunk) for chunk in factors]
-        together = factors[0] if len(factors) == 1 else torch.cat(factors)
-        del factors
+        rows = [self.rows_of(item) for item in self.items]
+        self._sizes = [len(chunk) for chunk in rows]
+        together = rows[0] if len(rows) == 1 else torch.cat(rows)
+        del rows
         for item in self.train:
             x, y = pair_of(self.train.field, item)
-            yield self.model.influences_from_factors(together, x, y, self.mode)
+            if self.mode is InfluenceMode.Up:
+                yield self.model.influences_from_left(together, x, y)
+            else:
+                yield self.model.influences_from_factors(together, x, y, self.mode)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster, worker_client
 
-from counting_model import FEATURES, CountingModel
+from counting_model import FEATURES, CountingModel, TurnedModel
 from influence_calculator import (
     DaskInfluenceCalculator,
     DisableClientSingleThreadCheck,
@@ -116,6 +116,18 @@ class TestHowOftenItWorks:
         assert np.allclose(computed(influences), gradients @ gradients.T)
         assert influences.chunks == ((11,), (3, 3, 3, 2))
         assert model.calls == {"factors": 4, "scores": 4}
+
+    def test_a_model_scores_in_its_own_coordinates_and_factors_are_turned_once_per_group(self):
+        model = TurnedModel()
+        calculator = local(model, 6 * ROW_BYTES)
+        assert np.allclose(computed(calculator.influences(*queries(), *training())), EXPECTED)
+        assert model.calls == {"factors": 4, "scores": 8}
+        factors = da.from_array((X_TEST * Y_TEST[:, None]).astype(np.float32), chunks=(3, -1))
+        assert np.allclose(computed(calculator.influences_from_factors(factors, *training())), EXPECTED)
+        assert model.calls == {"factors": 4, "scores": 16, "turned": 2}
+        moved = calculator.influences(*queries(), *training(), mode=InfluenceMode.Perturbation)
+        assert np.allclose(computed(moved), EXPECTED_PERTURBATION)
+        assert model.calls["turned"] == 2
 
     def test_a_slice_of_the_result_computes_only_the_groups_it_touches(self):
         model = CountingModel()

@@ -21,9 +21,9 @@ import measured_footprint
 import oracle
 from dense_ekfac import DenseLayer, PseudoGradients, dense_layer
 from ekfac_cases import EKFAC_CASES, MLP_CASE, TOKENS_MEAN, EkfacCase
-from influence_calculator.maths import region
+from influence_calculator.maths import kronecker, region
 from influence_calculator.maths.blocks import Relative
-from influence_calculator.maths.capture import measure
+from influence_calculator.maths.capture import CapturedLayer, measure
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.errors import (
     NotFiniteError,
@@ -32,6 +32,7 @@ from influence_calculator.maths.errors import (
     UnsupportedModelError,
 )
 from influence_calculator.maths.expectation import Expectation, OutputExpectation
+from influence_calculator.maths.layers import LinearLayer
 from influence_calculator.maths.method import FitState, Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import IndexedBatch, slice_batch, xy_objective
 from training_sets import TrainingSet
@@ -213,7 +214,7 @@ def test_a_layer_without_bias_keeps_the_order_of_its_weight() -> None:
     batch = MLP_CASE.data(N, 1)
     method = Ekfac(regularization=1e9)
     fitted = method.fitted(objective, fit(method, objective, TrainingSet(batch, N)), None)
-    factors = fitted.layout.flatten(fitted.solve(fitted.gradients(objective, batch)).left)
+    factors = fitted.layout.flatten(fitted.factors(fitted.solve(fitted.gradients(objective, batch)).left))
     gradients = oracle.example_gradients(model, F.cross_entropy, *batch)
     oracle.assert_close(factors * 1e9, gradients, 1e-6)
 
@@ -276,6 +277,43 @@ def test_a_loss_over_many_outputs_is_drawn_from_without_its_second_derivative() 
     unknown = xy_objective(nn.Linear(2, 5000), lambda f, y: 1 * F.cross_entropy(f, y))
     with pytest.raises(UnsupportedLossError, match=r"5000.*expectation empirical"):
         OutputExpectation().pseudo_gradients(unknown, outputs, indexed)
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("λ", [1e-2, 1e-1, 1.0])
+def test_factors_are_those_of_the_definition_by_parameter(case: EkfacCase, λ: float) -> None:
+    """What is scored stays in the eigenbasis; factors and left representation follow from each other."""
+    method = Ekfac(regularization=λ, expectation="exact")
+    fitted = method.fitted(_objective(case), _fitted_state(case, "exact"), None)
+    left = fitted.solve(fitted.gradients(_objective(case), case.data(T, 2))).left
+    factors = fitted.factors(left)
+    test = oracle.example_gradients(case.model(), case.loss, *case.data(T, 2))
+    curvature = _dense_curvature(case, "exact", corrected=True)
+    expected = oracle.factors(curvature, λ, test)
+    oracle.assert_close(fitted.layout.flatten(factors), expected, 1e-6)
+    for block, rows in fitted.left(factors).items():
+        torch.testing.assert_close(rows, left[block], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("weight", "bias"), [("w", "b"), ("w", None), (None, "b")])
+def test_turned_gradients_are_the_gradients_in_the_basis(
+    monkeypatch: pytest.MonkeyPatch, weight: str | None, bias: str | None, tokens: int
+) -> None:
+    """Either way of turning, tokens or their products, gives the same."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    layer = CapturedLayer(LinearLayer("", weight, bias), random(5, tokens, 3), random(5, tokens, 4))
+    a = kronecker.extended_activations(layer, torch.float64)
+    Q_A, Q_G = (torch.linalg.qr(random(k, k))[0] for k in (a.shape[2], 4))
+    expected = torch.einsum("nso,nsj,op,jk->npk", layer.gradients, a, Q_G, Q_A).flatten(1)
+    basis = kronecker.Basis(Q_A, Q_G)
+    for tokens_are_turned in (True, False):
+        monkeypatch.setattr(kronecker, "turns_tokens", lambda *_, way=tokens_are_turned: way)
+        torch.testing.assert_close(kronecker.turned_gradients(layer, basis), expected)
 
 
 def test_a_fit_leaves_the_model_as_it_was() -> None:
@@ -360,7 +398,7 @@ def test_a_diagonal_takes_the_place_of_what_cannot_be_treated(expectation: str, 
     places = oracle.columns_of(model, ("norm.weight", "norm.bias"))
     diagonal = curvature.diagonal()[places]
     gradients = oracle.example_gradients(model, F.cross_entropy, *MLP_CASE.data(T, 2))
-    left = fitted.solve(fitted.gradients(objective, MLP_CASE.data(T, 2))).left
+    left = fitted.factors(fitted.solve(fitted.gradients(objective, MLP_CASE.data(T, 2))).left)
     torch.testing.assert_close(left["norm"], gradients[:, places] / (diagonal + 0.1), rtol=1e-9, atol=1e-12)
 
 

@@ -36,6 +36,9 @@ from influence_calculator import (
     UnsupportedInfluenceModeException,
     torch_dataset_to_dask_array,
 )
+from influence_calculator.maths import training_batches
+from influence_calculator.maths.training_batches import KEPT_BYTES
+from influence_calculator.torch.training_data import in_one_order
 from model_cases import LOGISTIC, MLP
 
 CASE = MLP
@@ -120,6 +123,13 @@ class TestContract:
         assert factors.shape == (len(X_TEST), model.n_parameters)
         assert torch.allclose(model.influences_from_factors(factors, X, Y), expected, rtol=1e-7)
         assert torch.allclose(model.influences(X_TEST, Y_TEST, X, Y), expected, rtol=1e-7)
+
+    def test_influences_are_those_from_the_models_own_representation(self, build, expected: Tensor):
+        model = build().fit(batches())
+        left = model.left(X_TEST, Y_TEST)
+        assert torch.allclose(model.influences_from_left(left, X, Y), expected, rtol=1e-7)
+        turned = model.left_of_factors(model.influence_factors(X_TEST, Y_TEST))
+        assert torch.allclose(turned, left, rtol=1e-7, atol=1e-10)
 
     def test_without_training_side_the_test_side_is_both(self, build):
         model = build().fit(batches())
@@ -224,6 +234,35 @@ class TestFit:
         assert len(later) >= 2 * len(X)
         assert sorted(later[: len(X)]) == list(range(len(X)))
         assert later[: len(X)] == later[len(X) : 2 * len(X)]
+
+    @pytest.mark.parametrize(("limit", "readings"), [(KEPT_BYTES, 1), (1, 2)])
+    def test_a_fit_of_two_passes_reads_data_once_that_fits_into_memory(
+        self, monkeypatch: pytest.MonkeyPatch, limit: int, readings: int
+    ):
+        monkeypatch.setattr(training_batches, "KEPT_BYTES", limit)
+        read: list[int] = []
+
+        class Recorded(TensorDataset):
+            def __getitem__(self, index: Any) -> Any:
+                read.append(int(index))
+                return super().__getitem__(index)
+
+        ekfac(update_diagonal=True).fit(DataLoader(Recorded(X, Y), batch_size=4))
+        assert len(read) == 4 + readings * len(X)  # the first batch is read alone, for the probe
+
+    @pytest.mark.parametrize("shuffle", [False, True])
+    def test_a_dataset_of_tensors_is_cut_as_its_loader_collates(self, shuffle: bool):
+        class Collated(TensorDataset):
+            """Read example by example, as every other dataset."""
+
+        def cut(dataset: TensorDataset) -> list[Any]:
+            order = torch.Generator().manual_seed(1)
+            return list(in_one_order(DataLoader(dataset, batch_size=5, shuffle=shuffle, generator=order)))
+
+        tensors = (X, torch.arange(len(X)), X[:, None])
+        for ours, theirs in zip(cut(TensorDataset(*tensors)), cut(Collated(*tensors)), strict=True):
+            assert type(ours) is type(theirs)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
     def test_a_sampler_that_leaves_examples_out_is_respected(self):
         kept = [3, 1, 4, 15, 9, 2, 6, 5]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from counting_model import FEATURES, CountingModel
+from counting_model import FEATURES, CountingModel, TurnedModel
 from influence_calculator import (
     InfluenceMode,
     NestedTorchCatAggregator,
@@ -129,6 +129,16 @@ def test_factors_come_as_such_or_wrapped_in_a_list_or_tuple(wrap: Any):
     lazy = calculator(model).influences_from_factors([wrap(z) for z in FACTORS.split(3)], training())
     assert torch.allclose(lazy.compute(NestedTorchCatAggregator()), EXPECTED)
     assert "factors" not in model.calls
+
+
+def test_a_model_scores_in_its_own_coordinates_and_each_batch_of_factors_is_turned_once():
+    model = TurnedModel()
+    lazy = calculator(model).influences(queries(), training())
+    assert torch.allclose(lazy.compute(NestedTorchCatAggregator()), EXPECTED)
+    assert "turned" not in model.calls
+    lazy = calculator(model).influences_from_factors(FACTORS.split(3), training())
+    assert torch.allclose(lazy.compute(NestedTorchCatAggregator()), EXPECTED)
+    assert model.calls["turned"] == len(FACTORS.split(3))
 
 
 def test_loaders_and_lists_of_lists_are_data():

@@ -28,6 +28,7 @@ __all__ = [
     "CapturedLayer",
     "Recording",
     "captured_gradients",
+    "captured_layers",
     "float_leaves",
     "measure",
     "record",
@@ -195,15 +196,25 @@ def float_leaves(outputs: Any) -> list[Tensor]:
     ]
 
 
-def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Gradients `[n, numel]` of each example's loss by each captured parameter, layer by layer."""
-    recording = record(objective, batch)
+def captured_layers(
+    objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | None = None
+) -> Iterator[CapturedLayer]:
+    """What `layers` (default: all that are supported) see while each example's loss is differentiated.
+
+    One layer's tensors are alive at a time.
+    """
+    recording = record(objective, batch, layers)
     if not recording.layers:
         return
     with torch.enable_grad():
         total = objective.losses(recording.outputs, batch).sum()
     recording.outputs = None
-    for layer in recording.backward([total], [None]):
+    yield from recording.backward([total], [None])
+
+
+def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Gradients `[n, numel]` of each example's loss by each captured parameter, layer by layer."""
+    for layer in captured_layers(objective, batch):
         yield from layer.per_sample()
 
 

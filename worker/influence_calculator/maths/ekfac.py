@@ -26,6 +26,7 @@ from influence_calculator.maths.blocks import (
     checked_regularization,
 )
 from influence_calculator.maths.capture import supported_layers
+from influence_calculator.maths.ekfac_fitted import EkfacFitted
 from influence_calculator.maths.ekfac_footprint import ekfac_footprint
 from influence_calculator.maths.ekfac_passes import (
     CORRECTION,
@@ -38,8 +39,8 @@ from influence_calculator.maths.ekfac_passes import (
 )
 from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.expectation import Expectation, OutputExpectation
-from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted, fitted_tensor
-from influence_calculator.maths.kronecker import DiagonalSolver, KroneckerSolver
+from influence_calculator.maths.gradient_methods import fitted_tensor
+from influence_calculator.maths.kronecker import DiagonalSolver, LayerRows
 from influence_calculator.maths.layers import LayerSpec
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
@@ -115,26 +116,26 @@ class Ekfac(Method):
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         layers = {layer.name: layer for layer in supported_layers(objective)}
-        solvers: dict[str, BlockSolver] = {}
+        solvers: dict[str, DiagonalSolver] = {}
         for block, width in layout.widths.items():
             if block in layers:
-                solvers[block] = self._layer_solver(objective, layers[block], state)
+                what, eigenvalues = f"layer {block!r}", self._eigenvalues(objective, layers[block], state)
             else:
-                diagonal = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,)).to(objective.device)
-                solvers[block] = DiagonalSolver(block, diagonal, self._λ(block, diagonal))
-        return BlockwiseFitted(layout, objective, solvers)
+                what = f"block {block!r}"
+                eigenvalues = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,))
+            eigenvalues = eigenvalues.to(objective.device)
+            solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues))
+        rows = {block: LayerRows(layer, basis_of(objective, layer, state)) for block, layer in layers.items()}
+        return EkfacFitted(layout, objective, rows, solvers)
 
-    def _layer_solver(self, objective: Objective, layer: LayerSpec, state: FitState) -> KroneckerSolver:
+    def _eigenvalues(self, objective: Objective, layer: LayerSpec, state: FitState) -> Tensor:
+        """`Λ` of a layer, `[o, j]`."""
         o, j = matrix_shape(objective, layer)
         if self.update_diagonal:
-            eigenvalues = fitted_tensor(state, CORRECTION, layer.name, "eigenvalues", (o, j))
-        else:
-            λ_A = fitted_tensor(state, COVARIANCE, layer.name, "input_values", (j,))
-            λ_G = fitted_tensor(state, COVARIANCE, layer.name, "output_values", (o,))
-            eigenvalues = torch.outer(λ_G, λ_A)
-        eigenvalues = eigenvalues.to(objective.device)
-        basis = basis_of(objective, layer, state)
-        return KroneckerSolver(layer, basis, eigenvalues, self._λ(layer.name, eigenvalues))
+            return fitted_tensor(state, CORRECTION, layer.name, "eigenvalues", (o, j))
+        λ_A = fitted_tensor(state, COVARIANCE, layer.name, "input_values", (j,))
+        λ_G = fitted_tensor(state, COVARIANCE, layer.name, "output_values", (o,))
+        return torch.outer(λ_G, λ_A)
 
     def _λ(self, block: str, eigenvalues: Tensor) -> float:
         trace = float(eigenvalues.sum())

@@ -27,6 +27,7 @@ from influence_calculator.maths.kronecker import (
     add_squared_products,
     eigenbasis,
     extended_activations,
+    turned_tokens,
 )
 from influence_calculator.maths.layers import LayerSpec
 from influence_calculator.maths.method import FitPass, FitState, Sums
@@ -105,9 +106,7 @@ class CorrectionPass(FitPass):
         for backward in backward_passes(objective, layers, batches, self.expectation):
             for layer in backward.layers:
                 basis = bases[layer.spec.name]
-                a = extended_activations(layer, basis.inputs.dtype) @ basis.inputs
-                g = layer.gradients.to(basis.outputs.dtype) @ basis.outputs
-                add_squared_products(sums[layer.spec.name]["squares"], g, a)
+                add_squared_products(sums[layer.spec.name]["squares"], *turned_tokens(layer, basis))
         return sums
 
     @override

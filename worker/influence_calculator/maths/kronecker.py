@@ -5,6 +5,9 @@ A layer's gradient as a matrix `V` is `[o, j]`: its weight's columns, then its b
 
     (H + λI)^-1 V = Q_G ( (Q_Gᵀ V Q_A) / (Λ + λ) ) Q_Aᵀ.
 
+What is scored stays turned, `Q_Gᵀ V Q_A`, where the inverse is a division: products of two turned
+gradients are those of the gradients, since the basis is orthogonal.
+
 Shapes: n, t examples, S tokens, o outputs, i inputs, j = i + 1 with a bias, P_b = o·j.
 """
 
@@ -75,44 +78,86 @@ class Basis:
     """`Q_G`, `[o, o]`."""
 
 
-class KroneckerSolver:
-    """`(H_b + λ_b I)^-1` of one layer."""
+def turned_tokens(layer: CapturedLayer, basis: Basis) -> tuple[Tensor, Tensor]:
+    """`Q_Gᵀ g` and `Q_Aᵀ ã` of every token, `[n, S, o]` and `[n, S, j]`."""
+    Q_A, Q_G = basis.inputs, basis.outputs
+    g = layer.gradients.to(Q_G.dtype) @ Q_G
+    if layer.spec.weight is None or layer.spec.bias is None:
+        return g, extended_activations(layer, Q_A.dtype) @ Q_A
+    a = layer.activations.to(Q_A.dtype)
+    # The 1 of ã picks the last row of Q_A: no copy of the activations with ones is made.
+    turned = torch.addmm(Q_A[-1], a.flatten(0, 1), Q_A[:-1])
+    return g, turned.view(*a.shape[:2], -1)
 
-    def __init__(self, layer: LayerSpec, basis: Basis, eigenvalues: Tensor, λ: float) -> None:
-        self._layer = layer
-        self._basis = basis
-        self._shifted = shifted(eigenvalues, λ, f"layer {layer.name!r}")
 
-    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        Q_A, Q_G = self._basis.inputs, self._basis.outputs
-        V = self._matrices(right_hand_sides.to(Q_A.dtype))
-        turned = torch.matmul(Q_G.T, V @ Q_A).div_(self._shifted)
-        # Two buffers serve all four products: fresh memory costs as much as the arithmetic.
-        V = torch.matmul(turned, Q_A.T)
-        V = torch.matmul(Q_G, V, out=turned)
-        return self._columns(V), SolverReport.exact(right_hand_sides.shape[0])
+def turned_gradients(layer: CapturedLayer, basis: Basis) -> Tensor:
+    """`Q_Gᵀ (Σ_s g ãᵀ) Q_A` of each example as a row, `[n, P_b]`."""
+    o, j = basis.outputs.shape[0], basis.inputs.shape[0]
+    if turns_tokens(layer.activations.shape[1], o, j):
+        return per_sample_products(*turned_tokens(layer, basis)).flatten(1)
+    return _turned(_gradient_matrices(layer, basis.inputs.dtype), basis).flatten(1)
+
+
+def _gradient_matrices(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
+    """`Σ_s g ãᵀ` of each example, `[n, o, j]`; tokens, of which there are many, are not copied."""
+    g = layer.gradients.to(dtype)
+    columns = []
+    if layer.spec.weight is not None:
+        columns.append(per_sample_products(g, layer.activations))
+    if layer.spec.bias is not None:
+        columns.append(g.sum(1).unsqueeze(2))
+    return torch.cat(columns, dim=2)
+
+
+def turns_tokens(S: int, o: int, j: int) -> bool:
+    """Whether turning S tokens, `2S(o² + j²)`, costs less than turning the products' sum, `2oj(o + j)`."""
+    return S * (o * o + j * j) <= o * j * (o + j)
+
+
+def _turned(V: Tensor, basis: Basis) -> Tensor:
+    """`Q_Gᵀ V Q_A` of `[n, o, j]`, which is overwritten."""
+    # Two buffers serve both products: fresh memory costs as much as the arithmetic.
+    return torch.matmul(basis.outputs.T, V @ basis.inputs, out=V)
+
+
+class LayerRows:
+    """Rows `[t, P_b]` of one layer, by parameter and turned into the layer's basis."""
+
+    def __init__(self, layer: LayerSpec, basis: Basis) -> None:
+        self.layer = layer
+        self.basis = basis
+
+    def turned(self, columns: Tensor) -> Tensor:
+        """`Q_Gᵀ V Q_A` of rows by parameter."""
+        return _turned(self._matrices(columns.to(self.basis.inputs.dtype)), self.basis).flatten(1)
+
+    def turned_back(self, rows: Tensor) -> Tensor:
+        """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""
+        Q_A, Q_G = self.basis.inputs, self.basis.outputs
+        V = rows.to(Q_A.dtype).view(-1, Q_G.shape[0], Q_A.shape[0])
+        return self._columns(torch.matmul(Q_G, V @ Q_A.T))
 
     def _matrices(self, columns: Tensor) -> Tensor:
-        """`[t, P_b]` as `[t, o, j]`."""
-        o, j = self._shifted.shape
+        """`[t, P_b]` as `[t, o, j]`, in memory of its own."""
+        o, j = self.basis.outputs.shape[0], self.basis.inputs.shape[0]
         t = columns.shape[0]
-        if self._layer.weight is None or self._layer.bias is None:
-            return columns.view(t, o, j)
+        if self.layer.weight is None or self.layer.bias is None:
+            return columns.reshape(t, o, j).clone()
         weight, bias = columns[:, : o * (j - 1)], columns[:, o * (j - 1) :]
         return torch.cat([weight.reshape(t, o, j - 1), bias.unsqueeze(2)], dim=2)
 
     def _columns(self, matrices: Tensor) -> Tensor:
         """The inverse of `_matrices`."""
-        if self._layer.weight is None or self._layer.bias is None:
+        if self.layer.weight is None or self.layer.bias is None:
             return matrices.flatten(1)
         return torch.cat([matrices[:, :, :-1].flatten(1), matrices[:, :, -1]], dim=1)
 
 
 class DiagonalSolver:
-    """`g / (Λ + λ)` elementwise: parameters that no Kronecker product describes."""
+    """`g / (Λ + λ)` elementwise, of gradients in the basis in which the curvature is diagonal."""
 
-    def __init__(self, block: str, diagonal: Tensor, λ: float) -> None:
-        self._shifted = shifted(diagonal, λ, f"block {block!r}")
+    def __init__(self, what: str, eigenvalues: Tensor, λ: float) -> None:
+        self._shifted = shifted(eigenvalues, λ, what).flatten()
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         solved = right_hand_sides.to(self._shifted.dtype) / self._shifted

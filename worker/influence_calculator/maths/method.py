@@ -1,7 +1,9 @@
 """What a method of influence is: how it is fitted, and the two representations it scores with.
 
 Every method is a pair of representations: `left` of a test chunk and `right` of a training chunk,
-and a score `[t, n]` of the two. Fitting is a sequence of passes over the training data, each a
+and a score `[t, n]` of the two. Both stand in coordinates that the method chooses: the parameters
+themselves, or a basis in which it costs less. Influence factors, which the public API shows, are a left
+representation by parameter. Fitting is a sequence of passes over the training data, each a
 map-reduce over contiguous ranges whose partial results are SUMS, so that any driver (a loop, Dask, a
 resumable job) may run it and gets the same bits for the same ranges.
 
@@ -130,11 +132,26 @@ class Fitted(ABC):
 
     @abstractmethod
     def gradients(self, objective: Objective, batch: Batch) -> Left:
-        """Per-example gradients of `objective` (the method's own, or another loss on the same model)."""
+        """Per-example gradients of `objective` (the method's own, or another loss on the same model), in
+        the coordinates of `right`.
+        """
 
     @abstractmethod
     def solve(self, gradients: Left) -> Solved:
-        """The left representation of test gradients: `(H + λI)^-1 g` in the method's approximation."""
+        """The left representation of test gradients: `(H + λI)^-1 g` in the method's approximation and
+        coordinates.
+        """
+
+    @abstractmethod
+    def factors(self, left: Left) -> Left:
+        """Influence factors by parameter of a left representation, for the blocks given."""
+
+    @abstractmethod
+    def left(self, factors: Left) -> Left:
+        """The left representation of influence factors: the inverse of `factors`.
+
+        Both return what they were given where the method's coordinates are the parameters.
+        """
 
     @abstractmethod
     def right(self, batch: Batch) -> Iterator[Part]:
@@ -146,8 +163,13 @@ class Fitted(ABC):
         for part in self.right(batch):
             columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
             wide = score_dtype(columns)
-            product = columns.to(wide) @ part.values.to(wide).T
-            total = product if total is None else total.add_(product)
+            values = part.values.to(wide)
+            if total is None:
+                total = columns.to(wide) @ values.T
+            else:
+                total.addmm_(columns.to(wide), values.T)
+            # What comes next is formed while these names last.
+            del part, columns, values
         if total is None:
             raise ValueError("right representation without parts: no parameter is tracked")
         return total

@@ -25,22 +25,24 @@ from influence_calculator.maths.method import Fitted
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, batch_size, micro_batches
 
 
-def perturbations(fitted: Fitted, objective: Objective, left: Left, batch: Batch, micro_batch: int) -> Tensor:
+def perturbations(
+    fitted: Fitted, objective: Objective, factors: Left, batch: Batch, micro_batch: int
+) -> Tensor:
     """`∇x (z_t · g(x))`, `[t, n, F...]`, by the perturbed input of `batch`.
 
-    `objective` is the training side's; `left` holds influence factors in any block structure; t and n
-    may differ in any way.
+    `objective` is the training side's; `factors` are by parameter (`Fitted.factors`), in any block
+    structure; t and n may differ in any way.
 
     Raises:
         UnsupportedInputError: no floating-point input to move; names what the batch holds.
     """
     x = perturbed_input(batch)
-    t = next(iter(left.values())).shape[0]
+    t = next(iter(factors.values())).shape[0]
     dtype = accumulation_dtype(x.dtype)
     result = torch.empty(t, batch_size(batch), *x.shape[1:], dtype=dtype, device=objective.device)
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
         stop = piece.start + batch_size(piece.batch)
-        _fill(result[:, piece.start : stop], objective, fitted.layout, left, piece.batch)
+        _fill(result[:, piece.start : stop], objective, fitted.layout, factors, piece.batch)
     return result
 
 

@@ -127,7 +127,8 @@ def _one_by_one(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     for i in range(batch_size(batch)):
         leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
         with torch.enable_grad():
-            loss = objective.losses_at(leaves, slice_batch(batch, i, i + 1)).sum()
+            alone = slice_batch(batch, i, i + 1)
+            loss = objective.loss(objective.outputs(alone, leaves), alone).sum()
             found = torch.autograd.grad(
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
             )

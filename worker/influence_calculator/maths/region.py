@@ -16,7 +16,7 @@ from influence_calculator.maths.objective import Batch, IndexedBatch, batch_size
 
 
 def influences(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Tensor:
-    """Up-weighting: `z_test · g_train`, `[t, n]`.
+    """Up-weighting: `z_test · g_train`, `[t, n]`; `left` as the method's `solve` answers.
 
     Positive means that the training example helps: removing it raises the test loss by about
     score / N. Neither negated nor divided by N.

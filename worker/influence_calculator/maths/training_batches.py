@@ -68,6 +68,35 @@ class TrainingBatches:
         return int(workspace_bytes(self._objective) // (8 * one))
 
 
+class KeptBatches:
+    """The batches of a training set, kept at the first pass if all of them fit into `KEPT_BYTES`."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+        self._kept: list[IndexedBatch] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of examples."""
+        return self._data.length
+
+    def batches(self) -> Iterator[IndexedBatch]:
+        """One pass over all examples, in order."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[IndexedBatch] = []
+        total = 0
+        for indexed in self._data.batches():
+            total += tree_bytes(indexed.batch)
+            if total > KEPT_BYTES:
+                kept.clear()
+            else:
+                kept.append(indexed)
+            yield indexed
+        self._kept = kept if total <= KEPT_BYTES else None
+
+
 class JoinedBatches:
     """Short batches joined to what the workspace holds; for fitting, whose sums take any length.
 

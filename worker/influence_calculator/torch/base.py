@@ -13,6 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -29,7 +30,6 @@ from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import Regularization
 from influence_calculator.maths.denormals import denormals_flushed
-from influence_calculator.maths.gradient_methods import GradientFitted
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
     FitState,
@@ -43,7 +43,7 @@ from influence_calculator.maths.method import (
 from influence_calculator.maths.objective import Objective, batch_size, xy_objective
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
-from influence_calculator.maths.training_batches import JoinedBatches
+from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.torch.by_block import influences_by_block, perturbations_by_block
 from influence_calculator.torch.training_data import IterableTrainingData
 from influence_calculator.torch.util import LossType
@@ -146,7 +146,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
         probe(self.objective, training.first())
-        self._state = fit(self.method, self.objective, JoinedBatches(self.objective, training))
+        kept = KeptBatches(training) if len(self.method.passes()) > 1 else training
+        self._state = fit(self.method, self.objective, JoinedBatches(self.objective, kept))
         self._data = training if self.method.needs_data else None
         self._refresh()
         return self
@@ -163,18 +164,64 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     @denormals_flushed()
     def solve(self, x: Tensor, y: Tensor) -> Solved:
-        """Factors of each example by block, and how each right-hand side ended.
+        """Factors of each example by block (`left`), and how each right-hand side ended.
 
         `report.status[i]` is a `SolverStatus`; iterations and the relative residual stand beside it.
 
         Raises:
             NotFittedException: `fit` has not run.
         """
+        solved = self._solved(x, y)
+        return replace(solved, left=self._require_fitted().factors(solved.left))
+
+    def _solved(self, x: Tensor, y: Tensor) -> Solved:
+        """The left representation, in the coordinates of the method."""
         fitted = self._require_fitted()
         return self._noted(fitted.solve(fitted.gradients(self.objective, self._batch(x, y))))
 
     def _influence_factors(self, x: Tensor, y: Tensor) -> Tensor:
         return self._require_fitted().layout.flatten(self.solve(x, y).left)
+
+    @denormals_flushed()
+    def left(self, x: Tensor, y: Tensor) -> Tensor:
+        """The method's left representation of each example, `[t, P]`: factors in coordinates of its own.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+        """
+        return self._require_fitted().layout.flatten(self._solved(x, y).left)
+
+    @denormals_flushed()
+    def left_of_factors(self, z_test_factors: Tensor) -> Tensor:
+        """The same from factors `[t, P]` that `influence_factors` returned.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+            ValueError: factors of another width.
+        """
+        fitted, factors = self._require_fitted(), self._checked(z_test_factors)
+        left = torch.empty(0)
+        at_once = max(1, GRADIENT_BYTES // (factors.shape[1] * factors.element_size()))
+        for start in range(0, len(factors), at_once):
+            rows = slice(start, start + at_once)
+            given = fitted.layout.split(factors[rows])
+            turned = fitted.left(given)
+            if turned is given:
+                return factors
+            left = left if start else torch.empty_like(factors)
+            left[rows] = fitted.layout.flatten(turned)
+        return left
+
+    @denormals_flushed()
+    def influences_from_left(self, left: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Influences `[t, n]` of (x, y) from what `left` or `left_of_factors` of this model returned.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+            ValueError: rows of another width.
+        """
+        rows = self._require_fitted().layout.split(self._checked(left))
+        return self._scores(rows, self._batch(x, y), InfluenceMode.Up)
 
     def _influences(
         self,
@@ -184,14 +231,14 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         y: Tensor | None = None,
         mode: InfluenceMode = InfluenceMode.Up,
     ) -> Tensor:
-        fitted = self._require_fitted()
-        if x is None and mode is InfluenceMode.Up and isinstance(fitted, GradientFitted):
-            return self._on_each_other(fitted, x_test, y_test)
-        return self._scores(*self._sides(x_test, y_test, x, y), mode)
+        if x is None and mode is InfluenceMode.Up:
+            return self._on_each_other(x_test, y_test)
+        return self._scores(*self._sides(x_test, y_test, x, y, mode), mode)
 
     @denormals_flushed()
-    def _on_each_other(self, fitted: GradientFitted, x: Tensor, y: Tensor) -> Tensor:
+    def _on_each_other(self, x: Tensor, y: Tensor) -> Tensor:
         """`[t, t]`: each example is differentiated once, its gradient being the training side too."""
+        fitted = self._require_fitted()
         gradients = fitted.gradients(self.objective, self._batch(x, y))
         left = self._noted(fitted.solve(gradients)).left
         return torch.stack([left[block] @ gradients[block].T for block in fitted.layout.blocks]).sum(0)
@@ -205,29 +252,41 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             NotFittedException: `fit` has not run.
             ValueError: factors of another width; integer x in mode perturbation.
         """
-        fitted = self._require_fitted()
-        width = fitted.layout.width
+        mode = as_mode(mode)
+        factors = self._require_fitted().layout.split(self._checked(z_test_factors))
+        return self._scores(self._scored(factors, mode), self._batch(x, y), mode)
+
+    def _checked(self, z_test_factors: Tensor) -> Tensor:
+        """Factors on the model's device, if they have one column per parameter."""
+        width = self._require_fitted().layout.width
         if z_test_factors.ndim != 2 or z_test_factors.shape[1] != width:
             raise ValueError(
                 f"z_test_factors: expected shape [t, {width}] (one column per parameter), got "
                 f"{list(z_test_factors.shape)}; pass what influence_factors of this model returned"
             )
-        left = fitted.layout.split(z_test_factors.detach().to(self.model_device))
-        return self._scores(left, self._batch(x, y), as_mode(mode))
+        return z_test_factors.detach().to(self.model_device)
 
     @denormals_flushed()
-    def _scores(self, left: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
+    def _scores(self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
+        """Influences of `rows`: a left representation in mode Up, factors in mode Perturbation."""
         fitted, pieces = self._require_fitted(), self._micro_batch(batch)
         if mode is InfluenceMode.Up:
-            return region.influences(fitted, left, batch, pieces)
-        return perturbations(fitted, self.objective, left, batch, pieces)
+            return region.influences(fitted, rows, batch, pieces)
+        return perturbations(fitted, self.objective, rows, batch, pieces)
 
+    @denormals_flushed()
+    def _scored(self, factors: Left, mode: InfluenceMode) -> Left:
+        """What `_scores` takes in place of factors."""
+        return self._require_fitted().left(factors) if mode is InfluenceMode.Up else factors
+
+    @denormals_flushed()
     def _sides(
-        self, x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None
+        self, x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None, mode: InfluenceMode
     ) -> tuple[Left, tuple[Tensor, Tensor]]:
-        """Factors of the test examples, and the training batch (the test examples without one)."""
-        left = self.solve(x_test, y_test).left
-        return left, self._batch(x_test, y_test) if x is None or y is None else self._batch(x, y)
+        """What `_scores` takes: of the test examples, and the training batch (the test examples without)."""
+        solve = self._solved if mode is InfluenceMode.Up else self.solve
+        rows = solve(x_test, y_test).left
+        return rows, self._batch(x_test, y_test) if x is None or y is None else self._batch(x, y)
 
     def _batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return x.to(self.model_device), y.to(self.model_device)
@@ -310,7 +369,7 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
         """Block -> its part of `influences`; over the blocks they sum to it."""
         require_both_or_none(x, y)
         mode = as_mode(mode)
-        return self._scores_by_block(*self._sides(x_test, y_test, x, y), mode)
+        return self._scores_by_block(*self._sides(x_test, y_test, x, y, mode), mode)
 
     def influences_from_factors_by_block(
         self,
@@ -331,17 +390,18 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
                 f"z_test_factors: expected [t, width] for each of the blocks {widths}, got widths {given}; "
                 f"pass what influence_factors_by_block of this model returned"
             )
-        left = {block: rows.detach().to(self.model_device) for block, rows in z_test_factors.items()}
-        return self._scores_by_block(left, self._batch(x, y), as_mode(mode))
+        mode = as_mode(mode)
+        factors = {block: rows.detach().to(self.model_device) for block, rows in z_test_factors.items()}
+        return self._scores_by_block(self._scored(factors, mode), self._batch(x, y), mode)
 
     @denormals_flushed()
     def _scores_by_block(
-        self, left: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode
+        self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode
     ) -> OrderedDict[str, Tensor]:
         fitted, pieces = self._require_fitted(), self._micro_batch(batch)
         if mode is InfluenceMode.Up:
-            return influences_by_block(fitted, left, batch, pieces)
-        return perturbations_by_block(fitted, self.objective, left, batch, pieces)
+            return influences_by_block(fitted, rows, batch, pieces)
+        return perturbations_by_block(fitted, self.objective, rows, batch, pieces)
 
 
 def regularization_of(value: Regularization | Mapping[str, float | None] | None) -> Regularization:

@@ -19,7 +19,7 @@ from influence_calculator.maths.perturbation import perturbations
 def influences_by_block(
     fitted: Fitted, left: Left, batch: Batch, micro_batch: int
 ) -> OrderedDict[str, Tensor]:
-    """Block -> `z_b · g_b`, `[t, n]`; the training batch is differentiated once for all blocks."""
+    """Block -> `z_b · g_b`, `[t, n]`, of left representations; the batch is differentiated once."""
     scores = OrderedDict(
         (block, left[block].new_zeros(left[block].shape[0], batch_size(batch)))
         for block in fitted.layout.blocks
@@ -33,11 +33,11 @@ def influences_by_block(
 
 
 def perturbations_by_block(
-    fitted: Fitted, objective: Objective, left: Left, batch: Batch, micro_batch: int
+    fitted: Fitted, objective: Objective, factors: Left, batch: Batch, micro_batch: int
 ) -> OrderedDict[str, Tensor]:
     """Block -> `∇x (z_b · g_b(x))`, `[t, n, F...]`: the influence of factors that are zero elsewhere."""
-    nothing = {block: torch.zeros_like(rows) for block, rows in left.items()}
+    nothing = {block: torch.zeros_like(rows) for block, rows in factors.items()}
     return OrderedDict(
-        (block, perturbations(fitted, objective, {**nothing, block: left[block]}, batch, micro_batch))
+        (block, perturbations(fitted, objective, {**nothing, block: factors[block]}, batch, micro_batch))
         for block in fitted.layout.blocks
     )

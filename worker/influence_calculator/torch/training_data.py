@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from influence_calculator.errors import OneShotIterableError
 from influence_calculator.iterables import Readable, pair_of
@@ -29,7 +29,7 @@ class IterableTrainingData:
             OneShotIterableError: the data can be read once, and the method reads it more often.
         """
         self.device = device
-        self._items = Readable("data", _in_one_order(items))
+        self._items = Readable("data", in_one_order(items))
         self._peeked: Any = None
         self._length: int | None = None
         if self._items.is_one_shot and passes > 1:
@@ -90,6 +90,9 @@ class _LoaderInOneOrder:
         self._processes = loader.num_workers
 
     def __iter__(self) -> Iterator[Any]:
+        if self._is_batched and type(self._dataset) is TensorDataset and self._collate is default_collate:
+            # What collating one example after another comes to, at a hundredth of the time.
+            return iter([t[torch.as_tensor(batch)] for t in self._dataset.tensors] for batch in self._order)
         batching: dict[str, Any] = (
             {"batch_sampler": self._order}
             if self._is_batched
@@ -104,7 +107,8 @@ class _LoaderInOneOrder:
         return {**self.__dict__, "_processes": 0}
 
 
-def _in_one_order(items: Iterable[Any]) -> Iterable[Any]:
+def in_one_order(items: Iterable[Any]) -> Iterable[Any]:
+    """`items`, a loader's always in the order of its sampler's first draw."""
     if isinstance(items, DataLoader) and not isinstance(items.dataset, IterableDataset):
         return _LoaderInOneOrder(items)
     return items

@@ -36,7 +36,7 @@ def create(
         length, chunk = (plan.test, plan.test_chunk) if side == "test" else (plan.train, plan.train_chunk)
         _create_vector(store, name, length, chunk, np.dtype(dtype), side)
     if job.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
-        _create_factors(store, plan)
+        _create_factors(store, plan, factors.stored_basis(job.spec))
     if job.spec.operation is not Operation.INFLUENCE_FACTORS:
         if plan.dense:
             coordinates = {"coordinates": " ".join(sorted(loaded.annotations))}
@@ -67,7 +67,7 @@ def create(
     )
 
 
-def _create_factors(store: Store, plan: Plan) -> None:
+def _create_factors(store: Store, plan: Plan, basis: factors.Basis) -> None:
     for number, (block, width) in enumerate(plan.blocks.items()):
         arrays.create_array(
             store,
@@ -76,7 +76,7 @@ def _create_factors(store: Store, plan: Plan) -> None:
             (min(plan.test_chunk, plan.test), plan.factor_columns(number)),
             np.dtype(plan.dtype),
             ("test", f"column_{number}"),
-            {"block": block},
+            {"block": block, "basis": str(basis)},
         )
     for name, dtype in SOLVER_ARRAYS.items():
         _create_vector(store, name, plan.test, plan.test_chunk, np.dtype(dtype), "test")

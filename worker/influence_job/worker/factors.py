@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Solved, SolverStatus
 from influence_calculator.maths.objective import IndexedBatch, micro_batches
+from influence_job.spec import InfluenceJobSpec, Mode, Operation
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
 from influence_job.worker.annotations import write_annotations
@@ -26,6 +28,21 @@ def factor_path(block: int) -> str:
     return f"factors/{block}"
 
 
+class Basis(StrEnum):
+    """Which coordinates a factor array's columns stand for: its attribute `basis`."""
+
+    PARAMETERS = "parameters"
+    """Influence factors by parameter."""
+    METHOD = "method"
+    """The method's left representation: factors in the basis in which it scores."""
+
+
+def stored_basis(spec: InfluenceJobSpec) -> Basis:
+    """A job that only needs factors to score them stores them as they are scored."""
+    only_scored = spec.operation is Operation.INFLUENCES and spec.mode is Mode.UP
+    return Basis.METHOD if only_scored else Basis.PARAMETERS
+
+
 def compute_factors(context: WorkerContext, index: int) -> Outcome:
     """Solves one chunk of test examples and stores factors, coordinates and how each solve ended."""
     outcome = Outcome()
@@ -39,6 +56,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
             gradients = _gradients(own, IndexedBatch(start, batch))
         _require_finite(gradients, start)
         solved = _solve(own, gradients)
+        del gradients
         digest = _store(own, index, solved)
         outcome.value = _counts(solved)
         outcome.report(Row(KIND, index, digest, inputs, own.environment))
@@ -61,15 +79,30 @@ def _solve(own: Session, gradients: Left) -> Solved:
 
 
 def load_group(own: Session, group: int) -> Left:
-    """The factors of one group of test chunks, from the store onto the device."""
+    """One group of test chunks from the store onto the device: in mode Up its left representation, in mode
+    Perturbation its factors.
+    """
     start, stop = own.plan.group_range(group)
     loaded: Left = {}
     for number, block in enumerate(own.layout.blocks):
         # Memory that torch allocated: the alignment of foreign memory changes bits.
         rows = torch.empty(stop - start, own.layout.widths[block], dtype=own.result_dtype)
         _read_rows(own, factor_path(number), start, stop, rows)
-        loaded[block] = rows.to(own.device, own.resident_dtype)
+        basis = Basis(arrays.array_info(own.factor_store, factor_path(number)).attributes["basis"])
+        loaded[block] = _resident(own, block, rows, basis)
     return loaded
+
+
+def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
+    """A block's rows on the device, in the basis that the mode takes; turned a test chunk at a time."""
+    wanted = Basis.METHOD if own.spec.mode is Mode.UP else Basis.PARAMETERS
+    if basis is wanted:
+        return rows.to(own.device, own.resident_dtype)
+    turn = own.fitted.left if wanted is Basis.METHOD else own.fitted.factors
+    resident = torch.empty(rows.shape, dtype=own.resident_dtype, device=own.device)
+    for into, piece in zip(resident.split(own.plan.test_chunk), rows.split(own.plan.test_chunk), strict=True):
+        into.copy_(turn({block: piece.to(own.device)})[block])
+    return resident
 
 
 def _read_rows(own: Session, path: str, start: int, stop: int, into: Tensor) -> None:
@@ -104,7 +137,7 @@ def _store(own: Session, index: int, solved: Solved) -> str:
     """Writes the factor chunks and the solver's report; the digest covers all of them."""
     state = hashlib.blake2b(digest_size=16)
     for number, block in enumerate(own.layout.blocks):
-        values = as_array(solved.left[block])
+        values = as_array(_as_stored(own, block, solved.left[block]))
         width = own.plan.factor_columns(number)
         for column, first in enumerate(range(0, values.shape[1], width)):
             piece = values[:, first : first + width]
@@ -120,6 +153,13 @@ def _store(own: Session, index: int, solved: Solved) -> str:
         digest = arrays.write_chunk(own.store, name, (index,), as_array(values_of_rows))
         state.update(digest.encode())
     return state.hexdigest()
+
+
+def _as_stored(own: Session, block: str, left: Tensor) -> Tensor:
+    """A block's left representation in the basis of the store."""
+    if stored_basis(own.spec) is Basis.METHOD:
+        return left
+    return own.fitted.factors({block: left})[block]
 
 
 def _counts(solved: Solved) -> dict[str, int]:
