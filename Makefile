@@ -29,18 +29,32 @@ run: $(STAMP) ## the influences of 1400 handwritten digits on 300 others, then w
 demo: $(STAMP) ## the same job on a real Kubernetes on this machine, from nothing, watched live
 	PYTHONPATH=tests/support $(BIN)/python tests/cluster/demo.py
 
-# What breaks or changes a part of the cluster that others use comes afterwards, by itself.
+# One part of the tests: $(call part,NAME,ARGUMENTS). Each has a cache of its own, so that two may run at a time.
+part = $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$(1) $(2) && touch .pytest_cache/$(1)/passed
+CLUSTER := --numprocesses 2 --dist worksteal -m "not alone" tests/cluster
+ALONE   := -m alone tests/cluster
+UNIT    := tests/unit tests/contract tests/integration
+
+# What breaks a part of the cluster waits more than it computes: it has the cluster for itself, while the
+# tests that need no cluster run beside it.
 test: $(STAMP) ## the tests that need no accelerator; brings up a Kubernetes cluster on this machine
-	@failed=0; \
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not alone" || failed=1; \
-	$(BIN)/python -m pytest -m alone || failed=1; \
+	@rm -rf .pytest_cache; mkdir .pytest_cache; failed=0; \
+	{ $(call part,cluster,$(CLUSTER)); } || failed=1; \
+	{ $(call part,unit,$(UNIT)); } >.pytest_cache/unit.log 2>&1 & \
+	{ $(call part,alone,$(ALONE)); } || failed=1; \
+	wait $$! || failed=1; \
+	cat .pytest_cache/unit.log; \
 	exit $$failed
 
 test-unit: $(STAMP) ## the tests that need no cluster
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/unit tests/contract tests/integration
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(UNIT)
 
-test-again: $(STAMP) ## the tests that failed when they last ran, one after another
-	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+test-again: $(STAMP) ## the tests of `make test` that failed, one after another
+	@failed=0; for part in cluster alone unit; do \
+	  [ ! -e .pytest_cache/$$part/passed ] || continue; \
+	  case $$part in cluster | alone) folders=tests/cluster ;; unit) folders="$(UNIT)" ;; esac; \
+	  $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$$part --last-failed $$folders || failed=1; \
+	done; exit $$failed
 
 test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
 	$(BIN)/python -m pytest tests/gpu
