@@ -57,7 +57,7 @@ def truncated(curvature: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 def test_at_full_rank_it_is_the_direct_solve(case: ModelCase, mode: SecondOrderMode) -> None:
     expected = reference(case, mode)
-    method = Arnoldi(rank=FULL_RANK, second_order=mode)
+    method = Arnoldi(1.0, rank=FULL_RANK, second_order=mode)
     state = fit_case(case, method)
     for λ in REGULARIZATIONS:
         # Another λ needs no new pass over the data.
@@ -146,7 +146,7 @@ def test_blocks_have_their_own_eigenpairs(mode: SecondOrderMode, blocks: str) ->
 
 def test_each_block_takes_its_own_regularization_and_a_relative_one_follows_the_trace() -> None:
     blocks = {"first": ["0.weight", "0.bias"], "rest": ["2.weight", "4.weight", "4.bias"]}
-    method = Arnoldi(rank=4, blocks=blocks, second_order=GAUSS_NEWTON)
+    method = Arnoldi(1.0, rank=4, blocks=blocks, second_order=GAUSS_NEWTON)
     by_block = replace(method, regularization={"first": 0.5, "rest": 0.1})
     relative = replace(method, regularization=Relative(0.3))
     both = left_of(fitted_case(MLP, by_block), MLP)
@@ -249,12 +249,9 @@ def test_a_test_gradient_that_is_not_finite_concerns_its_row_only() -> None:
 
 def test_nothing_to_invert_is_refused_with_the_cure() -> None:
     """Cross-entropy has a direction without curvature: all logits shift."""
-    method = Arnoldi(0.0, FULL_RANK, second_order=GAUSS_NEWTON)
-    state = fit_case(MLP, method)
-    with pytest.raises(SingularCurvatureError, match="expected λ > 0"):
-        fitted_case(MLP, method, state)
+    method = Arnoldi(0.0, FULL_RANK, complement=False, second_order=GAUSS_NEWTON)
     with pytest.raises(SingularCurvatureError, match="larger regularization or a lower rank"):
-        fitted_case(MLP, replace(method, complement=False), state)
+        fitted_case(MLP, method)
 
 
 def test_without_regularization_and_complement_the_largest_eigenpairs_suffice() -> None:
@@ -288,6 +285,8 @@ def test_a_loss_that_means_and_one_that_sums_are_alike() -> None:
         ({"tol": 0.0}, "tol: expected a number above 0"),
         ({"max_iter": -1}, "max_iter: expected at least 0"),
         ({"regularization": -1.0}, "regularization"),
+        ({"regularization": 0.0}, "regularization: expected numbers above 0, got 0.0: outside of the eigen"),
+        ({"regularization": {"a": 0.1, "b": 0.0}}, "regularization: expected numbers above 0, got 0.0"),
         ({"in_eigenspace": True}, "in_eigenspace: only without the complement"),
     ],
 )

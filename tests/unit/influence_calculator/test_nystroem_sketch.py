@@ -160,10 +160,16 @@ def test_matrices_that_are_positive_are_not_probed() -> None:
 
 @pytest.mark.parametrize("λ", [0.0, None])
 def test_no_regularization_is_refused_with_the_cure(λ: float | None) -> None:
-    method = NystroemSketch(0.1, 6, second_order=GAUSS_NEWTON)
-    state = fit_case(MLP, method)
+    with pytest.raises(ValueError, match=r"regularization: expected numbers above 0, got 0.0: outside of"):
+        NystroemSketch(λ, 6)
+
+
+def test_a_relative_regularization_without_a_positive_trace_is_refused() -> None:
+    method = NystroemSketch(Relative(0.1), 3, second_order=GAUSS_NEWTON)
+    state = {name: dict(units) for name, units in fit_case(LINEAR, method).items()}
+    state["trace"][""] = {"trace": torch.tensor(-1.0)}
     with pytest.raises(SingularCurvatureError, match="expected λ > 0, got 0"):
-        fitted_case(MLP, replace(method, regularization=λ), state)
+        fitted_case(LINEAR, method, state)
 
 
 def test_a_rank_of_nothing_is_refused() -> None:

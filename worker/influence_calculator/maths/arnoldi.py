@@ -20,6 +20,7 @@ from influence_calculator.maths.blocks import (
     check_coverage,
     checked_regularization,
     needs_trace,
+    require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
@@ -49,7 +50,7 @@ from influence_calculator.maths.spectral import (
 class Arnoldi(Method):
     """`Vᵀ (S + λ)^-1 V g + (1/λ)(I − VᵀV) g` with the r eigenpairs of largest modulus of each block."""
 
-    regularization: Regularization | None = 0.0
+    regularization: Regularization | None
     """λ ≥ 0, above 0 with the complement: a number, one per block, or `Relative(c)`. None is 0."""
     rank: int = 10
     """r, at least 1; a block of at most about `krylov_dimension` parameters is taken as a whole."""
@@ -70,6 +71,8 @@ class Arnoldi(Method):
 
     def __post_init__(self) -> None:
         checked_regularization(self.regularization)
+        if self.complement:
+            require_positive(self.regularization, "outside of the eigenvectors the inverse is 1/λ")
         if self.rank < 1:
             raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}")
         if self.krylov_dimension is not None and self.krylov_dimension <= self.rank:

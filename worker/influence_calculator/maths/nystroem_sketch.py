@@ -20,6 +20,7 @@ from influence_calculator.maths.blocks import (
     check_coverage,
     checked_regularization,
     needs_trace,
+    require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import CurvaturePass, TracePass, fitted_regularization
@@ -65,7 +66,7 @@ class NystroemSketch(Method):
     needs_data = False
 
     def __post_init__(self) -> None:
-        checked_regularization(self.regularization)
+        require_positive(self.regularization, "outside of the sketch the inverse is 1/λ")
         if self.rank < 1:
             raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}")
 
