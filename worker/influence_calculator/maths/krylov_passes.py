@@ -121,8 +121,9 @@ def krylov_fit_bytes(step: KrylovPass, shapes: ModelShapes, micro_batch: int) ->
 
 
 def krylov_stored_bytes(step: KrylovPass, shapes: ModelShapes) -> int:
-    """Partial sums of one range."""
-    return _multiplied_bytes(step, shapes)
+    """Partial sums of one range, and a pass's share of the two states of the search that are in the store."""
+    state = (step.search.size + step.search.block) * row_bytes(shapes, sum(block_widths(shapes, step.blocks)))
+    return _multiplied_bytes(step, shapes) + 2 * state // step.search.steps
 
 
 def _multiplied_bytes(step: KrylovPass, shapes: ModelShapes) -> int:

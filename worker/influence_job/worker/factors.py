@@ -40,7 +40,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
         _require_finite(gradients, start)
         solved = _solve(own, gradients)
         digest = _store(own, index, solved)
-        outcome.value = _counts(solved)
+        outcome.value = own.fitted.notes
         outcome.report(Row(KIND, index, digest, inputs, own.environment))
 
     outcome.attempt(KIND, index, f"factors of test chunk {index}", work)
@@ -66,7 +66,7 @@ def load_group(own: Session, group: int) -> Left:
     loaded: Left = {}
     for number, block in enumerate(own.layout.blocks):
         # Memory that torch allocated: the alignment of foreign memory changes bits.
-        rows = torch.empty(stop - start, own.layout.widths[block], dtype=own.result_dtype)
+        rows = torch.empty(stop - start, own.layout.factor_widths[block], dtype=own.result_dtype)
         _read_rows(own, factor_path(number), start, stop, rows)
         loaded[block] = rows.to(own.device, own.resident_dtype)
     return loaded
@@ -120,11 +120,6 @@ def _store(own: Session, index: int, solved: Solved) -> str:
         digest = arrays.write_chunk(own.store, name, (index,), as_array(values_of_rows))
         state.update(digest.encode())
     return state.hexdigest()
-
-
-def _counts(solved: Solved) -> dict[str, int]:
-    status = solved.report.status
-    return {member.name: int((status == member.value).sum()) for member in SolverStatus}
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
