@@ -83,6 +83,8 @@ def test_a_job_gives_the_librarys_influences(name: str, jobs: Jobs, tmp_path: Pa
     assert xarray.open_zarr(path / "factors")["0"].shape == (TEST, width)
     left = {name.split("/")[1] for name in stored.open_store(path).list("fit/") if name.count("/") == 2}
     assert len(left) == 1, left  # each pass of a series takes over from the one before
+    ran = {kind for kind, _ in stored.held(stored.open_store(path)) if kind.endswith("/unit")}
+    assert len(ran) < 25, "the series ends when all is found"
 
 
 def test_factors_without_complement_are_stored_by_parameter_and_scored_by_another_job(

@@ -42,7 +42,8 @@ SPECTRA = {
     "falling": 0.8 ** torch.arange(100),
     "of both signs": 0.9 ** torch.arange(100) * (-1.0) ** torch.arange(100),
     "of low rank": torch.cat([torch.tensor([5.0, 3.0, 1.0]), torch.zeros(97)]),
-    "with more copies than a product has rows": torch.cat([torch.full((9,), 2.0), torch.full((91,), 0.1)]),
+    "of two values": torch.cat([torch.full((9,), 2.0), torch.full((91,), 0.1)]),
+    "with more copies than a product has rows": torch.cat([torch.full((9,), 2.0), 0.8 ** torch.arange(91)]),
     "all alike": torch.ones(100),
     "zero": torch.zeros(100),
 }
