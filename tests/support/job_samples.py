@@ -129,6 +129,32 @@ _SPECS: dict[str, dict[str, Json]] = {
         },
         "output": OUTPUT,
     },
+    "arnoldi": {
+        "task": TASK,
+        "method": {
+            "name": "Arnoldi",
+            "regularization": 0,
+            "rank": 20,
+            "krylovDimension": 21,
+            "tol": 1e-4,
+            "maxIter": 0,
+            "complement": False,
+            "seed": 2**53,
+            "blocks": "ParameterWise",
+        },
+        "output": OUTPUT,
+    },
+    "nystroem": {
+        "task": TASK,
+        "method": {
+            "name": "NystroemSketch",
+            "regularization": 1e-6,
+            "regularizationByBlock": {"": 0.1},
+            "rank": 100_000,
+            "seed": 3,
+        },
+        "output": OUTPUT,
+    },
     "jacobi": {
         "task": TASK,
         "operation": "InfluencesFromFactors",
@@ -266,6 +292,38 @@ def broken_rules() -> Iterator[Broken]:
             {"operation": "InfluencesFromFactors", "factors": {"url": "javascript://x"}},
         ),
         ("λ of 0 for EK-FAC", ("method", "regularization"), {"method": {**EKFAC, "regularization": 0}}),
+        (
+            "λ of 0 for the complement",
+            ("method", "regularization"),
+            {"method": {"name": "Arnoldi", "regularization": 0}},
+        ),
+        (
+            "λ of 0 for the complement of a block",
+            ("method", "regularizationByBlock"),
+            {"method": {"name": "Arnoldi", "regularization": 1, "regularizationByBlock": {"0": 0}}},
+        ),
+        (
+            "no room for the search",
+            ("method", "krylovDimension"),
+            {"method": {"name": "Arnoldi", "regularization": 1, "krylovDimension": 10}},
+        ),
+        (
+            "λ of 0 for Nyström",
+            ("method", "regularization"),
+            {"method": {"name": "NystroemSketch", "regularization": 0, "rank": 3}},
+        ),
+        (
+            "λ of 0 for Nyström in a block",
+            ("method", "regularizationByBlock"),
+            {
+                "method": {
+                    "name": "NystroemSketch",
+                    "regularization": 1,
+                    "rank": 3,
+                    "regularizationByBlock": {"0": 0},
+                }
+            },
+        ),
         ("no blocks", ("method", "customBlocks"), {"method": {**solver, "blocks": "Custom"}}),
         ("blocks without need", ("method", "customBlocks"), {"method": {**solver, "customBlocks": blocks}}),
         (
@@ -301,6 +359,8 @@ def broken_rules() -> Iterator[Broken]:
         ("Direct", {"samples": 3}),
         ("Cg", {"updateDiagonal": True}),
         ("Cg", {"seed": 1}),
+        ("Arnoldi", {"samples": 1}),
+        ("Direct", {"complement": True}),
     ):
         [field] = foreign
         method = {"name": name, "regularization": 0.1, **foreign}

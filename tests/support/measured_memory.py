@@ -15,12 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from influence_calculator.maths import region
+from influence_calculator.maths.arnoldi import Arnoldi
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.gradients import collected
 from influence_calculator.maths.method import Method, fit
+from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.objective import Objective, xy_objective
 from influence_calculator.maths.training_batches import KEPT_BYTES
 from training_sets import TrainingSet
@@ -60,9 +62,13 @@ def main() -> None:
     name, mode, *sizes, stage = sys.argv[1:]
     hidden, examples, micro_batch, rows = map(int, sizes)
     second_order = SecondOrderMode(mode)
-    method: Method = Direct(0.1, second_order=second_order)
-    if name == "cg":
-        method = Cg(0.1, maxiter=2, second_order=second_order)
+    methods: dict[str, Method] = {
+        "direct": Direct(0.1, second_order=second_order),
+        "cg": Cg(0.1, maxiter=2, second_order=second_order),
+        "arnoldi": Arnoldi(0.1, 30, max_iter=1, second_order=second_order),
+        "nystroem": NystroemSketch(0.1, 30, second_order=second_order),
+    }
+    method = methods[name]
     # What torch loads and allocates once for all, whatever the model's size.
     tiny = TrainingSet((torch.randn(4, 3), torch.zeros(4, dtype=torch.long)), 2)
     for each in ("factors", "capture"):

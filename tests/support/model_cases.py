@@ -41,6 +41,8 @@ class ModelCase:
     """Weight decay during training only: keeps separable data from infinite weights."""
     captured: bool = True
     """Whether every layer is one that hooks capture (Linear, Conv2d)."""
+    vocabulary: int | None = None
+    """Number of token ids, for inputs that are token ids."""
 
     def __repr__(self) -> str:
         return self.name
@@ -48,14 +50,20 @@ class ModelCase:
     def data(self, count: int, seed: int) -> Data:
         """Inputs and targets; a fixed linear map with noise gives the targets."""
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(count, *self.features, generator=generator, dtype=torch.float64)
+        x = self._inputs(count, generator)
+        values = (x if self.vocabulary is None else F.one_hot(x, self.vocabulary).double()).reshape(count, -1)
         width = self.classes or self.targets
         weight = torch.randn(
-            x[0].numel(), width, generator=torch.Generator().manual_seed(99), dtype=torch.float64
+            values.shape[1], width, generator=torch.Generator().manual_seed(99), dtype=torch.float64
         )
         noise = torch.randn(count, width, generator=generator, dtype=torch.float64)
-        signal = x.reshape(count, -1) @ weight / x[0].numel() ** 0.5 + 0.5 * noise
+        signal = values @ weight / values.shape[1] ** 0.5 + 0.5 * noise
         return x, signal.argmax(1) if self.classes else signal
+
+    def _inputs(self, count: int, generator: torch.Generator) -> Tensor:
+        if self.vocabulary is not None:
+            return torch.randint(self.vocabulary, (count, *self.features), generator=generator)
+        return torch.randn(count, *self.features, generator=generator, dtype=torch.float64)
 
     def train(self) -> Data:
         return self.data(TRAIN, seed=1)
@@ -120,6 +128,25 @@ def _conv3d() -> nn.Module:
     return nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
 
 
+class _Transformer(nn.Module):
+    """An embedding of four tokens and one layer with one head of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.place = nn.Parameter(torch.randn(4, 4) / 2)
+        self.norm = nn.LayerNorm(4)
+        self.query, self.key, self.value = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        own = self.embedding(tokens) + self.place
+        normed = self.norm(own)
+        seen = F.scaled_dot_product_attention(self.query(normed), self.key(normed), self.value(normed))
+        answer: Tensor = self.head((own + seen).mean(1))
+        return answer
+
+
 LINEAR = ModelCase("linear regression", lambda: nn.Linear(4, 2), F.mse_loss, (4,), None, targets=2)
 LOGISTIC = ModelCase("logistic regression", lambda: nn.Linear(4, 3), F.cross_entropy, (4,), 3)
 MLP = ModelCase("mlp", _mlp, F.cross_entropy, (4,), 3)
@@ -135,6 +162,10 @@ FROZEN = ModelCase("mlp with a frozen layer", _frozen_mlp, F.cross_entropy, (4,)
 CONV1D = ModelCase("conv1d", _conv1d, F.cross_entropy, (2, 7), 3, captured=False)
 CONV2D = ModelCase("conv2d", _conv2d, F.cross_entropy, (2, 6, 6), 3)
 CONV3D = ModelCase("conv3d", _conv3d, F.cross_entropy, (1, 3, 3, 3), 3, captured=False)
+TRANSFORMER = ModelCase(
+    "transformer", _Transformer, F.cross_entropy, (4,), 3, steps=1000, captured=False, vocabulary=5
+)
+"""Not among CASES, whose inputs can be perturbed."""
 
 CASES = (LINEAR, LOGISTIC, MLP, MLP_REGRESSION, FROZEN, CONV1D, CONV2D, CONV3D)
 CAPTURED_CASES = tuple(case for case in CASES if case.captured)

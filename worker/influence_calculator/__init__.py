@@ -49,12 +49,14 @@ from influence_calculator.maths.errors import (
 )
 from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
 from influence_calculator.torch import (
+    ArnoldiInfluence,
     BlockMode,
     CgInfluence,
     DirectInfluence,
     EkfacInfluence,
     JacobiPreconditioner,
     NystroemPreconditioner,
+    NystroemSketchInfluence,
     SecondOrderMode,
 )
 from influence_calculator.torch.util import (
@@ -67,6 +69,7 @@ from influence_calculator.types import InfluenceMode
 from influence_calculator.zarr_writer import write_zarr
 
 __all__ = [
+    "ArnoldiInfluence",
     "BlockMode",
     "CalculatorError",
     "CaptureMismatchError",
@@ -92,6 +95,7 @@ __all__ = [
     "NotImplementedLayerRepresentationException",
     "NumpyConverter",
     "NystroemPreconditioner",
+    "NystroemSketchInfluence",
     "OneShotIterableError",
     "RandomOrderError",
     "Relative",

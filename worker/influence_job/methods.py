@@ -5,18 +5,45 @@ from __future__ import annotations
 import re
 from functools import singledispatch
 
+from influence_calculator.maths.arnoldi import Arnoldi
 from influence_calculator.maths.blocks import BlockMode, BlockStructure, Regularization, Relative
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.method import Method
+from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import (
     JacobiPreconditioner,
     NystroemPreconditioner,
     Preconditioner,
 )
-from influence_job.spec import CgSpec, DirectSpec, EkfacSpec, JacobiSpec, NystroemSpec, PreconditionerSpec
+from influence_job.spec import (
+    ArnoldiSpec,
+    CgSpec,
+    DirectSpec,
+    EkfacSpec,
+    InfluenceJobSpec,
+    JacobiSpec,
+    Mode,
+    NystroemSketchSpec,
+    NystroemSpec,
+    Operation,
+    PreconditionerSpec,
+)
+
+SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec
+
+
+def method_of(spec: InfluenceJobSpec) -> Method:
+    """The method of a job, with representations as narrow as its operation allows.
+
+    Perturbations, and factors that somebody reads, need columns that are parameters.
+    """
+    method = build(spec.method)
+    if isinstance(method, Arnoldi) and spec.operation is Operation.INFLUENCES and spec.mode is Mode.UP:
+        return method.narrow()
+    return method
 
 
 @singledispatch
@@ -47,6 +74,32 @@ def _cg(spec: CgSpec) -> Method:
 
 
 @build.register
+def _arnoldi(spec: ArnoldiSpec) -> Method:
+    return Arnoldi(
+        regularization=_regularization(spec),
+        rank=spec.rank,
+        krylov_dimension=spec.krylov_dimension,
+        tol=spec.tol,
+        max_iter=spec.max_iter,
+        complement=spec.complement,
+        blocks=_blocks(spec),
+        second_order=_second_order(spec),
+        seed=spec.seed,
+    )
+
+
+@build.register
+def _nystroem_sketch(spec: NystroemSketchSpec) -> Method:
+    return NystroemSketch(
+        regularization=_regularization(spec),
+        rank=spec.rank,
+        blocks=_blocks(spec),
+        second_order=_second_order(spec),
+        seed=spec.seed,
+    )
+
+
+@build.register
 def _ekfac(spec: EkfacSpec) -> Method:
     return Ekfac(
         regularization=spec.regularization,
@@ -58,19 +111,19 @@ def _ekfac(spec: EkfacSpec) -> Method:
     )
 
 
-def _regularization(spec: DirectSpec | CgSpec) -> Regularization:
+def _regularization(spec: SolverSpec) -> Regularization:
     if spec.regularization_by_block is not None:
         return dict(spec.regularization_by_block)
     return Relative(spec.regularization) if spec.relative else spec.regularization
 
 
-def _blocks(spec: DirectSpec | CgSpec) -> BlockStructure:
+def _blocks(spec: SolverSpec) -> BlockStructure:
     if spec.custom_blocks is not None:
         return {block: tuple(names) for block, names in spec.custom_blocks.items()}
     return BlockMode(_snake(spec.blocks))
 
 
-def _second_order(spec: DirectSpec | CgSpec) -> SecondOrderMode:
+def _second_order(spec: SolverSpec) -> SecondOrderMode:
     return SecondOrderMode(_snake(spec.second_order))
 
 

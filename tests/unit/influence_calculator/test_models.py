@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from influence_calculator import (
+    ArnoldiInfluence,
     BlockMode,
     CgInfluence,
     DaskInfluenceCalculator,
@@ -28,6 +29,7 @@ from influence_calculator import (
     NotFittedException,
     NotImplementedLayerRepresentationException,
     NystroemPreconditioner,
+    NystroemSketchInfluence,
     OneShotIterableError,
     SecondOrderMode,
     SolverStatus,
@@ -68,8 +70,25 @@ def ekfac(**changes: Any) -> EkfacInfluence:
     )
 
 
-Build = Callable[..., DirectInfluence | CgInfluence | EkfacInfluence]
-MODELS: dict[str, Build] = {"direct": direct, "cg": conjugate, "ekfac": ekfac}
+def arnoldi(**changes: Any) -> ArnoldiInfluence:
+    exact = {"rank": 60, "use_woodbury": True}
+    return ArnoldiInfluence(CASE.model(), CASE.loss, **{**FISHER, **exact, **changes})
+
+
+def nystroem(**changes: Any) -> NystroemSketchInfluence:
+    return NystroemSketchInfluence(CASE.model(), CASE.loss, **{**FISHER, "rank": 60, **changes})
+
+
+Build = Callable[
+    ..., DirectInfluence | CgInfluence | EkfacInfluence | ArnoldiInfluence | NystroemSketchInfluence
+]
+MODELS: dict[str, Build] = {
+    "direct": direct,
+    "cg": conjugate,
+    "ekfac": ekfac,
+    "arnoldi": arnoldi,
+    "nystroem": nystroem,
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -86,7 +105,7 @@ def layer_wise(build: Build) -> Build:
 
 @pytest.fixture
 def expected(build: Build) -> Tensor:
-    """The influences of the method fitted to one batch; the two exact ones have the same."""
+    """The influences of the method fitted to one batch; the exact ones have the same, at full rank too."""
     reference = ekfac() if build is ekfac else direct()
     return reference.fit([(X, Y)]).influences(X_TEST, Y_TEST, X, Y)
 
@@ -281,7 +300,7 @@ class TestFit:
         sampler = WeightedRandomSampler([1.0] * len(X), 10, generator=torch.Generator().manual_seed(0))
         assert direct().fit(DataLoader(TensorDataset(X, Y), batch_size=3, sampler=sampler)).is_fitted
 
-    @pytest.mark.parametrize("one_pass", [direct, ekfac])
+    @pytest.mark.parametrize("one_pass", [direct, ekfac, nystroem])
     def test_an_iterator_suffices_for_one_pass(self, one_pass: Build):
         model = one_pass().fit(iter(batches()))
         expected = one_pass().fit(batches()).influences(X_TEST, Y_TEST, X, Y)
@@ -289,7 +308,11 @@ class TestFit:
 
     @pytest.mark.parametrize(
         "several",
-        [lambda: conjugate(preconditioner=JacobiPreconditioner()), lambda: ekfac(update_diagonal=True)],
+        [
+            lambda: conjugate(preconditioner=JacobiPreconditioner()),
+            lambda: ekfac(update_diagonal=True),
+            arnoldi,
+        ],
     )
     def test_an_iterator_is_refused_for_several_passes_before_any(self, several: Build):
         def unread() -> Iterator[Any]:
@@ -341,7 +364,9 @@ class TestRegularization:
             model.with_regularization(given)
         assert torch.equal(model.influences(X_TEST, Y_TEST, X, Y), before)
 
-    @pytest.mark.parametrize("model", [DirectInfluence, CgInfluence])
+    @pytest.mark.parametrize(
+        "model", [DirectInfluence, CgInfluence, ArnoldiInfluence, partial(NystroemSketchInfluence, rank=3)]
+    )
     def test_the_old_name_is_accepted_with_a_deprecation_warning(self, model):
         with pytest.warns(DeprecationWarning, match="hessian_regularization is called regularization"):
             old = model(CASE.model(), CASE.loss, hessian_regularization=0.25)

@@ -16,6 +16,7 @@ from distributed import Client, LocalCluster
 from torch import Tensor
 
 from influence_calculator import (
+    ArnoldiInfluence,
     CgInfluence,
     DaskInfluenceCalculator,
     DirectInfluence,
@@ -23,6 +24,7 @@ from influence_calculator import (
     EkfacInfluence,
     InfluenceMode,
     NestedTorchCatAggregator,
+    NystroemSketchInfluence,
     SecondOrderMode,
     SequentialInfluenceCalculator,
     SolverStatus,
@@ -37,6 +39,8 @@ MODELS: dict[str, Any] = {
     "cg": lambda case: CgInfluence(
         case.model(), case.loss, **FISHER, rtol=1e-12, atol=0.0, solve_simultaneously=True
     ),
+    "arnoldi": lambda case: ArnoldiInfluence(case.model(), case.loss, **FISHER, rank=6, max_iter=200),
+    "nystroem": lambda case: NystroemSketchInfluence(case.model(), case.loss, **FISHER, rank=6),
     "ekfac": lambda case: EkfacInfluence(case.model(), True, 0.1, loss=case.loss, seed=3),
 }
 CASES = [(method, case) for method in MODELS for case in (MLP, CONV2D)]

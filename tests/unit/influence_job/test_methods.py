@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from influence_calculator.maths.arnoldi import Arnoldi
 from influence_calculator.maths.blocks import BlockMode, Relative
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.method import Method
+from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
-from influence_job.methods import build
+from influence_job.methods import build, method_of
 from manifests import spec
 
 BLOCKS = {"head": ["2.weight", "2.bias"]}
@@ -71,6 +73,41 @@ CASES: dict[str, tuple[dict[str, Any], Method]] = {
         {"name": "Cg", "regularization": 0.3, "preconditioner": {"name": "Jacobi", "samples": 4}},
         Cg(0.3, preconditioner=JacobiPreconditioner(4)),
     ),
+    "Arnoldi as it comes": (
+        {"name": "Arnoldi", "regularization": 0.3},
+        Arnoldi(0.3, rank=10, krylov_dimension=None, tol=1e-6, max_iter=None, complement=True, seed=0),
+    ),
+    "Arnoldi, every field": (
+        {
+            "name": "Arnoldi",
+            "regularization": 0,
+            "rank": 7,
+            "krylovDimension": 30,
+            "tol": 1e-4,
+            "maxIter": 3,
+            "complement": False,
+            "seed": 9,
+            "blocks": "LayerWise",
+            "secondOrder": "EmpiricalFisher",
+        },
+        Arnoldi(0.0, 7, 30, 1e-4, 3, False, BlockMode.LAYER_WISE, SecondOrderMode.EMPIRICAL_FISHER, seed=9),
+    ),
+    "Nyström as it comes": (
+        {"name": "NystroemSketch", "regularization": 0.3, "rank": 7},
+        NystroemSketch(0.3, 7),
+    ),
+    "Nyström, every field": (
+        {
+            "name": "NystroemSketch",
+            "regularization": 0.3,
+            "relative": True,
+            "rank": 7,
+            "seed": 9,
+            "blocks": "LayerWise",
+            "secondOrder": "EmpiricalFisher",
+        },
+        NystroemSketch(Relative(0.3), 7, BlockMode.LAYER_WISE, SecondOrderMode.EMPIRICAL_FISHER, 9),
+    ),
     "Ekfac as it comes": (
         {"name": "Ekfac", "regularization": 0.3},
         Ekfac(0.3, update_diagonal=True, expectation="sampled", samples=1, seed=0, unsupported="refuse"),
@@ -96,11 +133,15 @@ def test_a_method_is_built_with_the_values_of_the_spec(name: str) -> None:
     assert build(spec(method=given).method) == expected
 
 
-@pytest.mark.parametrize("kind", [Direct, Cg, Ekfac])
+NOT_OF_THE_METHOD = {"in_eigenspace"}
+"""Follows from the operation."""
+
+
+@pytest.mark.parametrize("kind", [Direct, Cg, Ekfac, Arnoldi, NystroemSketch])
 def test_every_value_of_a_method_differs_somewhere_from_its_default(kind: type[Method]) -> None:
     """Else a field that the builder forgets would not be missed."""
     made = [expected for _, expected in CASES.values() if type(expected) is kind]
-    for field in fields(kind):
+    for field in (field for field in fields(kind) if field.name not in NOT_OF_THE_METHOD):
         assert any(getattr(method, field.name) != field.default for method in made), field.name
 
 
@@ -115,3 +156,23 @@ def test_every_word_of_ekfac_is_one_of_the_calculators(field: str, words: tuple[
     for word in words:
         made = build(spec(method={"name": "Ekfac", "regularization": 0.1, field: word}).method)
         assert getattr(made, field) == word.lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "narrow"),
+    [
+        ({}, True),
+        ({"mode": "Perturbation"}, False),
+        ({"operation": "InfluenceFactors"}, False),
+        ({"operation": "InfluencesFromFactors", "factors": {"url": "factors.zarr"}}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("complement", [True, False])
+def test_representations_are_narrow_where_nobody_needs_a_column_per_parameter(
+    changes: dict[str, Any], narrow: bool, complement: bool
+) -> None:
+    given = {"name": "Arnoldi", "regularization": 0.3, "complement": complement}
+    made = method_of(spec(method=given, **changes))
+    assert isinstance(made, Arnoldi)
+    assert made.in_eigenspace is (narrow and not complement)

@@ -20,14 +20,13 @@ from influence_calculator.maths.blocks import (
     BlockStructure,
     Regularization,
     block_layout,
-    block_regularization,
     check_coverage,
     checked_regularization,
     needs_trace,
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
-from influence_calculator.maths.curvature_passes import TracePass
+from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -38,7 +37,6 @@ from influence_calculator.maths.footprints import (
 from influence_calculator.maths.gradient_methods import (
     BlockSolver,
     BlockwiseFitted,
-    fitted_tensor,
     joined_reports,
 )
 from influence_calculator.maths.layout import Layout
@@ -105,7 +103,7 @@ class Cg(Method):
         batches = TrainingBatches(objective, data)
         solvers: dict[str, BlockSolver] = {}
         for block, width in layout.widths.items():
-            λ = self._regularization(state, block, width)
+            λ = fitted_regularization(self.regularization, state, block, width)
             solvers[block] = _CgSolver(
                 self.second_order,
                 objective,
@@ -117,13 +115,6 @@ class Cg(Method):
                 self.simultaneous,
             )
         return BlockwiseFitted(layout, objective, solvers)
-
-    def _regularization(self, state: FitState, block: str, width: int) -> float:
-        regularization = checked_regularization(self.regularization)
-        trace = 0.0
-        if needs_trace(regularization):
-            trace = float(fitted_tensor(state, TracePass.name, block, "trace", ()))
-        return block_regularization(regularization, block, trace, width)
 
     def _precondition(self, objective: Objective, state: FitState, block: str, λ: float) -> Rows | None:
         if self.preconditioner is None:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.blocks import BlockStructure, block_layout
+from influence_calculator.maths.blocks import (
+    BlockStructure,
+    Regularization,
+    block_layout,
+    block_regularization,
+    checked_regularization,
+    needs_trace,
+)
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
+from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.method import FitPass, FitState, Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective
@@ -94,3 +102,18 @@ class TracePass(CurvaturePass):
         self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
     ) -> dict[str, Tensor]:
         return {"trace": sums["trace"] / length}
+
+
+def fitted_regularization(
+    regularization: Regularization | None, state: FitState, block: str, width: int
+) -> float:
+    """λ of one block; a relative one from what `TracePass` left.
+
+    Raises:
+        ValueError: a relative one, and a fit without that pass.
+    """
+    checked = checked_regularization(regularization)
+    trace = 0.0
+    if needs_trace(checked):
+        trace = float(fitted_tensor(state, TracePass.name, block, "trace", ()))
+    return block_regularization(checked, block, trace, width)

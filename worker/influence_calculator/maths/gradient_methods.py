@@ -43,15 +43,24 @@ class BlockSolver(Protocol):
     """Solves one block for rows that are all finite."""
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        """`(H_b + λ_b I)^-1` of every row of `[t, P_b]`, and how each ended."""
+        """`(H_b + λ_b I)^-1` of every row of `[t, P_b]`, in the columns of the left representation, and how
+        each ended.
+        """
 
 
 class BlockwiseFitted(GradientFitted):
     """Solves every block on its own; a row that is not finite stays the only one concerned."""
 
-    def __init__(self, layout: Layout, objective: Objective, solvers: Mapping[str, BlockSolver]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        objective: Objective,
+        solvers: Mapping[str, BlockSolver],
+        notes: tuple[str, ...] = (),
+    ) -> None:
         super().__init__(layout, objective)
         self.solvers = solvers
+        self.notes = notes
 
     def solve(self, gradients: Left) -> Solved:
         return solve_by_block(self.solvers, gradients)
@@ -76,7 +85,7 @@ def solve_finite_rows(solver: BlockSolver, rows: Tensor) -> tuple[Tensor, Solver
         return solver.solve(rows)
     places = finite.nonzero().squeeze(1)
     solved, own = solver.solve(rows[places])
-    left = torch.full_like(rows, torch.nan)
+    left = rows.new_full((rows.shape[0], solved.shape[1]), torch.nan)
     left[places] = solved.to(left.dtype)
     report = not_finite(rows.shape[0])
     on_host = places.cpu()

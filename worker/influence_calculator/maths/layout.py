@@ -46,6 +46,9 @@ class Layout:
     slots: tuple[Slot, ...]
     blocks: tuple[str, ...]
     """Block names in order; the full block structure has the one block `""`."""
+    rank: int | None = None
+    """Most columns per block of the representations, where these are coordinates in a smaller space than
+    that of the parameters."""
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], structure: Mapping[str, tuple[str, ...]]) -> Layout:
@@ -75,6 +78,11 @@ class Layout:
         return widths
 
     @property
+    def factor_widths(self) -> dict[str, int]:
+        """Columns of each block in left and right representations: P_b, or at most `rank`."""
+        return {block: min(width, self.rank or width) for block, width in self.widths.items()}
+
+    @property
     def width(self) -> int:
         """P."""
         return sum(self.widths.values())
@@ -86,6 +94,11 @@ class Layout:
     def only(self, block: str) -> Layout:
         """The layout of one block alone, its columns where they were."""
         return Layout(tuple(replace(s, flat_start=s.start) for s in self.slots_of(block)), (block,))
+
+    def among(self, blocks: Iterable[str]) -> Layout:
+        """The layout of some blocks, as far as columns inside of blocks go."""
+        kept = tuple(block for block in self.blocks if block in set(blocks))
+        return Layout(tuple(slot for slot in self.slots if slot.block in kept), kept)
 
     def flatten(self, left: Left) -> Tensor:
         """Per-block `[t, P_b]` as one `[t, P]`."""

@@ -32,6 +32,10 @@ FitState = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """pass -> unit -> name -> tensor: all that a fit leaves behind, and all that is needed to resume."""
 
 
+SETTLED = "settled"
+"""Name of the boolean that a pass of a series leaves per unit: further passes would change nothing."""
+
+
 class SolverStatus(IntEnum):
     """How one right-hand side ended; the value is what the store holds."""
 
@@ -103,9 +107,12 @@ def score_dtype(left: Tensor) -> torch.dtype:
 
 
 class FitPass(ABC):
-    """One pass over the training data."""
+    """One pass over the training data, or one of a series of which each takes over from the one before."""
 
     name: str
+    follows: str | None = None
+    """The pass before it in its series. What that one left is taken over whole, so that nobody needs it once
+    this pass is done; and this pass is left out when all units were `SETTLED` before it."""
 
     @abstractmethod
     def units(self, objective: Objective) -> tuple[str, ...]:
@@ -129,6 +136,8 @@ class Fitted(ABC):
     """A fitted method: scores test chunks against training batches."""
 
     layout: Layout
+    notes: tuple[str, ...] = ()
+    """What the user must know of the fit: that it did not converge, that the curvature is indefinite."""
 
     @abstractmethod
     def gradients(self, objective: Objective, batch: Batch) -> Left:
@@ -207,6 +216,8 @@ def fit(
     """
     state: dict[str, dict[str, dict[str, Tensor]]] = {}
     for step in method.passes():
+        if not is_due(step, state):
+            continue
         total: Sums | None = None
         for piece in ranges or (data,):
             total = add_sums(total, step.accumulate(objective, piece.batches(), state))
@@ -214,7 +225,17 @@ def fit(
         state[step.name] = {
             unit: step.finish(unit, sums[unit], data.length, state) for unit in step.units(objective)
         }
+        if step.follows is not None:
+            del state[step.follows]
     return state
+
+
+def is_due(step: FitPass, state: FitState) -> bool:
+    """Whether the passes before it left something to do; True for a pass that is not one of a series."""
+    if step.follows is None:
+        return True
+    before = state.get(step.follows)
+    return before is not None and not all(bool(unit[SETTLED]) for unit in before.values())
 
 
 def add_sums(total: Sums | None, partial: Sums) -> Sums:

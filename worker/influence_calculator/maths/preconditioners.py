@@ -7,7 +7,6 @@ Shapes: q rows, P_b parameters of block b, r the sketch's rank.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode
 from influence_calculator.maths.curvature_passes import CurvaturePass
 from influence_calculator.maths.method import FitState
+from influence_calculator.maths.seeded_rows import generator, orthonormal_rows
 
 
 class Preconditioner(ABC):
@@ -127,7 +127,7 @@ class _DiagonalPass(CurvaturePass):
     def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
         total = sums["diagonal"]
         signs = torch.randint(
-            0, 2, (self.samples, len(total)), generator=_generator(self.seed, block), dtype=torch.int8
+            0, 2, (self.samples, len(total)), generator=generator(self.seed, block), dtype=torch.int8
         )
         signs = signs.to(total) * 2 - 1
         total.add_((signs * curvature.products(signs)).sum(0))
@@ -155,10 +155,9 @@ class _SketchPass(CurvaturePass):
         sums["sketch"].add_(curvature.products(self._test_matrix(block, sums["sketch"])))
 
     def _test_matrix(self, block: str, like: Tensor) -> Tensor:
-        """Ω: r orthonormal rows, drawn on the CPU in float64, so that every device has the same."""
+        """Ω: r orthonormal rows."""
         rank, width = like.shape
-        drawn = torch.randn(width, rank, generator=_generator(self.seed, block), dtype=torch.float64)
-        return torch.linalg.qr(drawn).Q.T.to(like).contiguous()
+        return orthonormal_rows(rank, width, generator(self.seed, block), like)
 
     @override
     def finish(
@@ -179,12 +178,6 @@ class _SketchPass(CurvaturePass):
 
 def _relative_rounding(sketch: Tensor) -> float:
     return 10 * max(sketch.shape) * torch.finfo(sketch.dtype).eps
-
-
-def _generator(seed: int, block: str) -> torch.Generator:
-    """A CPU generator for one block: the same draws for every batch, range and device."""
-    digest = hashlib.blake2b(f"{seed}:{block}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _check_count(field: str, value: int) -> None:

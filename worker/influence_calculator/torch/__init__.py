@@ -1,15 +1,23 @@
 """Influence models for torch, under pyDVL's module paths."""
 
-from influence_calculator.torch.influence_function_model import CgInfluence, DirectInfluence, EkfacInfluence
+from influence_calculator.torch.influence_function_model import (
+    ArnoldiInfluence,
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    NystroemSketchInfluence,
+)
 from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
 from influence_calculator.torch.util import BlockMode, SecondOrderMode
 
 __all__ = [
+    "ArnoldiInfluence",
     "BlockMode",
     "CgInfluence",
     "DirectInfluence",
     "EkfacInfluence",
     "JacobiPreconditioner",
     "NystroemPreconditioner",
+    "NystroemSketchInfluence",
     "SecondOrderMode",
 ]

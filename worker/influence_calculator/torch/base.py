@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from influence_calculator.base_influence_function_model import (
 )
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
-from influence_calculator.maths.blocks import Regularization
+from influence_calculator.maths.blocks import BlockMode, Regularization
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
@@ -48,6 +48,11 @@ from influence_calculator.torch.by_block import influences_by_block, perturbatio
 from influence_calculator.torch.training_data import IterableTrainingData
 from influence_calculator.torch.util import LossType
 from influence_calculator.types import InfluenceMode, as_mode
+
+GivenRegularization = Regularization | Mapping[str, float | None] | None
+"""λ: a number, one per block (None means 0), `Relative`, or None for 0."""
+
+GivenBlocks = BlockMode | Mapping[str, Sequence[str]]
 
 GRADIENT_BYTES = 2**28
 """256 MiB for one parameter's per-example gradients of the examples differentiated at once."""
@@ -150,6 +155,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self._state = fit(self.method, self.objective, JoinedBatches(self.objective, kept))
         self._data = training if self.method.needs_data else None
         self._refresh()
+        self._tell_notes()
         return self
 
     def to(self, device: torch.device | str) -> Self:
@@ -311,6 +317,11 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             self._require_fitted()
         self.revision += 1
 
+    def _tell_notes(self) -> None:
+        """Warns of what the fit cannot promise."""
+        for note in self._fitted.notes if self._fitted is not None else ():
+            warnings.warn(note, SolverWarning, stacklevel=4)
+
     def _require_fitted(self) -> Fitted:
         if self._state is None:
             raise NotFittedException(type(self))
@@ -345,6 +356,7 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
         method.layout(self.objective)
         self.method = method
         self._refresh()
+        self._tell_notes()
         return self
 
     def _fitted_at(self, regularization: float) -> Fitted:
@@ -404,7 +416,7 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
         return perturbations_by_block(fitted, self.objective, rows, batch, pieces)
 
 
-def regularization_of(value: Regularization | Mapping[str, float | None] | None) -> Regularization:
+def regularization_of(value: GivenRegularization) -> Regularization:
     """PyDVL's regularization (None means 0, also per block) as the maths'."""
     if value is None:
         return 0.0

@@ -38,13 +38,13 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     influence plan job.yaml --json | jq .regions
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
     job = read_job(file, device=device, output=output)
-    from influence_job.methods import build
+    from influence_job.methods import method_of
     from influence_job.plan import make_plan
     from influence_job.worker.loading import measure_job
 
     sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
     sizes = measure_job(job.spec)
-    made = make_plan(job.spec, build(job.spec.method), sizes)
+    made = make_plan(job.spec, method_of(job.spec), sizes)
     if as_json:
         click.echo(json.dumps(as_document(job, sizes, made), indent=2))
     else:

@@ -17,7 +17,7 @@ from influence_job.driver.stop import Stop
 from influence_job.driver.submission import Submitter
 from influence_job.errors import JobError, PermanentError, Reason, ended_with
 from influence_job.identity import JobIdentity
-from influence_job.methods import build as build_method
+from influence_job.methods import method_of
 from influence_job.plan import Plan, make_plan
 from influence_job.progress import Progress, Stage
 from influence_job.spec import InfluenceJob
@@ -117,7 +117,7 @@ def _plan(job: InfluenceJob, opened: Opened, loaded: Loaded) -> Plan:
     stored: dict[str, Any] | None = opened.record.get("plan")
     if stored is not None:
         return Plan.from_json(stored)
-    return make_plan(job.spec, build_method(job.spec.method), loaded.sizes)
+    return make_plan(job.spec, method_of(job.spec), loaded.sizes)
 
 
 def _refuse_other_hardware(job: InfluenceJob, opened: Opened, loaded: Loaded) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from influence_job.progress import Stage
 from influence_job.spec import InfluenceJobSpec, Mode, Operation, Verify
 from influence_job.storage import arrays
 from influence_job.worker import closing, factors, fitting, scores
-from influence_job.worker.fit_state import partial_prefix, range_kind, unit_kind
+from influence_job.worker.fit_state import partial_prefix, pass_prefix, range_kind, settled_kind, unit_kind
 from influence_job.worker.loading import Loaded
 from influence_job.worker.session import WorkerContext, data_changed
 
@@ -50,20 +51,24 @@ class Stages:
         self.verify()
 
     def fit(self) -> None:
-        """Every pass: partial sums over ranges, then its units."""
+        """Every pass that is due: partial sums over ranges, then its units."""
         self._enter(Stage.FITTING)
         for step, units in self.loaded.units.items():
+            if not self._is_due(step):
+                continue
             if len(self._missing(unit_kind(step), units)):
                 self._rows(range_kind(step), self.plan.fit_ranges, fitting.fit_range, step)
                 self._check_passes_agree(step)
                 self._rows(unit_kind(step), units, fitting.fit_unit, step)
             self.opened.store.delete_prefix(partial_prefix(step))
+            if step in self.loaded.follows:
+                self.opened.store.delete_prefix(pass_prefix(self.loaded.follows[step]))
 
     def factors(self) -> None:
         """One left representation per test chunk."""
         self._enter(Stage.FACTORS)
         self._solver = dict.fromkeys(("CONVERGED", "MAX_ITERATIONS", "INDEFINITE", "NOT_FINITE"), 0)
-        self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors)
+        self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors, on_value=self._tell_notes)
         self._count_solver()
 
     def scores(self) -> None:
@@ -113,12 +118,32 @@ class Stages:
     def _missing(self, kind: str, total: int) -> np.ndarray:
         return self.opened.ledger.missing(kind, total)
 
-    def _rows(self, kind: str, total: int, function: object, *leading: object) -> None:
+    def _is_due(self, step: str) -> bool:
+        """Whether a pass is not one of a series, or the pass before it ran and left units to go on with."""
+        before = self.loaded.follows.get(step)
+        if before is None:
+            return True
+        count, units = self.opened.ledger.count, self.loaded.units[before]
+        return count(unit_kind(before)) == units and count(settled_kind(before)) < units
+
+    def _tell_notes(self, notes: tuple[str, ...]) -> None:
+        """What the fit cannot promise, as the workers that solve with it know."""
+        for note in notes:
+            self.tracker.warn(note)
+
+    def _rows(
+        self,
+        kind: str,
+        total: int,
+        function: object,
+        *leading: object,
+        on_value: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         """Computes what is missing of `total` rows, one per task, and counts it as progress."""
         count = self.opened.ledger.count
         self.tracker.start_counting(count(kind), total)
         self.submitter.run(
-            self._work(kind, total, function, *leading), on_row=lambda: self.tracker.count(count(kind))
+            self._work(kind, total, function, *leading), lambda: self.tracker.count(count(kind)), on_value
         )
 
     def _work(self, kind: str, total: int, function: object, *leading: object) -> Iterator[Work]:

@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from influence_calculator.maths.nystroem_sketch import PROBE
 from influence_calculator.maths.shapes import ModelShapes
 from influence_job.plan.document import Plan, Sizes
 from influence_job.spec import (
+    ArnoldiSpec,
     CgSpec,
     Device,
     DirectSpec,
     EkfacSpec,
     InfluenceJobSpec,
     Mode,
+    NystroemSketchSpec,
     Operation,
     SecondOrder,
 )
@@ -28,6 +31,8 @@ GFLOPS = {Device.CPU: 20.0, Device.CUDA: 10_000.0}
 """Per worker, assumed: one core, and a data-centre GPU in float32. Small models reach a fraction of it."""
 CG_ITERATIONS = 30
 """Assumed where the number is known only afterwards."""
+KRYLOV_ROUNDS = 2
+"""The same for how often a search for eigenpairs multiplies as many rows as it keeps."""
 
 
 def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
@@ -88,6 +93,20 @@ def _fit_direct(spec: DirectSpec, sizes: Sizes) -> float:
     return sizes.train * example + 2 / 3 * shapes.width**3
 
 
+def _fit_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
+    rows = KRYLOV_ROUNDS * (spec.krylov_dimension or max(2 * spec.rank + 1, 20))
+    return sizes.train * 2 * _capture(sizes.shapes) * min(rows, sizes.shapes.width)
+
+
+def _fit_nystroem(spec: NystroemSketchSpec, sizes: Sizes) -> float:
+    rows = spec.rank + (PROBE.size if spec.second_order is SecondOrder.HESSIAN else 0)
+    return sizes.train * 2 * _capture(sizes.shapes) * min(rows, sizes.shapes.width)
+
+
+def _solve_low_rank(spec: ArnoldiSpec | NystroemSketchSpec, sizes: Sizes) -> float:
+    return sizes.test * 4.0 * min(spec.rank, sizes.shapes.width) * sizes.shapes.width
+
+
 def _solve_ekfac(_: EkfacSpec, sizes: Sizes) -> float:
     layers = sizes.shapes.layers
     return sizes.test * float(sum(4 * s.inputs * s.outputs * (s.inputs + s.outputs) for s in layers))
@@ -107,8 +126,20 @@ def _nothing(_: Any, __: Sizes) -> float:
 
 
 Cost = Callable[[Any, Sizes], float]
-_FITS: dict[type, Cost] = {EkfacSpec: _fit_ekfac, DirectSpec: _fit_direct, CgSpec: _nothing}
-_SOLVES: dict[type, Cost] = {EkfacSpec: _solve_ekfac, DirectSpec: _solve_direct, CgSpec: _solve_cg}
+_FITS: dict[type, Cost] = {
+    EkfacSpec: _fit_ekfac,
+    DirectSpec: _fit_direct,
+    CgSpec: _nothing,
+    ArnoldiSpec: _fit_arnoldi,
+    NystroemSketchSpec: _fit_nystroem,
+}
+_SOLVES: dict[type, Cost] = {
+    EkfacSpec: _solve_ekfac,
+    DirectSpec: _solve_direct,
+    CgSpec: _solve_cg,
+    ArnoldiSpec: _solve_low_rank,
+    NystroemSketchSpec: _solve_low_rank,
+}
 
 
 def _of_method(costs: dict[type, Cost], spec: InfluenceJobSpec, sizes: Sizes) -> float:

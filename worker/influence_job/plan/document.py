@@ -63,7 +63,7 @@ class Plan(SpecModel):
     blocks: dict[str, int] = Field(description="Block name -> columns of its factors.")
     dense: bool = True
     top_k: int = 100
-    fit_passes: int = Field(description="Passes over the training set that fit the method.")
+    fit_passes: int = Field(description="Passes over the training set that fit the method, at most.")
     solves_with_data: bool = Field(description="Whether each iteration of each test chunk is a pass as well.")
     memory: dict[str, StageMemory] = Field(description="Stage -> bytes per worker.")
 

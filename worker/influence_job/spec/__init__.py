@@ -27,6 +27,7 @@ from influence_job.spec.job import (
     Verify,
 )
 from influence_job.spec.methods import (
+    ArnoldiSpec,
     BlockStructure,
     CgSpec,
     DirectSpec,
@@ -34,6 +35,7 @@ from influence_job.spec.methods import (
     Expectation,
     JacobiSpec,
     MethodSpec,
+    NystroemSketchSpec,
     NystroemSpec,
     PreconditionerSpec,
     SecondOrder,
@@ -52,6 +54,7 @@ from influence_job.spec.pods import (
 __all__ = [
     "API_VERSION",
     "KIND",
+    "ArnoldiSpec",
     "BlockStructure",
     "CgSpec",
     "ChunksSpec",
@@ -70,6 +73,7 @@ __all__ = [
     "Metadata",
     "MethodSpec",
     "Mode",
+    "NystroemSketchSpec",
     "NystroemSpec",
     "ObjectReference",
     "OnExisting",

@@ -90,31 +90,32 @@ class NystroemSpec(SpecModel):
 PreconditionerSpec = Annotated[JacobiSpec | NystroemSpec, Field(discriminator="name")]
 
 
+_SOLVER_RULES = (
+    rule(
+        "!(has(self.blocks) && self.blocks == 'Custom') || has(self.customBlocks)",
+        "expected block names with parameter names, for blocks is Custom",
+        "customBlocks",
+        Refusal.REQUIRED,
+    ),
+    rule(
+        "!has(self.customBlocks) || (has(self.blocks) && self.blocks == 'Custom')",
+        "only for blocks: Custom; set it or remove this",
+        "customBlocks",
+        Refusal.FORBIDDEN,
+    ),
+    rule(
+        "!(has(self.relative) && self.relative) || !has(self.regularizationByBlock)",
+        "not together with regularizationByBlock; remove one of them",
+        "relative",
+        Refusal.FORBIDDEN,
+    ),
+)
+
+
 class _SolverSpec(SpecModel):
     """What methods that solve with H itself share."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "!(has(self.blocks) && self.blocks == 'Custom') || has(self.customBlocks)",
-                "expected block names with parameter names, for blocks is Custom",
-                "customBlocks",
-                Refusal.REQUIRED,
-            ),
-            rule(
-                "!has(self.customBlocks) || (has(self.blocks) && self.blocks == 'Custom')",
-                "only for blocks: Custom; set it or remove this",
-                "customBlocks",
-                Refusal.FORBIDDEN,
-            ),
-            rule(
-                "!(has(self.relative) && self.relative) || !has(self.regularizationByBlock)",
-                "not together with regularizationByBlock; remove one of them",
-                "relative",
-                Refusal.FORBIDDEN,
-            ),
-        )
-    )
+    model_config = ConfigDict(json_schema_extra=rules(*_SOLVER_RULES))
 
     regularization: Annotated[Number, Field(ge=0)] = Field(
         description="λ, added to the diagonal of H. No default: 0.01 is a start; 0 needs an invertible H."
@@ -181,6 +182,91 @@ class CgSpec(_SolverSpec):
     )
 
 
+_COMPLEMENT = "self.name == 'Arnoldi' && !(has(self.complement) && !self.complement)"
+_NO_ZERO = "self.regularizationByBlock.all(block, self.regularizationByBlock[block] > 0.0)"
+ABOVE_ZERO = "expected more than 0"
+
+
+class ArnoldiSpec(_SolverSpec):
+    """The eigenpairs of H of largest modulus, found by products with it: some ten passes or more."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *_SOLVER_RULES,
+            rule(f"!({_COMPLEMENT}) || self.regularization > 0.0", ABOVE_ZERO, "regularization"),
+            rule(
+                f"!({_COMPLEMENT}) || !has(self.regularizationByBlock) || {_NO_ZERO}",
+                ABOVE_ZERO,
+                "regularizationByBlock",
+            ),
+            rule(
+                "!has(self.krylovDimension) || self.krylovDimension > (has(self.rank) ? self.rank : 10)",
+                "expected more than rank",
+                "krylovDimension",
+            ),
+        )
+    )
+
+    name: Literal["Arnoldi"]
+    rank: Annotated[Integer, Field(ge=1, le=100_000)] = Field(10, description="Eigenpairs. Default 10.")
+    krylov_dimension: Annotated[Integer, Field(ge=2, le=1_000_000)] | None = Field(
+        None,
+        description="Rows that the search keeps, more than rank; default 2·rank + 1, at least 20.",
+    )
+    tol: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        1e-6, description="An eigenpair has converged at ‖Hv − θv‖ ≤ tol·|θ|. Default 1e-6."
+    )
+    max_iter: Annotated[Integer, Field(ge=0, le=100)] | None = Field(
+        None, description="Restarts of the search at most; default 30."
+    )
+    complement: Flag = Field(
+        True,
+        description="Whether what is outside of the eigenvectors counts, with curvature λ; needs λ above 0. "
+        "Default true; false makes factors as narrow as rank.",
+    )
+    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Starts the search. Default 0.")
+
+    @model_validator(mode="after")
+    def _can_be_solved(self) -> ArnoldiSpec:
+        if self.krylov_dimension is not None and self.krylov_dimension <= self.rank:
+            raise refuse("krylovDimension", f"expected more than rank = {self.rank}")
+        if self.complement:
+            _require_positive(self)
+        return self
+
+
+class NystroemSketchSpec(_SolverSpec):
+    """A random sketch of H, which must be positive: one pass, and some more that probe a Hessian for that."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *_SOLVER_RULES,
+            rule("self.name != 'NystroemSketch' || self.regularization > 0.0", ABOVE_ZERO, "regularization"),
+            rule(
+                f"self.name != 'NystroemSketch' || !has(self.regularizationByBlock) || {_NO_ZERO}",
+                ABOVE_ZERO,
+                "regularizationByBlock",
+            ),
+        )
+    )
+
+    name: Literal["NystroemSketch"]
+    rank: Annotated[Integer, Field(ge=1, le=100_000)] = Field(description="Rank of the sketch.")
+    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Draws the sketch. Default 0.")
+
+    @model_validator(mode="after")
+    def _can_be_solved(self) -> NystroemSketchSpec:
+        _require_positive(self)
+        return self
+
+
+def _require_positive(spec: _SolverSpec) -> None:
+    if spec.regularization <= 0:
+        raise refuse("regularization", ABOVE_ZERO)
+    if min((spec.regularization_by_block or {"": 1.0}).values()) <= 0:
+        raise refuse("regularizationByBlock", ABOVE_ZERO)
+
+
 class EkfacSpec(SpecModel):
     """Eigenvalue-corrected Kronecker factors: two passes over the training set, scales to large models."""
 
@@ -214,4 +300,6 @@ class EkfacSpec(SpecModel):
     )
 
 
-MethodSpec = Annotated[DirectSpec | CgSpec | EkfacSpec, Field(discriminator="name")]
+MethodSpec = Annotated[
+    DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | EkfacSpec, Field(discriminator="name")
+]

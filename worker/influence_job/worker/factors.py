@@ -58,7 +58,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
         solved = _solve(own, gradients)
         del gradients
         digest = _store(own, index, solved)
-        outcome.value = _counts(solved)
+        outcome.value = own.fitted.notes
         outcome.report(Row(KIND, index, digest, inputs, own.environment))
 
     outcome.attempt(KIND, index, f"factors of test chunk {index}", work)
@@ -86,7 +86,7 @@ def load_group(own: Session, group: int) -> Left:
     loaded: Left = {}
     for number, block in enumerate(own.layout.blocks):
         # Memory that torch allocated: the alignment of foreign memory changes bits.
-        rows = torch.empty(stop - start, own.layout.widths[block], dtype=own.result_dtype)
+        rows = torch.empty(stop - start, own.layout.factor_widths[block], dtype=own.result_dtype)
         _read_rows(own, factor_path(number), start, stop, rows)
         basis = Basis(arrays.array_info(own.factor_store, factor_path(number)).attributes["basis"])
         loaded[block] = _resident(own, block, rows, basis)
@@ -160,11 +160,6 @@ def _as_stored(own: Session, block: str, left: Tensor) -> Tensor:
     if stored_basis(own.spec) is Basis.METHOD:
         return left
     return own.fitted.factors({block: left})[block]
-
-
-def _counts(solved: Solved) -> dict[str, int]:
-    status = solved.report.status
-    return {member.name: int((status == member.value).sum()) for member in SolverStatus}
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ Both are tensor files. The reader is what every later stage starts from; nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -25,6 +26,16 @@ def range_kind(step: str) -> str:
 def unit_kind(step: str) -> str:
     """The ledger kind of a pass's units."""
     return f"fit/{step}/unit"
+
+
+def settled_kind(step: str) -> str:
+    """The ledger kind of those units of a pass that further passes of its series would not change."""
+    return f"fit/{step}/settled"
+
+
+def pass_prefix(step: str) -> str:
+    """Where everything of a pass lies."""
+    return f"fit/{step}/"
 
 
 def partial_prefix(step: str) -> str:
@@ -66,17 +77,29 @@ class FitReader:
     objective: Objective
 
     def state(self, device: torch.device, before: str | None = None) -> FitState:
-        """Pass -> unit -> name -> tensor, of all passes, or of those before pass `before`."""
+        """Pass -> unit -> name -> tensor, of all passes, or of those before pass `before`.
+
+        Of a series only the last pass that ran; the others were taken over.
+        """
         state: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for step in self.method.passes():
-            if step.name == before:
-                break
+        for step in self._last_passes(before):
             units = step.units(self.objective)
             state[step.name] = {
                 unit: read_tensors(self.store, unit_path(step.name, i), device)
                 for i, unit in enumerate(units)
             }
         return state
+
+    def _last_passes(self, before: str | None) -> list[FitPass]:
+        passes = list(takewhile(lambda step: step.name != before, self.method.passes()))
+        taken_over = {step.follows for step in passes} - {None}
+        if taken_over:
+            # A pass that was not due left nothing, and one that was is finished before anybody asks.
+            there = set(self.store.list("fit/"))
+            in_series = {step.name for step in passes if step.follows is not None} | taken_over
+            passes = [s for s in passes if s.name not in in_series or unit_path(s.name, 0) in there]
+            taken_over = {step.follows for step in passes}
+        return [step for step in passes if step.name not in taken_over]
 
     def sums(self, step: FitPass, unit: int, ranges: int, device: torch.device) -> dict[str, Tensor]:
         """The partial sums of one unit, added in the order of their ranges."""

@@ -7,14 +7,21 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from influence_calculator.maths.method import FitPass, Sums
+from influence_calculator.maths.method import SETTLED, FitPass, Sums
 from influence_calculator.maths.objective import IndexedBatch, micro_batches
 from influence_calculator.maths.training_batches import joined
 from influence_job.errors import PermanentError, Reason
 from influence_job.storage.ledger import Row
 from influence_job.worker import tensor_file
 from influence_job.worker.blame import blame, blaming
-from influence_job.worker.fit_state import FitReader, range_kind, store_partials, unit_kind, unit_path
+from influence_job.worker.fit_state import (
+    FitReader,
+    range_kind,
+    settled_kind,
+    store_partials,
+    unit_kind,
+    unit_path,
+)
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, session
 
@@ -56,6 +63,9 @@ def fit_unit(context: WorkerContext, step_name: str, unit: int) -> Outcome:
         finished = step.finish(name, sums, own.length, own.fit_before(step_name))
         data = tensor_file.pack(finished)
         own.store.put(unit_path(step_name, unit), data)
+        if SETTLED in finished and bool(finished[SETTLED]):
+            # Before the unit's own row: who finds that one knows whether the series goes on.
+            outcome.report(Row(settled_kind(step_name), unit, _digest([data]), "", own.environment))
         outcome.report(Row(kind, unit, _digest([data]), "", own.environment))
 
     outcome.attempt(kind, unit, f"fit pass {step_name}, unit {unit}", work)

@@ -43,6 +43,8 @@ class Loaded:
     environment: str
     units: dict[str, int]
     """Pass -> number of units."""
+    follows: dict[str, str]
+    """Pass -> the pass before it in its series, if it is one of a series."""
     annotations: dict[str, str]
     """Coordinate (`test_label`) -> numpy dtype."""
 
@@ -74,7 +76,7 @@ def save_model(context: WorkerContext) -> Outcome:
 
 def describe(own: Session) -> Loaded:
     """Probes a few examples and measures sizes; reads 64 examples of each side at most."""
-    task = own.task
+    task, passes = own.task, own.method.passes()
     annotations = _probed(own)
     test_identity = None
     if test_side(own.spec):
@@ -85,7 +87,8 @@ def describe(own: Session) -> Loaded:
         train_identity=data_identity(task.train, "train", task.data_version),
         test_identity=test_identity,
         environment=own.environment,
-        units={step.name: len(step.units(own.objective)) for step in own.method.passes()},
+        units={step.name: len(step.units(own.objective)) for step in passes},
+        follows={step.name: step.follows for step in passes if step.follows is not None},
         annotations=annotations,
     )
 
@@ -127,7 +130,7 @@ def measure_sizes(own: Session) -> Sizes:
         shapes=measure(own.objective, slice_batch(one, 0, 1)),
         feature_shape=feature_shape,
         dtype=_dtype(own),
-        blocks=dict(own.layout.widths),
+        blocks=own.layout.factor_widths,
         test_example_bytes=_bytes(own.read("test", 0, 1)[0]) if test_side(own.spec) else 0,
     )
 

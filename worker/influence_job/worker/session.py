@@ -24,7 +24,7 @@ from influence_job import entrypoint
 from influence_job.data import read_batch
 from influence_job.errors import PermanentError, Reason
 from influence_job.identity import JobIdentity
-from influence_job.methods import build as build_method
+from influence_job.methods import method_of
 from influence_job.plan import Plan
 from influence_job.spec import Device, FactorDtype, InfluenceJobSpec, Operation, Precision
 from influence_job.storage.store import Store
@@ -205,7 +205,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
         device=device,
         task=task,
         objective=entrypoint.objective_of(task),
-        method=build_method(spec.method),
+        method=method_of(spec),
         environment=environment.describe(device),
         model_digest=model_state.digest(task.model),
     )

@@ -1,0 +1,24 @@
+"""Random rows that depend on a seed alone: the same for every batch, range, worker and device.
+
+Shapes: q rows, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, *key: object) -> torch.Generator:
+    """A CPU generator for one use of a seed: that of a block, or of a block's k-th pass."""
+    text = ":".join(str(part) for part in (seed, *key))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def orthonormal_rows(q: int, width: int, drawn_by: torch.Generator, like: Tensor) -> Tensor:
+    """Orthonormal rows, `[q, P_b]`, drawn on the CPU in float64; in dtype and on the device of `like`."""
+    drawn = torch.randn(width, q, generator=drawn_by, dtype=torch.float64)
+    return torch.linalg.qr(drawn).Q.T.to(like).contiguous()
