@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.blocks import BlockStructure, block_layout
+from influence_calculator.maths.blocks import (
+    BlockStructure,
+    Regularization,
+    block_layout,
+    block_regularization,
+    needs_trace,
+)
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
+from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.method import FitPass, FitState, Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective
@@ -94,3 +101,15 @@ class TracePass(CurvaturePass):
         self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
     ) -> dict[str, Tensor]:
         return {"trace": sums["trace"] / length}
+
+
+def traced_regularization(regularization: Regularization, state: FitState, block: str, width: int) -> float:
+    """λ of one block, from what `TracePass` left behind if it is relative.
+
+    Raises:
+        ValueError: it is relative, and the state has no trace of the block.
+    """
+    trace = 0.0
+    if needs_trace(regularization):
+        trace = float(fitted_tensor(state, TracePass.name, block, "trace", ()))
+    return block_regularization(regularization, block, trace, width)
