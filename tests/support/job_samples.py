@@ -140,6 +140,34 @@ _SPECS: dict[str, dict[str, Json]] = {
         "factors": {"url": "s3://bucket/factors.zarr"},
         "output": OUTPUT,
     },
+    "lissa": {
+        "task": TASK,
+        "method": {
+            "name": "Lissa",
+            "regularization": 0,
+            "rtol": 1e-10,
+            "atol": 0.5,
+            "maxiter": 1,
+            "scale": 1e-3,
+            "dampen": 0,
+            "batchSize": 1,
+            "seed": 2**53,
+            "secondOrder": "GeneralizedGaussNewton",
+        },
+        "output": OUTPUT,
+    },
+    "inverse harmonic mean": {
+        "task": TASK,
+        "mode": "Perturbation",
+        "method": {
+            "name": "InverseHarmonicMean",
+            "regularization": 0.1,
+            "regularizationByBlock": {"head": 1e-9},
+            "blocks": "Custom",
+            "customBlocks": {"head": ["2.weight"]},
+        },
+        "output": OUTPUT,
+    },
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -243,6 +271,7 @@ def broken_rules() -> Iterator[Broken]:
     """What the schema's rules forbid between fields."""
     factors = {"url": "gs://bucket/factors.zarr"}
     solver = {"name": "Direct", "regularization": 0.1}
+    harmonic = {"name": "InverseHarmonicMean", "regularization": 0.1}
     blocks = {"all": ["0.weight"]}
     changes: list[tuple[str, Path, Json]] = [
         ("factors without need", ("factors",), {"factors": factors}),
@@ -266,6 +295,17 @@ def broken_rules() -> Iterator[Broken]:
             {"operation": "InfluencesFromFactors", "factors": {"url": "javascript://x"}},
         ),
         ("λ of 0 for EK-FAC", ("method", "regularization"), {"method": {**EKFAC, "regularization": 0}}),
+        ("λ of 0 for DataInf", ("method", "regularization"), {"method": {**harmonic, "regularization": 0}}),
+        (
+            "λ of 0 for a block of DataInf",
+            ("method", "regularizationByBlock"),
+            {"method": {**harmonic, "regularizationByBlock": {"0": 0.1, "2": 0}}},
+        ),
+        (
+            "a scale of 0",
+            ("method", "scale"),
+            {"method": {"name": "Lissa", "regularization": 0.1, "scale": 0}},
+        ),
         ("no blocks", ("method", "customBlocks"), {"method": {**solver, "blocks": "Custom"}}),
         ("blocks without need", ("method", "customBlocks"), {"method": {**solver, "customBlocks": blocks}}),
         (
@@ -301,6 +341,10 @@ def broken_rules() -> Iterator[Broken]:
         ("Direct", {"samples": 3}),
         ("Cg", {"updateDiagonal": True}),
         ("Cg", {"seed": 1}),
+        ("Cg", {"scale": 2}),
+        ("Lissa", {"simultaneous": True}),
+        ("InverseHarmonicMean", {"secondOrder": "Hessian"}),
+        ("InverseHarmonicMean", {"rtol": 0.1}),
     ):
         [field] = foreign
         method = {"name": name, "regularization": 0.1, **foreign}

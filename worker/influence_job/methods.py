@@ -10,13 +10,26 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
+from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.preconditioners import (
     JacobiPreconditioner,
     NystroemPreconditioner,
     Preconditioner,
 )
-from influence_job.spec import CgSpec, DirectSpec, EkfacSpec, JacobiSpec, NystroemSpec, PreconditionerSpec
+from influence_job.spec import (
+    CgSpec,
+    DirectSpec,
+    EkfacSpec,
+    InverseHarmonicMeanSpec,
+    JacobiSpec,
+    LissaSpec,
+    NystroemSpec,
+    PreconditionerSpec,
+)
+
+SolverSpec = DirectSpec | CgSpec | LissaSpec
 
 
 @singledispatch
@@ -47,6 +60,27 @@ def _cg(spec: CgSpec) -> Method:
 
 
 @build.register
+def _lissa(spec: LissaSpec) -> Method:
+    return Lissa(
+        regularization=_regularization(spec),
+        blocks=_blocks(spec),
+        second_order=_second_order(spec),
+        maxiter=spec.maxiter,
+        dampen=spec.dampen,
+        scale=spec.scale,
+        rtol=spec.rtol,
+        atol=spec.atol,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+
+
+@build.register
+def _inverse_harmonic_mean(spec: InverseHarmonicMeanSpec) -> Method:
+    return InverseHarmonicMean(regularization=_regularization(spec), blocks=_blocks(spec))
+
+
+@build.register
 def _ekfac(spec: EkfacSpec) -> Method:
     return Ekfac(
         regularization=spec.regularization,
@@ -58,19 +92,19 @@ def _ekfac(spec: EkfacSpec) -> Method:
     )
 
 
-def _regularization(spec: DirectSpec | CgSpec) -> Regularization:
+def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularization:
     if spec.regularization_by_block is not None:
         return dict(spec.regularization_by_block)
     return Relative(spec.regularization) if spec.relative else spec.regularization
 
 
-def _blocks(spec: DirectSpec | CgSpec) -> BlockStructure:
+def _blocks(spec: SolverSpec | InverseHarmonicMeanSpec) -> BlockStructure:
     if spec.custom_blocks is not None:
         return {block: tuple(names) for block, names in spec.custom_blocks.items()}
     return BlockMode(_snake(spec.blocks))
 
 
-def _second_order(spec: DirectSpec | CgSpec) -> SecondOrderMode:
+def _second_order(spec: SolverSpec) -> SecondOrderMode:
     return SecondOrderMode(_snake(spec.second_order))
 
 

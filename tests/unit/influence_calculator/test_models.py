@@ -24,7 +24,9 @@ from influence_calculator import (
     DisableClientSingleThreadCheck,
     EkfacInfluence,
     InfluenceMode,
+    InverseHarmonicMeanInfluence,
     JacobiPreconditioner,
+    LissaInfluence,
     NotFittedException,
     NotImplementedLayerRepresentationException,
     NystroemPreconditioner,
@@ -36,6 +38,7 @@ from influence_calculator import (
     UnsupportedInfluenceModeException,
     torch_dataset_to_dask_array,
 )
+from influence_calculator.torch.base import TorchComposableInfluence
 from model_cases import LOGISTIC, MLP
 
 CASE = MLP
@@ -65,8 +68,23 @@ def ekfac(**changes: Any) -> EkfacInfluence:
     )
 
 
-Build = Callable[..., DirectInfluence | CgInfluence | EkfacInfluence]
-MODELS: dict[str, Build] = {"direct": direct, "cg": conjugate, "ekfac": ekfac}
+def lissa(**changes: Any) -> LissaInfluence:
+    exact = {"rtol": 1e-11, "scale": 1.6}
+    return LissaInfluence(CASE.model(), CASE.loss, **{**FISHER, **exact, **changes})
+
+
+def harmonic(**changes: Any) -> InverseHarmonicMeanInfluence:
+    return InverseHarmonicMeanInfluence(CASE.model(), CASE.loss, **{"regularization": λ, **changes})
+
+
+Build = Callable[..., TorchComposableInfluence]
+MODELS: dict[str, Build] = {
+    "direct": direct,
+    "cg": conjugate,
+    "ekfac": ekfac,
+    "lissa": lissa,
+    "inverse harmonic mean": harmonic,
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -83,8 +101,8 @@ def layer_wise(build: Build) -> Build:
 
 @pytest.fixture
 def expected(build: Build) -> Tensor:
-    """The influences of the method fitted to one batch; the two exact ones have the same."""
-    reference = ekfac() if build is ekfac else direct()
+    """The influences of the method fitted to one batch; those that solve exactly have the same."""
+    reference = build() if build in (ekfac, harmonic) else direct()
     return reference.fit([(X, Y)]).influences(X_TEST, Y_TEST, X, Y)
 
 
@@ -302,7 +320,9 @@ class TestRegularization:
             model.with_regularization(given)
         assert torch.equal(model.influences(X_TEST, Y_TEST, X, Y), before)
 
-    @pytest.mark.parametrize("model", [DirectInfluence, CgInfluence])
+    @pytest.mark.parametrize(
+        "model", [DirectInfluence, CgInfluence, LissaInfluence, InverseHarmonicMeanInfluence]
+    )
     def test_the_old_name_is_accepted_with_a_deprecation_warning(self, model):
         with pytest.warns(DeprecationWarning, match="hessian_regularization is called regularization"):
             old = model(CASE.model(), CASE.loss, hessian_regularization=0.25)

@@ -152,6 +152,23 @@ def checked_regularization(regularization: Regularization | None) -> Regularizat
     return regularization
 
 
+def require_positive(regularization: Regularization | None, why: str) -> None:
+    """Refuses a regularization that leaves a block without one; `why` says what needs it.
+
+    Raises:
+        ValueError: None, or not above 0.
+    """
+    match checked_regularization(regularization):
+        case Relative(c=c):
+            smallest = c
+        case Mapping() as by_block:
+            smallest = min(by_block.values(), default=0.0)
+        case number:
+            smallest = number
+    if smallest <= 0:
+        raise ValueError(f"regularization: expected numbers above 0, got {smallest}: {why}; 0.01 is a start")
+
+
 def needs_trace(regularization: Regularization) -> bool:
     """Whether λ follows from the curvature's trace."""
     return isinstance(regularization, Relative)

@@ -26,7 +26,7 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
 from influence_calculator.maths.curvature import SecondOrderMode
-from influence_calculator.maths.curvature_passes import TracePass, traced_regularization
+from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -102,10 +102,9 @@ class Cg(Method):
             )
         layout = self.layout(objective)
         batches = TrainingBatches(objective, data)
-        regularization = checked_regularization(self.regularization)
         solvers: dict[str, BlockSolver] = {}
         for block, width in layout.widths.items():
-            λ = traced_regularization(regularization, state, block, width)
+            λ = fitted_regularization(self.regularization, state, block, width)
             solvers[block] = _CgSolver(
                 self.second_order,
                 objective,

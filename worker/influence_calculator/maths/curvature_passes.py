@@ -18,6 +18,7 @@ from influence_calculator.maths.blocks import (
     Regularization,
     block_layout,
     block_regularization,
+    checked_regularization,
     needs_trace,
 )
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
@@ -103,13 +104,16 @@ class TracePass(CurvaturePass):
         return {"trace": sums["trace"] / length}
 
 
-def traced_regularization(regularization: Regularization, state: FitState, block: str, width: int) -> float:
-    """λ of one block, from what `TracePass` left behind if it is relative.
+def fitted_regularization(
+    regularization: Regularization | None, state: FitState, block: str, width: int
+) -> float:
+    """λ of one block; a relative one from what `TracePass` left.
 
     Raises:
-        ValueError: it is relative, and the state has no trace of the block.
+        ValueError: a relative one, and a fit without that pass.
     """
+    checked = checked_regularization(regularization)
     trace = 0.0
-    if needs_trace(regularization):
+    if needs_trace(checked):
         trace = float(fitted_tensor(state, TracePass.name, block, "trace", ()))
-    return block_regularization(regularization, block, trace, width)
+    return block_regularization(checked, block, trace, width)

@@ -23,14 +23,13 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    Relative,
     block_layout,
     check_coverage,
-    checked_regularization,
     needs_trace,
+    require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
-from influence_calculator.maths.curvature_passes import TracePass, traced_regularization
+from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.directional import GRAPH_COPIES, activation_elements
 from influence_calculator.maths.errors import SingularCurvatureError
 from influence_calculator.maths.footprints import block_widths, capture_bytes, collect_bytes, row_bytes
@@ -72,12 +71,7 @@ class InverseHarmonicMean(Method):
     needs_data = True
 
     def __post_init__(self) -> None:
-        for value in _numbers(checked_regularization(self.regularization)):
-            if not value > 0:
-                raise ValueError(
-                    f"regularization: expected numbers above 0, got {value}; the inverse of one example's "
-                    "g gᵀ exists with λ only, 0.01 is a usual start"
-                )
+        require_positive(self.regularization, "the inverse of one example's g gᵀ exists with λ only")
 
     @override
     def layout(self, objective: Objective) -> Layout:
@@ -100,7 +94,7 @@ class InverseHarmonicMean(Method):
             )
         layout = self.layout(objective)
         λ = {
-            block: traced_regularization(self.regularization, state, block, width)
+            block: fitted_regularization(self.regularization, state, block, width)
             for block, width in layout.widths.items()
         }
         for block, value in λ.items():
@@ -125,16 +119,6 @@ class InverseHarmonicMean(Method):
             resident=KEPT_BYTES,
             stored=0,
         )
-
-
-def _numbers(regularization: Regularization) -> tuple[float, ...]:
-    match regularization:
-        case Relative(c=c):
-            return (c,)
-        case Mapping():
-            return tuple(regularization.values())
-        case _:
-            return (regularization,)
 
 
 class _HarmonicFitted(GradientFitted):

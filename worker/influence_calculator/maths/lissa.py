@@ -26,7 +26,7 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping
 from influence_calculator.maths.curvature import SecondOrderMode
-from influence_calculator.maths.curvature_passes import TracePass, traced_regularization
+from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.extreme_eigenvalues import Extremes, extreme_eigenvalues
 from influence_calculator.maths.footprints import (
     block_widths,
@@ -110,10 +110,9 @@ class Lissa(Method):
             )
         layout = self.layout(objective)
         batches = TrainingBatches(objective, data)
-        regularization = checked_regularization(self.regularization)
         solvers: dict[str, BlockSolver] = {}
         for block, width in layout.widths.items():
-            λ = traced_regularization(regularization, state, block, width)
+            λ = fitted_regularization(self.regularization, state, block, width)
             shift = λ + self.dampen * self.scale
             solvers[block] = _LissaSolver(self, objective, layout.only(block), batches, shift)
         return BlockwiseFitted(layout, objective, solvers)
@@ -167,7 +166,7 @@ class _LissaSolver:
         may_be_indefinite = method.second_order is SecondOrderMode.HESSIAN and len(right_hand_sides) > 0
         if may_be_indefinite or bool((report.status == SolverStatus.NOT_FINITE).any()):
             self._extremes = self._extremes or extreme_eigenvalues(products.mean, right_hand_sides[0])
-        return solution, replace(report, advice=self._advice())
+        return solution, replace(report, notes=self._notes())
 
     def _steps(self, products: TrainingProducts) -> Steps | None:
         size = self._method.batch_size
@@ -181,7 +180,7 @@ class _LissaSolver:
 
         return Steps(map(product, parts.endless()), parts.count)
 
-    def _advice(self) -> tuple[str, ...]:
+    def _notes(self) -> tuple[str, ...]:
         if self._extremes is None:
             return ()
         return tuple(self._found(self._extremes))

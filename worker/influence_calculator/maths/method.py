@@ -51,7 +51,7 @@ class SolverReport:
     """`[t]` int32; over blocks the most."""
     residual: Tensor
     """`[t]` float64, `‖r‖ / ‖b‖`; over blocks the largest. 0 for a method that solves exactly."""
-    advice: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     """Sentences on what the solver found to be in its way, with the cure."""
 
     @classmethod

@@ -1,6 +1,12 @@
 """Influence models for torch, under pyDVL's module paths."""
 
-from influence_calculator.torch.influence_function_model import CgInfluence, DirectInfluence, EkfacInfluence
+from influence_calculator.torch.influence_function_model import (
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
+)
 from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
 from influence_calculator.torch.util import BlockMode, SecondOrderMode
 
@@ -9,7 +15,9 @@ __all__ = [
     "CgInfluence",
     "DirectInfluence",
     "EkfacInfluence",
+    "InverseHarmonicMeanInfluence",
     "JacobiPreconditioner",
+    "LissaInfluence",
     "NystroemPreconditioner",
     "SecondOrderMode",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -27,7 +27,7 @@ from influence_calculator.base_influence_function_model import (
 )
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
-from influence_calculator.maths.blocks import Regularization
+from influence_calculator.maths.blocks import BlockMode, Regularization
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.gradient_methods import GradientFitted
 from influence_calculator.maths.layout import Layout, Left
@@ -48,6 +48,11 @@ from influence_calculator.torch.by_block import influences_by_block, perturbatio
 from influence_calculator.torch.training_data import IterableTrainingData
 from influence_calculator.torch.util import LossType
 from influence_calculator.types import InfluenceMode, as_mode
+
+GivenRegularization = Regularization | Mapping[str, float | None] | None
+"""λ: a number, one per block (None means 0), `Relative`, or None for 0."""
+
+GivenBlocks = BlockMode | Mapping[str, Sequence[str]]
 
 GRADIENT_BYTES = 2**28
 """256 MiB for one parameter's per-example gradients of the examples differentiated at once."""
@@ -241,8 +246,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def _noted(self, solved: Solved) -> Solved:
         self.solver_report = solved.report
         ended = _not_converged(solved.report)
-        if ended and self.warn_on_max_iteration:
-            warnings.warn(ended, SolverWarning, stacklevel=4)
+        if self.warn_on_max_iteration:
+            for sentence in (*([ended] if ended else []), *solved.report.notes):
+                warnings.warn(sentence, SolverWarning, stacklevel=4)
         return solved
 
     def _refresh(self) -> None:
@@ -344,7 +350,7 @@ class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[
         return perturbations_by_block(fitted, self.objective, left, batch, pieces)
 
 
-def regularization_of(value: Regularization | Mapping[str, float | None] | None) -> Regularization:
+def regularization_of(value: GivenRegularization) -> Regularization:
     """PyDVL's regularization (None means 0, also per block) as the maths'."""
     if value is None:
         return 0.0

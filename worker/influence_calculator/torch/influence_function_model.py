@@ -8,7 +8,6 @@ example helps, not divided by N.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -18,6 +17,8 @@ from influence_calculator.maths.blocks import Regularization
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.direct import Direct
 from influence_calculator.torch.base import (
+    GivenBlocks,
+    GivenRegularization,
     TorchComposableInfluence,
     TorchInfluenceFunctionModel,
     regularization_of,
@@ -25,14 +26,17 @@ from influence_calculator.torch.base import (
 from influence_calculator.torch.ekfac import EkfacInfluence
 from influence_calculator.torch.preconditioner import Preconditioner
 from influence_calculator.torch.renamed import accepts_old_names
+from influence_calculator.torch.training_passes import InverseHarmonicMeanInfluence, LissaInfluence
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
-__all__ = ["CgInfluence", "DirectInfluence", "EkfacInfluence", "TorchInfluenceFunctionModel"]
-
-GivenRegularization = Regularization | Mapping[str, float | None] | None
-"""λ: a number, one per block (None means 0), `Relative`, or None for 0."""
-
-GivenBlocks = BlockMode | Mapping[str, Sequence[str]]
+__all__ = [
+    "CgInfluence",
+    "DirectInfluence",
+    "EkfacInfluence",
+    "InverseHarmonicMeanInfluence",
+    "LissaInfluence",
+    "TorchInfluenceFunctionModel",
+]
 
 
 class DirectInfluence(TorchComposableInfluence):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class Stages:
         """One left representation per test chunk."""
         self._enter(Stage.FACTORS)
         self._solver = dict.fromkeys(("CONVERGED", "MAX_ITERATIONS", "INDEFINITE", "NOT_FINITE"), 0)
-        self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors)
+        self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors, on_value=self._tell_notes)
         self._count_solver()
 
     def scores(self) -> None:
@@ -113,12 +114,24 @@ class Stages:
     def _missing(self, kind: str, total: int) -> np.ndarray:
         return self.opened.ledger.missing(kind, total)
 
-    def _rows(self, kind: str, total: int, function: object, *leading: object) -> None:
+    def _tell_notes(self, notes: tuple[str, ...]) -> None:
+        """What the workers that solve found to be in their way."""
+        for note in notes:
+            self.tracker.warn(note)
+
+    def _rows(
+        self,
+        kind: str,
+        total: int,
+        function: object,
+        *leading: object,
+        on_value: Callable[[Any], None] = lambda _: None,
+    ) -> None:
         """Computes what is missing of `total` rows, one per task, and counts it as progress."""
         count = self.opened.ledger.count
         self.tracker.start_counting(count(kind), total)
         self.submitter.run(
-            self._work(kind, total, function, *leading), on_row=lambda: self.tracker.count(count(kind))
+            self._work(kind, total, function, *leading), lambda: self.tracker.count(count(kind)), on_value
         )
 
     def _work(self, kind: str, total: int, function: object, *leading: object) -> Iterator[Work]:

@@ -19,6 +19,8 @@ from influence_job.spec import (
     DirectSpec,
     EkfacSpec,
     InfluenceJobSpec,
+    InverseHarmonicMeanSpec,
+    LissaSpec,
     Mode,
     Operation,
     SecondOrder,
@@ -28,6 +30,8 @@ GFLOPS = {Device.CPU: 20.0, Device.CUDA: 10_000.0}
 """Per worker, assumed: one core, and a data-centre GPU in float32. Small models reach a fraction of it."""
 CG_ITERATIONS = 30
 """Assumed where the number is known only afterwards."""
+LISSA_STEPS = 300
+"""The same for LiSSA, which takes the square of as many."""
 
 
 def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
@@ -102,13 +106,38 @@ def _solve_cg(spec: CgSpec, sizes: Sizes) -> float:
     return sizes.test * iterations * sizes.train * 2 * _capture(sizes.shapes)
 
 
+def _solve_lissa(spec: LissaSpec, sizes: Sizes) -> float:
+    steps = min(spec.maxiter, LISSA_STEPS)
+    examples = min(spec.batch_size or sizes.train, sizes.train)
+    return sizes.test * steps * examples * 2 * _capture(sizes.shapes)
+
+
+def _solve_inverse_harmonic_mean(_: InverseHarmonicMeanSpec, sizes: Sizes) -> float:
+    """A product and its transpose with each training gradient; taking these once per test chunk is less."""
+    shapes = sizes.shapes
+    once = sizes.train * (_capture(shapes) + _gradient(shapes))
+    return once + sizes.test * sizes.train * 4.0 * shapes.width
+
+
 def _nothing(_: Any, __: Sizes) -> float:
     return 0.0
 
 
 Cost = Callable[[Any, Sizes], float]
-_FITS: dict[type, Cost] = {EkfacSpec: _fit_ekfac, DirectSpec: _fit_direct, CgSpec: _nothing}
-_SOLVES: dict[type, Cost] = {EkfacSpec: _solve_ekfac, DirectSpec: _solve_direct, CgSpec: _solve_cg}
+_FITS: dict[type, Cost] = {
+    EkfacSpec: _fit_ekfac,
+    DirectSpec: _fit_direct,
+    CgSpec: _nothing,
+    LissaSpec: _nothing,
+    InverseHarmonicMeanSpec: _nothing,
+}
+_SOLVES: dict[type, Cost] = {
+    EkfacSpec: _solve_ekfac,
+    DirectSpec: _solve_direct,
+    CgSpec: _solve_cg,
+    LissaSpec: _solve_lissa,
+    InverseHarmonicMeanSpec: _solve_inverse_harmonic_mean,
+}
 
 
 def _of_method(costs: dict[type, Cost], spec: InfluenceJobSpec, sizes: Sizes) -> float:

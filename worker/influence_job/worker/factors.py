@@ -40,7 +40,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
         _require_finite(gradients, start)
         solved = _solve(own, gradients)
         digest = _store(own, index, solved)
-        outcome.value = _counts(solved)
+        outcome.value = solved.report.notes
         outcome.report(Row(KIND, index, digest, inputs, own.environment))
 
     outcome.attempt(KIND, index, f"factors of test chunk {index}", work)
@@ -120,11 +120,6 @@ def _store(own: Session, index: int, solved: Solved) -> str:
         digest = arrays.write_chunk(own.store, name, (index,), as_array(values_of_rows))
         state.update(digest.encode())
     return state.hexdigest()
-
-
-def _counts(solved: Solved) -> dict[str, int]:
-    status = solved.report.status
-    return {member.name: int((status == member.value).sum()) for member in SolverStatus}
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
