@@ -150,7 +150,7 @@ def test_the_last_document_tells_shape_bytes_and_digest(undisturbed: Any) -> Non
             "name": "Lissa",
             "regularization": LAMBDA,
             "secondOrder": "GeneralizedGaussNewton",
-            "rtol": 1e-4,
+            "rtol": 1e-5,
             "maxiter": 5000,
         },
     ],

@@ -65,8 +65,8 @@ class Plan(SpecModel):
     top_k: int = 100
     fit_passes: int = Field(description="Passes over the training set that fit the method.")
     solves_with_data: bool = Field(
-        description="Whether solving reads the training set: a pass per test chunk and iteration (epoch, where "
-        "its steps take parts)."
+        description="Whether solving reads the training set: a pass per test chunk and iteration (epoch, "
+        "where steps take parts)."
     )
     memory: dict[str, StageMemory] = Field(description="Stage -> bytes per worker.")
 
