@@ -53,6 +53,8 @@ PROMISED = {
         "EkfacInfluence",
         "ArnoldiInfluence",
         "NystroemSketchInfluence",
+        "InverseHarmonicMeanInfluence",
+        "LissaInfluence",
         "JacobiPreconditioner",
         "NystroemPreconditioner",
         "BlockMode",
@@ -64,6 +66,8 @@ PROMISED = {
         "EkfacInfluence",
         "ArnoldiInfluence",
         "NystroemSketchInfluence",
+        "InverseHarmonicMeanInfluence",
+        "LissaInfluence",
     ],
     ".torch.preconditioner": ["JacobiPreconditioner", "NystroemPreconditioner"],
     ".torch.util": [

@@ -17,6 +17,13 @@ from torch.func import functional_call, grad, hessian, vmap
 
 import stored
 import traced_task
+from influence_calculator import (
+    BlockMode,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
+    Relative,
+    SecondOrderMode,
+)
 from jobs import Barrier, Jobs, times_written
 
 LAMBDA = 0.05
@@ -139,8 +146,15 @@ def test_the_last_document_tells_shape_bytes_and_digest(undisturbed: Any) -> Non
             "secondOrder": "GeneralizedGaussNewton",
             "rtol": 1e-6,
         },
+        {
+            "name": "Lissa",
+            "regularization": LAMBDA,
+            "secondOrder": "GeneralizedGaussNewton",
+            "rtol": 3e-6,
+            "scale": 3,
+        },
     ],
-    ids=["Direct", "Cg"],
+    ids=["Direct", "Cg", "Lissa"],
 )
 def test_scores_are_those_of_the_definition(method: dict[str, Any], jobs: Jobs, tmp_path: Path) -> None:
     """`g_test · (H + λI)^-1 · g_train` with signs, scale and order, against an explicit H in float64."""
@@ -149,6 +163,55 @@ def test_scores_are_those_of_the_definition(method: dict[str, Any], jobs: Jobs, 
     oracle = Oracle.of_small_task()
     found = xarray.open_zarr(path)["influences"].values
     np.testing.assert_allclose(found, oracle.influences(), rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [
+        (
+            {
+                "name": "Lissa",
+                "regularization": LAMBDA,
+                "secondOrder": "GeneralizedGaussNewton",
+                "maxiter": 30,
+                "batchSize": 10,
+                "seed": 3,
+            },
+            lambda net, loss: LissaInfluence(
+                net,
+                loss,
+                LAMBDA,
+                maxiter=30,
+                second_order_mode=SecondOrderMode.GENERALIZED_GAUSS_NEWTON,
+                batch_size=10,
+                seed=3,
+                warn_on_max_iteration=False,
+            ),
+        ),
+        (
+            {
+                "name": "InverseHarmonicMean",
+                "regularization": 0.1,
+                "relative": True,
+                "blocks": "LayerWise",
+            },
+            lambda net, loss: InverseHarmonicMeanInfluence(net, loss, Relative(0.1), BlockMode.LAYER_WISE),
+        ),
+    ],
+    ids=["Lissa in parts", "InverseHarmonicMean"],
+)
+def test_scores_are_those_of_the_library(
+    method: dict[str, Any], model: Any, jobs: Jobs, tmp_path: Path
+) -> None:
+    """Whatever chunks the job reads its training data in."""
+    path = tmp_path / "result.zarr"
+    jobs.finish(jobs.manifest({**SMALL, "method": method}), output=path)
+    task = traced_task.task(train=96, test=8)
+    train, test = task.train.read(0, 96), task.test.read(0, 8)
+    fitted = model(task.model, torch.nn.functional.cross_entropy).fit([train[:2]])
+    expected = fitted.influences(*test[:2], *train[:2]).numpy()
+    found = xarray.open_zarr(path)["influences"].values
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 def test_perturbation_gives_one_number_per_input_feature(jobs: Jobs, tmp_path: Path) -> None:

@@ -166,6 +166,34 @@ _SPECS: dict[str, dict[str, Json]] = {
         "factors": {"url": "s3://bucket/factors.zarr"},
         "output": OUTPUT,
     },
+    "lissa": {
+        "task": TASK,
+        "method": {
+            "name": "Lissa",
+            "regularization": 0,
+            "rtol": 1e-10,
+            "atol": 0.5,
+            "maxiter": 1,
+            "scale": 1e-3,
+            "dampen": 0,
+            "batchSize": 1,
+            "seed": 2**53,
+            "secondOrder": "GeneralizedGaussNewton",
+        },
+        "output": OUTPUT,
+    },
+    "inverse harmonic mean": {
+        "task": TASK,
+        "mode": "Perturbation",
+        "method": {
+            "name": "InverseHarmonicMean",
+            "regularization": 0.1,
+            "regularizationByBlock": {"head": 1e-9},
+            "blocks": "Custom",
+            "customBlocks": {"head": ["2.weight"]},
+        },
+        "output": OUTPUT,
+    },
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -269,6 +297,7 @@ def broken_rules() -> Iterator[Broken]:
     """What the schema's rules forbid between fields."""
     factors = {"url": "gs://bucket/factors.zarr"}
     solver = {"name": "Direct", "regularization": 0.1}
+    harmonic = {"name": "InverseHarmonicMean", "regularization": 0.1}
     blocks = {"all": ["0.weight"]}
     changes: list[tuple[str, Path, Json]] = [
         ("factors without need", ("factors",), {"factors": factors}),
@@ -324,6 +353,17 @@ def broken_rules() -> Iterator[Broken]:
                 }
             },
         ),
+        ("λ of 0 for DataInf", ("method", "regularization"), {"method": {**harmonic, "regularization": 0}}),
+        (
+            "λ of 0 for a block of DataInf",
+            ("method", "regularizationByBlock"),
+            {"method": {**harmonic, "regularizationByBlock": {"0": 0.1, "2": 0}}},
+        ),
+        (
+            "a scale of 0",
+            ("method", "scale"),
+            {"method": {"name": "Lissa", "regularization": 0.1, "scale": 0}},
+        ),
         ("no blocks", ("method", "customBlocks"), {"method": {**solver, "blocks": "Custom"}}),
         ("blocks without need", ("method", "customBlocks"), {"method": {**solver, "customBlocks": blocks}}),
         (
@@ -361,6 +401,10 @@ def broken_rules() -> Iterator[Broken]:
         ("Cg", {"seed": 1}),
         ("Arnoldi", {"samples": 1}),
         ("Direct", {"complement": True}),
+        ("Cg", {"scale": 2}),
+        ("Lissa", {"simultaneous": True}),
+        ("InverseHarmonicMean", {"secondOrder": "Hessian"}),
+        ("InverseHarmonicMean", {"rtol": 0.1}),
     ):
         [field] = foreign
         method = {"name": name, "regularization": 0.1, **foreign}

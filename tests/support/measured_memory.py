@@ -21,10 +21,11 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.gradients import collected
+from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
+from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method, fit
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.objective import Objective, xy_objective
-from influence_calculator.maths.training_batches import KEPT_BYTES
 from training_sets import TrainingSet
 
 
@@ -67,6 +68,9 @@ def main() -> None:
         "cg": Cg(0.1, maxiter=2, second_order=second_order),
         "arnoldi": Arnoldi(0.1, 30, max_iter=1, second_order=second_order),
         "nystroem": NystroemSketch(0.1, 30, second_order=second_order),
+        "lissa": Lissa(0.1, maxiter=2, second_order=second_order),
+        "lissa in parts": Lissa(0.1, maxiter=2, second_order=second_order, batch_size=micro_batch),
+        "inverse harmonic mean": InverseHarmonicMean(0.1),
     }
     method = methods[name]
     # What torch loads and allocates once for all, whatever the model's size.
@@ -76,8 +80,11 @@ def main() -> None:
     objective = _objective(hidden, hidden)
     whole = (torch.randn(examples, hidden), torch.randint(0, 10, (examples,)))
     footprint = method.footprint(measure(objective, whole), micro_batch, rows)
-    # The plan counts the largest training set that CG keeps in memory; this one is smaller.
-    unused = max(0, KEPT_BYTES - whole[0].nbytes) if name == "cg" else 0
+    # The plan counts the largest training set that iterating methods keep in memory; this one is smaller.
+    kept = whole[0].nbytes
+    if name == "inverse harmonic mean":
+        kept += examples * footprint.factor_row
+    unused = max(0, footprint.resident - kept) if method.needs_data else 0
     before = _resident()
     _run(method, objective, TrainingSet(whole, micro_batch), rows, stage)
     seen = max(0, _peak() - before)

@@ -136,6 +136,16 @@ def block_diagonal(curvature: Tensor, blocks: list[Tensor]) -> Tensor:
     return result
 
 
+def mean_inverse(gradients: Tensor, regularization: float) -> Tensor:
+    """`[P, P]`: `(1/N) Σ_i (g_i g_iᵀ + λI)^-1`, every inverse formed."""
+    g = gradients.double()
+    identity = torch.eye(g.shape[1], dtype=torch.float64)
+    total = torch.zeros_like(identity)
+    for row in g:
+        total += torch.linalg.inv(torch.outer(row, row) + regularization * identity)
+    return total / g.shape[0]
+
+
 def influences(curvature: Tensor, regularization: float, test: Tensor, train: Tensor) -> Tensor:
     """`[T, N]`: `z_test · g_train` from both sides' gradients."""
     return factors(curvature, regularization, test) @ train.double().T

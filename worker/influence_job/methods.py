@@ -11,6 +11,8 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
+from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import (
@@ -24,7 +26,9 @@ from influence_job.spec import (
     DirectSpec,
     EkfacSpec,
     InfluenceJobSpec,
+    InverseHarmonicMeanSpec,
     JacobiSpec,
+    LissaSpec,
     Mode,
     NystroemSketchSpec,
     NystroemSpec,
@@ -32,7 +36,7 @@ from influence_job.spec import (
     PreconditionerSpec,
 )
 
-SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec
+SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | LissaSpec
 
 
 def method_of(spec: InfluenceJobSpec) -> Method:
@@ -100,6 +104,27 @@ def _nystroem_sketch(spec: NystroemSketchSpec) -> Method:
 
 
 @build.register
+def _lissa(spec: LissaSpec) -> Method:
+    return Lissa(
+        regularization=_regularization(spec),
+        blocks=_blocks(spec),
+        second_order=_second_order(spec),
+        maxiter=spec.maxiter,
+        dampen=spec.dampen,
+        scale=spec.scale,
+        rtol=spec.rtol,
+        atol=spec.atol,
+        batch_size=spec.batch_size,
+        seed=spec.seed,
+    )
+
+
+@build.register
+def _inverse_harmonic_mean(spec: InverseHarmonicMeanSpec) -> Method:
+    return InverseHarmonicMean(regularization=_regularization(spec), blocks=_blocks(spec))
+
+
+@build.register
 def _ekfac(spec: EkfacSpec) -> Method:
     return Ekfac(
         regularization=spec.regularization,
@@ -111,13 +136,13 @@ def _ekfac(spec: EkfacSpec) -> Method:
     )
 
 
-def _regularization(spec: SolverSpec) -> Regularization:
+def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularization:
     if spec.regularization_by_block is not None:
         return dict(spec.regularization_by_block)
     return Relative(spec.regularization) if spec.relative else spec.regularization
 
 
-def _blocks(spec: SolverSpec) -> BlockStructure:
+def _blocks(spec: SolverSpec | InverseHarmonicMeanSpec) -> BlockStructure:
     if spec.custom_blocks is not None:
         return {block: tuple(names) for block, names in spec.custom_blocks.items()}
     return BlockMode(_snake(spec.blocks))

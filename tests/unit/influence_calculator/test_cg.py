@@ -207,7 +207,7 @@ def test_neither_batches_nor_their_number_nor_memory_matter(
     expected = reference(MLP, mode)
     for size, kept in ((1, 1 << 30), (22, 1 << 30), (22, 0), (4, 2000)):
         monkeypatch.setattr(training_batches, "KEPT_BYTES", kept)
-        monkeypatch.setattr("influence_calculator.maths.cg.KEPT_BYTES", kept)
+        monkeypatch.setattr("influence_calculator.maths.training_products.KEPT_BYTES", kept)
         fitted = _fitted(MLP, Cg(0.1, rtol=1e-10, second_order=mode), size)
         left = fitted.solve(_gradients(fitted, MLP)).left[""]
         oracle.assert_close(left, expected.factors(0.1), expected.bound(0.1))

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from influence_calculator import CgInfluence, DirectInfluence, EkfacInfluence, InfluenceMode
+from influence_calculator import (
+    CgInfluence,
+    DirectInfluence,
+    EkfacInfluence,
+    InfluenceMode,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
+)
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.torch.base import TorchComposableInfluence
 from model_cases import MLP
@@ -62,6 +69,8 @@ MODELS: dict[str, Callable[[Recording], Model]] = {
     "direct": lambda loss: DirectInfluence(MLP.model(), loss, regularization=0.1),
     "cg": lambda loss: CgInfluence(MLP.model(), loss, regularization=0.1),
     "ekfac": lambda loss: EkfacInfluence(MLP.model(), True, 0.1, loss=loss),
+    "lissa": lambda loss: LissaInfluence(MLP.model(), loss, regularization=0.1),
+    "inverse harmonic mean": lambda loss: InverseHarmonicMeanInfluence(MLP.model(), loss, 0.1),
 }
 QUESTIONS: dict[str, Callable[[Model], object]] = {
     "factors": lambda model: model.influence_factors(*MLP.test()),

@@ -38,6 +38,11 @@ def _measured(*arguments: object) -> dict[str, int]:
         ("arnoldi", "hessian", 900, 64, 32, 24, "fit"),
         ("arnoldi", "empirical_fisher", 900, 128, 64, 24, "fit"),
         ("nystroem", "empirical_fisher", 900, 128, 64, 24, "fit"),
+        ("lissa", "hessian", 900, 64, 32, 24, "factors"),
+        ("lissa", "empirical_fisher", 900, 128, 64, 24, "factors"),
+        ("lissa in parts", "generalized_gauss_newton", 900, 128, 32, 24, "factors"),
+        ("inverse harmonic mean", "empirical_fisher", 900, 128, 64, 24, "factors"),
+        ("inverse harmonic mean", "empirical_fisher", 900, 16, 16, 48, "factors"),
     ],
 )
 def test_a_footprint_is_what_the_stage_takes(

@@ -25,7 +25,9 @@ from influence_calculator import (
     DisableClientSingleThreadCheck,
     EkfacInfluence,
     InfluenceMode,
+    InverseHarmonicMeanInfluence,
     JacobiPreconditioner,
+    LissaInfluence,
     NotFittedException,
     NotImplementedLayerRepresentationException,
     NystroemPreconditioner,
@@ -40,6 +42,7 @@ from influence_calculator import (
 )
 from influence_calculator.maths import training_batches
 from influence_calculator.maths.training_batches import KEPT_BYTES
+from influence_calculator.torch.base import TorchComposableInfluence
 from influence_calculator.torch.training_data import in_one_order
 from model_cases import LOGISTIC, MLP
 
@@ -79,15 +82,24 @@ def nystroem(**changes: Any) -> NystroemSketchInfluence:
     return NystroemSketchInfluence(CASE.model(), CASE.loss, **{**FISHER, "rank": 60, **changes})
 
 
-Build = Callable[
-    ..., DirectInfluence | CgInfluence | EkfacInfluence | ArnoldiInfluence | NystroemSketchInfluence
-]
+def lissa(**changes: Any) -> LissaInfluence:
+    exact = {"rtol": 1e-11, "scale": 1.6}
+    return LissaInfluence(CASE.model(), CASE.loss, **{**FISHER, **exact, **changes})
+
+
+def harmonic(**changes: Any) -> InverseHarmonicMeanInfluence:
+    return InverseHarmonicMeanInfluence(CASE.model(), CASE.loss, **{"regularization": λ, **changes})
+
+
+Build = Callable[..., TorchComposableInfluence]
 MODELS: dict[str, Build] = {
     "direct": direct,
     "cg": conjugate,
     "ekfac": ekfac,
     "arnoldi": arnoldi,
     "nystroem": nystroem,
+    "lissa": lissa,
+    "inverse harmonic mean": harmonic,
 }
 
 
@@ -105,8 +117,8 @@ def layer_wise(build: Build) -> Build:
 
 @pytest.fixture
 def expected(build: Build) -> Tensor:
-    """The influences of the method fitted to one batch; the exact ones have the same, at full rank too."""
-    reference = ekfac() if build is ekfac else direct()
+    """The influences of the method fitted to one batch; those that solve exactly have the same."""
+    reference = build() if build in (ekfac, harmonic) else direct()
     return reference.fit([(X, Y)]).influences(X_TEST, Y_TEST, X, Y)
 
 
@@ -365,7 +377,15 @@ class TestRegularization:
         assert torch.equal(model.influences(X_TEST, Y_TEST, X, Y), before)
 
     @pytest.mark.parametrize(
-        "model", [DirectInfluence, CgInfluence, ArnoldiInfluence, partial(NystroemSketchInfluence, rank=3)]
+        "model",
+        [
+            DirectInfluence,
+            CgInfluence,
+            ArnoldiInfluence,
+            partial(NystroemSketchInfluence, rank=3),
+            LissaInfluence,
+            InverseHarmonicMeanInfluence,
+        ],
     )
     def test_the_old_name_is_accepted_with_a_deprecation_warning(self, model):
         with pytest.warns(DeprecationWarning, match="hessian_regularization is called regularization"):

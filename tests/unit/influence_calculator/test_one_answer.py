@@ -23,6 +23,8 @@ from influence_calculator import (
     DisableClientSingleThreadCheck,
     EkfacInfluence,
     InfluenceMode,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
     NestedTorchCatAggregator,
     NystroemSketchInfluence,
     SecondOrderMode,
@@ -42,6 +44,10 @@ MODELS: dict[str, Any] = {
     "arnoldi": lambda case: ArnoldiInfluence(case.model(), case.loss, **FISHER, rank=6, max_iter=200),
     "nystroem": lambda case: NystroemSketchInfluence(case.model(), case.loss, **FISHER, rank=6),
     "ekfac": lambda case: EkfacInfluence(case.model(), True, 0.1, loss=case.loss, seed=3),
+    "lissa in parts": lambda case: LissaInfluence(
+        case.model(), case.loss, **FISHER, maxiter=60, batch_size=5, warn_on_max_iteration=False
+    ),
+    "inverse harmonic mean": lambda case: InverseHarmonicMeanInfluence(case.model(), case.loss, 0.1),
 }
 CASES = [(method, case) for method in MODELS for case in (MLP, CONV2D)]
 
@@ -131,6 +137,22 @@ def test_a_solver_that_did_not_converge_on_a_worker_warns_the_client(client: Cli
             time.sleep(0.02)
     (warning,) = [w for w in caught if w.category is SolverWarning]
     assert "right-hand sides did not converge" in str(warning.message)
+
+
+def test_a_curvature_that_lissa_cannot_take_is_told_to_the_client_with_the_cure(client: Client):
+    model = LissaInfluence(MLP.model(), MLP.loss, **FISHER, scale=0.1).fit(batches(*MLP.train(), 6))
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        factors, report = dask.compute(*calculator.influence_factors_and_report(*arrays(*MLP.test(), 7)))
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and sum(w.category is SolverWarning for w in caught) < 2:
+            time.sleep(0.02)
+    assert np.isnan(factors).all()
+    assert set(report["status"]) == {SolverStatus.NOT_FINITE}
+    told = " ".join(str(w.message) for w in caught if w.category is SolverWarning)
+    assert "7 of 7 right-hand sides did not converge (7 not_finite)" in told
+    assert "a scale of 1.07" in told
 
 
 def test_a_model_whose_class_lives_in_the_calling_program_reaches_the_workers(client: Client):

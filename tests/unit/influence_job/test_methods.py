@@ -13,6 +13,8 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
+from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
@@ -108,6 +110,50 @@ CASES: dict[str, tuple[dict[str, Any], Method]] = {
         },
         NystroemSketch(Relative(0.3), 7, BlockMode.LAYER_WISE, SecondOrderMode.EMPIRICAL_FISHER, 9),
     ),
+    "Lissa as it comes": (
+        {"name": "Lissa", "regularization": 0.3},
+        Lissa(0.3, maxiter=1000, dampen=0.0, scale=10.0, rtol=1e-4, atol=0.0, batch_size=None, seed=0),
+    ),
+    "Lissa, every field": (
+        {
+            "name": "Lissa",
+            "regularization": 0.3,
+            "rtol": 1e-6,
+            "atol": 1e-9,
+            "maxiter": 7,
+            "scale": 2.5,
+            "dampen": 0.1,
+            "batchSize": 32,
+            "seed": 9,
+            "blocks": "LayerWise",
+            "secondOrder": "EmpiricalFisher",
+        },
+        Lissa(
+            0.3,
+            maxiter=7,
+            dampen=0.1,
+            scale=2.5,
+            rtol=1e-6,
+            atol=1e-9,
+            batch_size=32,
+            seed=9,
+            blocks=BlockMode.LAYER_WISE,
+            second_order=SecondOrderMode.EMPIRICAL_FISHER,
+        ),
+    ),
+    "InverseHarmonicMean as it comes": (
+        {"name": "InverseHarmonicMean", "regularization": 0.3},
+        InverseHarmonicMean(0.3),
+    ),
+    "InverseHarmonicMean, every field": (
+        {
+            "name": "InverseHarmonicMean",
+            "regularization": 0.3,
+            "relative": True,
+            "blocks": "ParameterWise",
+        },
+        InverseHarmonicMean(Relative(0.3), BlockMode.PARAMETER_WISE),
+    ),
     "Ekfac as it comes": (
         {"name": "Ekfac", "regularization": 0.3},
         Ekfac(0.3, update_diagonal=True, expectation="sampled", samples=1, seed=0, unsupported="refuse"),
@@ -137,7 +183,7 @@ NOT_OF_THE_METHOD = {"in_eigenspace"}
 """Follows from the operation."""
 
 
-@pytest.mark.parametrize("kind", [Direct, Cg, Ekfac, Arnoldi, NystroemSketch])
+@pytest.mark.parametrize("kind", [Direct, Cg, Lissa, InverseHarmonicMean, Ekfac, Arnoldi, NystroemSketch])
 def test_every_value_of_a_method_differs_somewhere_from_its_default(kind: type[Method]) -> None:
     """Else a field that the builder forgets would not be missed."""
     made = [expected for _, expected in CASES.values() if type(expected) is kind]

@@ -151,7 +151,7 @@ def test_a_number_is_a_quantity_and_a_truth_value_is_none() -> None:
             "spec.method.Ekfac.regularization",
             "finite",
         ),
-        ({"method": {"name": "Lissa", "regularization": 1}}, "spec.method", "does not match"),
+        ({"method": {"name": "Newton", "regularization": 1}}, "spec.method", "does not match"),
         ({"task": {"entrypoint": "module.task"}}, "spec.task.entrypoint", "pattern"),
         ({"task": {"entrypoint": "a b:c"}}, "spec.task.entrypoint", "pattern"),
         ({"output": {"url": "ftp://host/x"}}, "spec.output.url", "gs://"),

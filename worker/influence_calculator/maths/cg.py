@@ -25,7 +25,7 @@ from influence_calculator.maths.blocks import (
     needs_trace,
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
-from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
+from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.footprints import (
     block_widths,
@@ -41,10 +41,11 @@ from influence_calculator.maths.gradient_methods import (
 )
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
-from influence_calculator.maths.objective import Batch, Objective, TrainingData
+from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.preconditioners import Preconditioner
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.training_batches import KEPT_BYTES, TrainingBatches
+from influence_calculator.maths.training_products import TrainingProducts
 
 MOST_ITERATIONS = 5000
 """The default's upper limit: what a condition number of about 10^6 takes. Below, 10 P_b."""
@@ -164,7 +165,11 @@ class _CgSolver:
     simultaneous: bool
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        product = _Product(self)
+        products = TrainingProducts(self.second_order, self.objective, self.layout, self.batches)
+
+        def product(rows: Tensor) -> Tensor:
+            return products.mean(rows).add_(rows, alpha=self.regularization)
+
         if self.simultaneous or len(right_hand_sides) <= 1:
             return conjugate_gradients(product, right_hand_sides, self.stopping, self.precondition)
         single = [
@@ -174,28 +179,3 @@ class _CgSolver:
         return torch.cat([solution for solution, _ in single]), joined_reports(
             [report for _, report in single]
         )
-
-
-class _Product:
-    """`v → (H_b + λI) v` over the whole training set; keeps graphs as long as it lives."""
-
-    def __init__(self, of: _CgSolver) -> None:
-        self._of = of
-        self._kept: dict[int, BlockCurvature] = {}
-        self._budget = KEPT_BYTES - of.batches.kept_bytes
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        total = torch.zeros_like(rows)
-        for start, batch in self._of.batches.batches():
-            total += self._curvature(start, batch).products(rows)
-        return total.div_(self._of.batches.length).add_(rows, alpha=self._of.regularization)
-
-    def _curvature(self, start: int, batch: Batch) -> BlockCurvature:
-        if start in self._kept:
-            return self._kept[start]
-        of = self._of
-        ((_, curvature),) = curvatures(of.second_order, of.objective, of.layout, batch)
-        if curvature.nbytes <= self._budget:
-            self._budget -= curvature.nbytes
-            self._kept[start] = curvature
-        return curvature

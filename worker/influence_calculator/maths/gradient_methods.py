@@ -8,6 +8,7 @@ Shapes: t test examples, n training examples, P_b parameters of block b.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -87,7 +88,7 @@ def solve_finite_rows(solver: BlockSolver, rows: Tensor) -> tuple[Tensor, Solver
     solved, own = solver.solve(rows[places])
     left = rows.new_full((rows.shape[0], solved.shape[1]), torch.nan)
     left[places] = solved.to(left.dtype)
-    report = not_finite(rows.shape[0])
+    report = replace(not_finite(rows.shape[0]), notes=own.notes)
     on_host = places.cpu()
     for whole, part in zip(
         (report.status, report.iterations, report.residual),
@@ -113,6 +114,7 @@ def worst(reports: list[SolverReport]) -> SolverReport:
         torch.stack([report.status for report in reports]).amax(0),
         torch.stack([report.iterations for report in reports]).amax(0),
         torch.stack([report.residual for report in reports]).amax(0),
+        _all_notes(reports),
     )
 
 
@@ -122,7 +124,13 @@ def joined_reports(reports: list[SolverReport]) -> SolverReport:
         torch.cat([report.status for report in reports]),
         torch.cat([report.iterations for report in reports]),
         torch.cat([report.residual for report in reports]),
+        _all_notes(reports),
     )
+
+
+def _all_notes(reports: list[SolverReport]) -> tuple[str, ...]:
+    """Every sentence once, in order."""
+    return tuple(dict.fromkeys(sentence for report in reports for sentence in report.notes))
 
 
 def fitted_tensor(state: FitState, step: str, unit: str, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -44,6 +44,7 @@ class SolverStatus(IntEnum):
     INDEFINITE = 2
     """CG met `pᵀ(H + λI)p ≤ 0`; the last iterate is kept."""
     NOT_FINITE = 3
+    """NaN or infinity, or an iteration that grows without bound: there is no answer."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class SolverReport:
     """`[t]` int32; over blocks the most."""
     residual: Tensor
     """`[t]` float64, `‖r‖ / ‖b‖`; over blocks the largest. 0 for a method that solves exactly."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what the solver found to be in its way, with the cure."""
 
     @classmethod
     def exact(cls, t: int) -> SolverReport:

@@ -113,7 +113,7 @@ class InverseEverywhere:
 
 
 class EigenspaceFitted(Fitted):
-    """Both representations by the eigenvectors: `left = (S + λ)^-1 V g`, `right = V g`, `[t, r]` and `[n, r]`."""
+    """Both representations by the eigenvectors, `[t, r]` and `[n, r]`: `(S + λ)^-1 V g` and `V g`."""
 
     def __init__(
         self,

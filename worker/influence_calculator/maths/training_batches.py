@@ -37,20 +37,30 @@ class TrainingBatches:
     @property
     def length(self) -> int:
         """Number of examples."""
+        self._try_to_keep()
         return self._data.length
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether a pass reads nothing."""
+        self._try_to_keep()
+        return self._kept is not None
 
     def batches(self) -> Iterator[IndexedBatch]:
         """One pass over all examples, in order."""
-        if self._kept is None and not self._too_large:
-            self._try_to_keep()
+        self._try_to_keep()
         yield from self._kept if self._kept is not None else self._data.batches()
 
     @property
     def kept_bytes(self) -> int:
         """What the kept batches take."""
+        self._try_to_keep()
         return sum(tree_bytes(batch) for _, batch in self._kept or ())
 
     def _try_to_keep(self) -> None:
+        """Reads the data at the first question, so that data that can be read once is read once."""
+        if self._kept is not None or self._too_large:
+            return
         kept, total = [], 0
         for indexed in self._data.batches():
             total += tree_bytes(indexed.batch)

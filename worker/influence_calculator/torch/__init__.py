@@ -5,6 +5,8 @@ from influence_calculator.torch.influence_function_model import (
     CgInfluence,
     DirectInfluence,
     EkfacInfluence,
+    InverseHarmonicMeanInfluence,
+    LissaInfluence,
     NystroemSketchInfluence,
 )
 from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
@@ -16,7 +18,9 @@ __all__ = [
     "CgInfluence",
     "DirectInfluence",
     "EkfacInfluence",
+    "InverseHarmonicMeanInfluence",
     "JacobiPreconditioner",
+    "LissaInfluence",
     "NystroemPreconditioner",
     "NystroemSketchInfluence",
     "SecondOrderMode",

@@ -306,8 +306,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def _noted(self, solved: Solved) -> Solved:
         self.solver_report = solved.report
         ended = _not_converged(solved.report)
-        if ended and self.warn_on_max_iteration:
-            warnings.warn(ended, SolverWarning, stacklevel=4)
+        if self.warn_on_max_iteration:
+            for sentence in (*([ended] if ended else []), *solved.report.notes):
+                warnings.warn(sentence, SolverWarning, stacklevel=4)
         return solved
 
     def _refresh(self) -> None:

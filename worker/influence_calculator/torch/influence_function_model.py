@@ -27,6 +27,7 @@ from influence_calculator.torch.ekfac import EkfacInfluence
 from influence_calculator.torch.preconditioner import Preconditioner
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.spectral import ArnoldiInfluence, NystroemSketchInfluence
+from influence_calculator.torch.training_passes import InverseHarmonicMeanInfluence, LissaInfluence
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "CgInfluence",
     "DirectInfluence",
     "EkfacInfluence",
+    "InverseHarmonicMeanInfluence",
+    "LissaInfluence",
     "NystroemSketchInfluence",
     "TorchInfluenceFunctionModel",
 ]

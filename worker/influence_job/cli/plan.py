@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from influence_job.cli.options import file_argument, job_options, json_option, read_job, verbose_option
-from influence_job.spec import InfluenceJob
+from influence_job.spec import InfluenceJob, InverseHarmonicMeanSpec, LissaSpec, MethodSpec
 from influence_job.units import clock, in_words
 
 if TYPE_CHECKING:
@@ -103,13 +103,24 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
         f"{plan.training_passes} over the training set ({plan.fit_passes} to fit, {plan.groups} to score)"
     )
     if plan.passes_per_iteration:
-        passes += f", and {plan.passes_per_iteration} for each iteration of the solver"
+        passes += f", and {plan.passes_per_iteration} {_what_repeats(job.spec.method)}"
     lines.append(f"  passes     {passes}")
     lines.append(f"  batches    {plan.micro_batch} examples at most; {plan.fit_ranges} ranges per fit pass")
     stored = " × ".join(str(extent) for extent in plan.result_shape)
     kept = f"{stored} of {plan.dtype}" if plan.arrays else f"top {plan.top_k} and statistics of {stored}"
     lines.append(f"  result     {kept}, {in_words(plan.result_bytes)}, in {job.spec.output.url}")
     return lines
+
+
+def _what_repeats(method: MethodSpec) -> str:
+    """For what solving all test chunks takes a pass each."""
+    match method:
+        case InverseHarmonicMeanSpec():
+            return "to solve"
+        case LissaSpec(batch_size=int()):
+            return "for each epoch of the solver"
+        case _:
+            return "for each iteration of the solver"
 
 
 def _table(job: InfluenceJob, sizes: Sizes, plan: Plan) -> Table:

@@ -127,7 +127,7 @@ class Stages:
         return count(unit_kind(before)) == units and count(settled_kind(before)) < units
 
     def _tell_notes(self, notes: tuple[str, ...]) -> None:
-        """What the fit cannot promise, as the workers that solve with it know."""
+        """What the fit cannot promise, and what the workers that solve found to be in their way."""
         for note in notes:
             self.tracker.warn(note)
 

@@ -21,6 +21,8 @@ from influence_job.spec import (
     DirectSpec,
     EkfacSpec,
     InfluenceJobSpec,
+    InverseHarmonicMeanSpec,
+    LissaSpec,
     Mode,
     NystroemSketchSpec,
     Operation,
@@ -33,6 +35,8 @@ CG_ITERATIONS = 30
 """Assumed where the number is known only afterwards."""
 KRYLOV_ROUNDS = 2
 """The same for how often a search for eigenpairs multiplies as many rows as it keeps."""
+LISSA_STEPS = 300
+"""The same for LiSSA, which takes the square of as many."""
 
 
 def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
@@ -121,6 +125,19 @@ def _solve_cg(spec: CgSpec, sizes: Sizes) -> float:
     return sizes.test * iterations * sizes.train * 2 * _capture(sizes.shapes)
 
 
+def _solve_lissa(spec: LissaSpec, sizes: Sizes) -> float:
+    steps = min(spec.maxiter, LISSA_STEPS)
+    examples = min(spec.batch_size or sizes.train, sizes.train)
+    return sizes.test * steps * examples * 2 * _capture(sizes.shapes)
+
+
+def _solve_inverse_harmonic_mean(_: InverseHarmonicMeanSpec, sizes: Sizes) -> float:
+    """A product and its transpose with each training gradient; taking these once per test chunk is less."""
+    shapes = sizes.shapes
+    once = sizes.train * (_capture(shapes) + _gradient(shapes))
+    return once + sizes.test * sizes.train * 4.0 * shapes.width
+
+
 def _nothing(_: Any, __: Sizes) -> float:
     return 0.0
 
@@ -132,6 +149,8 @@ _FITS: dict[type, Cost] = {
     CgSpec: _nothing,
     ArnoldiSpec: _fit_arnoldi,
     NystroemSketchSpec: _fit_nystroem,
+    LissaSpec: _nothing,
+    InverseHarmonicMeanSpec: _nothing,
 }
 _SOLVES: dict[type, Cost] = {
     EkfacSpec: _solve_ekfac,
@@ -139,6 +158,8 @@ _SOLVES: dict[type, Cost] = {
     CgSpec: _solve_cg,
     ArnoldiSpec: _solve_low_rank,
     NystroemSketchSpec: _solve_low_rank,
+    LissaSpec: _solve_lissa,
+    InverseHarmonicMeanSpec: _solve_inverse_harmonic_mean,
 }
 
 

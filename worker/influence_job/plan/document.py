@@ -64,7 +64,10 @@ class Plan(SpecModel):
     dense: bool = True
     top_k: int = 100
     fit_passes: int = Field(description="Passes over the training set that fit the method, at most.")
-    solves_with_data: bool = Field(description="Whether each iteration of each test chunk is a pass as well.")
+    solves_with_data: bool = Field(
+        description="Whether solving reads the training set: a pass per test chunk and iteration (epoch, "
+        "where steps take parts)."
+    )
     memory: dict[str, StageMemory] = Field(description="Stage -> bytes per worker.")
 
     def to_json(self) -> dict[str, Any]:

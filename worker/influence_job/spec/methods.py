@@ -112,8 +112,8 @@ _SOLVER_RULES = (
 )
 
 
-class _SolverSpec(SpecModel):
-    """What methods that solve with H itself share."""
+class _BlockwiseSpec(SpecModel):
+    """What methods that solve block by block share."""
 
     model_config = ConfigDict(json_schema_extra=rules(*_SOLVER_RULES))
 
@@ -134,14 +134,9 @@ class _SolverSpec(SpecModel):
         None,
         description="Block name -> parameter names, for blocks: Custom. Parameters left out contribute 0.",
     )
-    second_order: SecondOrder = Field(
-        SecondOrder.HESSIAN,
-        description="Hessian | EmpiricalFisher | GeneralizedGaussNewton. Default Hessian; a network that is "
-        "not at a minimum has an indefinite one: GeneralizedGaussNewton never is.",
-    )
 
     @model_validator(mode="after")
-    def _blocks_fit_together(self) -> _SolverSpec:
+    def _blocks_fit_together(self) -> _BlockwiseSpec:
         custom = self.blocks is BlockStructure.CUSTOM
         if custom and self.custom_blocks is None:
             raise refuse("customBlocks", "expected block names with parameter names, for blocks is Custom")
@@ -152,6 +147,16 @@ class _SolverSpec(SpecModel):
         if self.relative and self.regularization_by_block is not None:
             raise refuse("relative", "not together with regularizationByBlock; remove one of them")
         return self
+
+
+class _SolverSpec(_BlockwiseSpec):
+    """What methods that solve with H itself share."""
+
+    second_order: SecondOrder = Field(
+        SecondOrder.HESSIAN,
+        description="Hessian | EmpiricalFisher | GeneralizedGaussNewton. Default Hessian; a network that is "
+        "not at a minimum has an indefinite one: GeneralizedGaussNewton never is.",
+    )
 
 
 class DirectSpec(_SolverSpec):
@@ -180,6 +185,34 @@ class CgSpec(_SolverSpec):
     preconditioner: PreconditionerSpec | None = Field(
         None, description="{name: Jacobi, samples: 1} or {name: Nystroem, rank: 10}; default none."
     )
+
+
+class LissaSpec(_SolverSpec):
+    """A Neumann series of H, which must be positive; reads the training set per step, or parts of it."""
+
+    name: Literal["Lissa"]
+    rtol: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        1e-4, description="A right-hand side b has converged at ‖r‖ ≤ max(rtol·‖b‖, atol). Default 1e-4."
+    )
+    atol: Annotated[Number, Field(ge=0)] = Field(
+        0.0,
+        description="Absolute part of that bound. Default 0: larger ones answer 0 for confident examples.",
+    )
+    maxiter: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
+        1000, description="Steps at most. Default 1000."
+    )
+    scale: Annotated[Number, Field(gt=0)] = Field(
+        10.0,
+        description="Divides each step: above half of the largest eigenvalue of H + λI, else it grows and "
+        "ends not_finite. The smaller, the faster. Default 10.",
+    )
+    dampen: Annotated[Number, Field(ge=0)] = Field(
+        0.0, description="Adds dampen·scale to the diagonal of H. Default 0."
+    )
+    batch_size: Annotated[Integer, Field(ge=1, le=2**31 - 1)] | None = Field(
+        None, description="Training examples per step, drawn by `seed`; default all: exact steps, no noise."
+    )
+    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Keys the draws. Default 0.")
 
 
 _COMPLEMENT = "self.name == 'Arnoldi' && !(has(self.complement) && !self.complement)"
@@ -260,7 +293,34 @@ class NystroemSketchSpec(_SolverSpec):
         return self
 
 
-def _require_positive(spec: _SolverSpec) -> None:
+class InverseHarmonicMeanSpec(_BlockwiseSpec):
+    """DataInf: the mean of (g gᵀ + λI)^-1 over the training examples; reads them once per test chunk."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *_SOLVER_RULES,
+            rule(
+                "self.name != 'InverseHarmonicMean' || self.regularization > 0.0",
+                ABOVE_ZERO,
+                "regularization",
+            ),
+            rule(
+                f"self.name != 'InverseHarmonicMean' || !has(self.regularizationByBlock) || {_NO_ZERO}",
+                ABOVE_ZERO,
+                "regularizationByBlock",
+            ),
+        )
+    )
+
+    name: Literal["InverseHarmonicMean"]
+
+    @model_validator(mode="after")
+    def _can_be_solved(self) -> InverseHarmonicMeanSpec:
+        _require_positive(self)
+        return self
+
+
+def _require_positive(spec: _BlockwiseSpec) -> None:
     if spec.regularization <= 0:
         raise refuse("regularization", ABOVE_ZERO)
     if min((spec.regularization_by_block or {"": 1.0}).values()) <= 0:
@@ -301,5 +361,6 @@ class EkfacSpec(SpecModel):
 
 
 MethodSpec = Annotated[
-    DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | EkfacSpec, Field(discriminator="name")
+    DirectSpec | CgSpec | LissaSpec | InverseHarmonicMeanSpec | ArnoldiSpec | NystroemSketchSpec | EkfacSpec,
+    Field(discriminator="name"),
 ]

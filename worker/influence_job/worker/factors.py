@@ -58,7 +58,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
         solved = _solve(own, gradients)
         del gradients
         digest = _store(own, index, solved)
-        outcome.value = own.fitted.notes
+        outcome.value = (*own.fitted.notes, *solved.report.notes)
         outcome.report(Row(KIND, index, digest, inputs, own.environment))
 
     outcome.attempt(KIND, index, f"factors of test chunk {index}", work)

@@ -1,0 +1,204 @@
+"""LiSSA: solves each test gradient by the Neumann series of the curvature, over random parts of the data.
+
+Needs `H + λI` positive and `scale` above half of its largest eigenvalue; otherwise the recursion grows, and
+ends without an answer. Takes more passes than conjugate gradients where each step is one; its steps can
+be made of a few examples instead, for an answer with noise.
+
+Shapes: t test examples, N training examples, m examples of a step, P_b parameters of block b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+from typing_extensions import override
+
+from influence_calculator.maths.blocks import (
+    BlockMode,
+    BlockStructure,
+    Regularization,
+    block_layout,
+    check_coverage,
+    checked_regularization,
+    needs_trace,
+)
+from influence_calculator.maths.conjugate_gradients import Rows, Stopping
+from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
+from influence_calculator.maths.extreme_eigenvalues import Extremes, extreme_eigenvalues
+from influence_calculator.maths.footprints import (
+    block_widths,
+    capture_bytes,
+    collect_bytes,
+    row_bytes,
+    workspace,
+)
+from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted
+from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.method import (
+    FitPass,
+    FitState,
+    Fitted,
+    Footprint,
+    Method,
+    SolverReport,
+    SolverStatus,
+)
+from influence_calculator.maths.mini_batches import BUFFER_BYTES, MiniBatches, Part
+from influence_calculator.maths.objective import Objective, TrainingData
+from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.stochastic_recursion import Steps, recursion
+from influence_calculator.maths.training_batches import KEPT_BYTES, TrainingBatches
+from influence_calculator.maths.training_products import TrainingProducts
+
+
+@dataclass(frozen=True)
+class Lissa(Method):
+    """`(H + (λ + d·s) I)^-1 g` by `h ← g + (1 − d) h − (H_j + λI) h / s`, answering `h / s`."""
+
+    regularization: Regularization | None = 0.0
+    """λ ≥ 0: a number, one per block, or `Relative(c)`. None is 0."""
+    maxiter: int = 1000
+    """Steps per row."""
+    dampen: float = 0.0
+    """d, at least 0: what it adds to the curvature's diagonal is `d·s`."""
+    scale: float = 10.0
+    """s: above half of the largest eigenvalue of `H + λI`; the smaller, the faster."""
+    rtol: float = 1e-4
+    """A row is solved when `‖r‖ ≤ max(rtol ‖b‖, atol)`."""
+    atol: float = 0.0
+    batch_size: int | None = None
+    """m; None: all N, which makes the steps exact. With fewer the noise of the steps is the answer's."""
+    seed: int = 0
+    """Of the order of the parts, the same for every row."""
+    blocks: BlockStructure = BlockMode.FULL
+    second_order: SecondOrderMode = SecondOrderMode.HESSIAN
+
+    needs_data = True
+
+    def __post_init__(self) -> None:
+        checked_regularization(self.regularization)
+        for name, value in (("dampen", self.dampen), ("rtol", self.rtol), ("atol", self.atol)):
+            if not value >= 0:
+                raise ValueError(f"{name}: expected a number that is not negative, got {value}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"scale: expected a number above 0, got {self.scale}; 10 is a usual start")
+        for name, count in (("maxiter", self.maxiter), ("batch_size", self.batch_size)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+
+    @override
+    def layout(self, objective: Objective) -> Layout:
+        layout = block_layout(objective, self.blocks)
+        check_coverage(checked_regularization(self.regularization), layout.blocks)
+        return layout
+
+    @override
+    def passes(self) -> tuple[FitPass, ...]:
+        if needs_trace(checked_regularization(self.regularization)):
+            return (TracePass(self.blocks, self.second_order),)
+        return ()
+
+    @override
+    def fitted(self, objective: Objective, state: FitState, data: TrainingData | None) -> Fitted:
+        if data is None:
+            raise ValueError(
+                "data: LiSSA goes over the training set again while solving, got None; "
+                "give the training data that the method was fitted on"
+            )
+        layout = self.layout(objective)
+        batches = TrainingBatches(objective, data)
+        solvers: dict[str, BlockSolver] = {}
+        for block, width in layout.widths.items():
+            λ = fitted_regularization(self.regularization, state, block, width)
+            shift = λ + self.dampen * self.scale
+            solvers[block] = _LissaSolver(self, objective, layout.only(block), batches, shift)
+        return BlockwiseFitted(layout, objective, solvers)
+
+    @override
+    def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
+        widths = block_widths(shapes, self.blocks)
+        row = row_bytes(shapes, sum(widths))
+        block = rows * row_bytes(shapes, max(widths))
+        product = workspace(shapes, micro_batch)
+        if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
+            product = max(product, collect_bytes(shapes, micro_batch, sum(widths)))
+        kept = KEPT_BYTES + (BUFFER_BYTES if self.batch_size is not None else 0)
+        return Footprint(
+            fit=product + 3 * row if self.passes() else 0,
+            # The answers, b, x, r and the sum of products are alive beside a batch's product. Gradients and
+            # factors of all rows are outside.
+            factors=kept + product + 5 * block + 2 * rows * row,
+            capture=capture_bytes(shapes, micro_batch),
+            factor_row=row,
+            resident=kept,
+            stored=0,
+        )
+
+
+class _LissaSolver:
+    """Solves one block, whose layout it is given alone."""
+
+    def __init__(
+        self, method: Lissa, objective: Objective, layout: Layout, batches: TrainingBatches, shift: float
+    ) -> None:
+        self._method = method
+        self._objective = objective
+        self._layout = layout
+        self._batches = batches
+        self._shift = shift
+        self._extremes: Extremes | None = None
+
+    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
+        """Also looks for what the recursion cannot do: with a Hessian at once, else when a row was lost."""
+        method = self._method
+        products = TrainingProducts(method.second_order, self._objective, self._layout, self._batches)
+        stopping = Stopping(method.rtol, method.atol, method.maxiter)
+        solution, report = recursion(
+            lambda rows: products.mean(rows).add_(rows, alpha=self._shift),
+            right_hand_sides,
+            stopping,
+            method.scale,
+            self._steps(products),
+        )
+        may_be_indefinite = method.second_order is SecondOrderMode.HESSIAN and len(right_hand_sides) > 0
+        if may_be_indefinite or bool((report.status == SolverStatus.NOT_FINITE).any()):
+            self._extremes = self._extremes or extreme_eigenvalues(products.mean, right_hand_sides[0])
+        return solution, replace(report, notes=self._notes())
+
+    def _steps(self, products: TrainingProducts) -> Steps | None:
+        size = self._method.batch_size
+        if size is None or size >= self._batches.length:
+            return None
+        parts = MiniBatches(self._batches, size, self._method.seed)
+        weight, shift = parts.weight, self._shift
+
+        def product(part: Part) -> Rows:
+            return lambda rows: products.sum_over(part, rows).mul_(weight).add_(rows, alpha=shift)
+
+        return Steps(map(product, parts.endless()), parts.count)
+
+    def _notes(self) -> tuple[str, ...]:
+        if self._extremes is None:
+            return ()
+        return tuple(self._found(self._extremes))
+
+    def _found(self, extremes: Extremes) -> Iterator[str]:
+        (block,) = self._layout.blocks
+        where = f"block {block!r}: " if block else ""
+        smallest = extremes.smallest + self._shift
+        if smallest <= 0:
+            missing = 1.1 * (extremes.smallest_error - extremes.smallest)
+            enough = missing - self._method.dampen * self._method.scale
+            yield (
+                f"{where}H + λI has an eigenvalue of {smallest:.3g}, and LiSSA needs a positive curvature: a "
+                f"regularization of {enough:.3g} would do, or another second_order_mode"
+            )
+        largest = extremes.largest + self._shift
+        if largest >= 2 * self._method.scale:
+            yield (
+                f"{where}H + λI has an eigenvalue of {largest:.3g}, and LiSSA needs a scale above half of "
+                f"it: a scale of {largest + extremes.largest_error:.3g} would do"
+            )
