@@ -106,6 +106,9 @@ def test_of_low_rank_it_is_the_truncated_eigendecomposition(
     assert narrow.layout.factor_widths == {"": rank}
     scores = region.influences(narrow, left, case.train(), micro_batch=6)
     oracle.assert_close(scores, inside @ expected.train.T, 1e-6)
+    factors = narrow.factors(left)
+    oracle.assert_close(factors[""], inside, 1e-6)
+    oracle.assert_close(narrow.left(factors)[""], left[""], 1e-6)
 
 
 @pytest.mark.parametrize("λ", REGULARIZATIONS)
