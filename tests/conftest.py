@@ -18,6 +18,7 @@ from host_tests import (  # noqa: F401  (hooks)
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+from recorded import pytest_terminal_summary_of_figures  # noqa: F401  (hook)
 from s3 import S3Emulator
 
 # Read when gcsfs is imported: without it each first access of an emulator's bucket stalls for a minute.

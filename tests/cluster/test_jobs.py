@@ -69,7 +69,6 @@ def test_the_example_runs_on_gpu_nodes_and_agrees_with_this_machine(
     job.complete()
     record_property("seconds_to_first_region", round(first, 1))
     record_property("seconds_to_complete", round(time.monotonic() - begin, 1))
-    print(f"first region after {first:.1f} s, complete after {time.monotonic() - begin:.1f} s")
 
     local = tmp_path / "local.zarr"
     run = [INFLUENCE, "run", str(tmp_path / "digits.yaml"), "--output", str(local), "--workers", "2"]
