@@ -36,6 +36,12 @@ def settings(cluster: Cluster) -> list[str]:
 def install(cluster: Cluster) -> None:
     """Installs or upgrades both operators, for the whole cluster; they are ready afterwards."""
     cluster.make_namespace(NAMESPACE)
+    # What a run left behind that was killed in the middle: helm would wait for it for ever.
+    unfinished = "status in (pending-install,pending-upgrade,pending-rollback)"
+    cluster.kubectl(
+        *("delete", "secrets", "--namespace", NAMESPACE),
+        *("--selector", f"owner=helm,name={OPERATOR},{unfinished}"),
+    )
     cluster.helm(
         *("upgrade", "--install", OPERATOR, str(CHART), "--namespace", NAMESPACE, *settings(cluster)),
         # CRDs outlive the releases that brought them, whatever these were called.

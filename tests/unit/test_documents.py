@@ -24,6 +24,7 @@ from influence_calculator import (
     CgInfluence,
     EkfacInfluence,
     LissaInfluence,
+    NystroemSketchInfluence,
     SolverStatus,
     torch_dataset_to_dask_array,
 )
@@ -95,7 +96,7 @@ def in_memory(names: dict[str, Any], model: Any) -> np.ndarray:
 
 def test_every_python_example_is_one_that_is_run_here() -> None:
     counted = {document.name: len(examples(document, "python")) for document in DOCUMENTS}
-    assert {name: count for name, count in counted.items() if count} == {"README.md": 2, "library.md": 6}
+    assert {name: count for name, count in counted.items() if count} == {"README.md": 2, "library.md": 7}
 
 
 def test_the_readmes_library_example_gives_the_models_influences(names: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ def test_the_readmes_job_example_is_a_task_that_its_manifest_calls(names: dict[s
 
 
 def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any]) -> None:
-    cluster, factors, sequential, reports, ekfac, lissa = examples(LIBRARY, "python")
+    cluster, factors, sequential, reports, ekfac, spectral, lissa = examples(LIBRARY, "python")
     run(cluster, names)
     expected = in_memory(names, names["model"])
     assert np.allclose(names["stored"][:], expected, rtol=1e-6)
@@ -149,6 +150,10 @@ def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any
 
     run(ekfac, names)
     assert isinstance(names["model"], EkfacInfluence)
+    assert np.isfinite(in_memory(names, names["model"])).all()
+
+    run(spectral, names)
+    assert isinstance(names["model"], NystroemSketchInfluence)
     assert np.isfinite(in_memory(names, names["model"])).all()
 
     run(lissa, names)
