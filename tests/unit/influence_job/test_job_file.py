@@ -108,8 +108,8 @@ def test_a_required_field_with_a_typo_is_found_beside_the_gap() -> None:
 def test_a_wrong_choice_lists_the_choices() -> None:
     message = complaint(changed("name: Ekfac", "name: ekfak"))
     assert message == (
-        "job.yaml, line 8: spec.method.name: expected Direct | Cg | Lissa | InverseHarmonicMean | Arnoldi | NystroemSketch | Ekfac, got "
-        '"ekfak"; did you mean Ekfac?'
+        "job.yaml, line 8: spec.method.name: expected Direct | Cg | Lissa | InverseHarmonicMean | Arnoldi | "
+        'NystroemSketch | Ekfac, got "ekfak"; did you mean Ekfac?'
     )
 
 
