@@ -31,23 +31,22 @@ demo: $(STAMP) ## the same job on a real Kubernetes on this machine, from nothin
 
 # One part of the tests: $(call part,NAME,ARGUMENTS). Each has a cache of its own, so that two may run at a time.
 part = $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$(1) $(2) && touch .pytest_cache/$(1)/passed
-CLUSTER := --numprocesses 2 --dist worksteal -m "not alone" tests/cluster
-ALONE   := -m alone tests/cluster
-UNIT    := tests/unit tests/contract tests/integration
+PARALLEL := --numprocesses 2 --dist worksteal
+UNIT     := tests/unit tests/contract tests/integration
 
 # What breaks a part of the cluster waits more than it computes: it has the cluster for itself, while the
 # tests that need no cluster run beside it.
 test: $(STAMP) ## the tests that need no accelerator; brings up a Kubernetes cluster on this machine
 	@rm -rf .pytest_cache; mkdir .pytest_cache; failed=0; \
-	{ $(call part,cluster,$(CLUSTER)); } || failed=1; \
-	{ $(call part,unit,$(UNIT)); } >.pytest_cache/unit.log 2>&1 & \
-	{ $(call part,alone,$(ALONE)); } || failed=1; \
+	{ $(call part,cluster,$(PARALLEL) -m "not alone" tests/cluster); } || failed=1; \
+	{ $(call part,unit,$(PARALLEL) $(UNIT)); } >.pytest_cache/unit.log 2>&1 & \
+	{ $(call part,alone,-m alone tests/cluster); } || failed=1; \
 	wait $$! || failed=1; \
 	cat .pytest_cache/unit.log; \
 	exit $$failed
 
 test-unit: $(STAMP) ## the tests that need no cluster
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(UNIT)
+	$(BIN)/python -m pytest $(PARALLEL) $(UNIT)
 
 test-again: $(STAMP) ## the tests of `make test` that failed, one after another
 	@failed=0; for part in cluster alone unit; do \
@@ -61,7 +60,7 @@ test-gpu: $(STAMP) ## the tests that need a GPU; without one they fail
 
 chaos: $(STAMP) ## every kill at every moment; `make test` takes one moment for each
 	@failed=0; export INFLUENCE_CHAOS=all; \
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not alone" tests/cluster/test_kills.py || failed=1; \
+	$(BIN)/python -m pytest $(PARALLEL) -m "not alone" tests/cluster/test_kills.py || failed=1; \
 	$(BIN)/python -m pytest -m alone tests/cluster/test_kills.py tests/cluster/test_outages.py || failed=1; \
 	exit $$failed
 
