@@ -89,11 +89,11 @@ class _Converter:
         made["additionalProperties"] = self.convert(values)
         if not made["additionalProperties"].keys() & {"type", "x-kubernetes-int-or-string"}:
             return  # CEL has no type for such a map
-        longest = schema["propertyNames"]["maxLength"]
+        shortest, longest = schema["propertyNames"].get("minLength", 0), schema["propertyNames"]["maxLength"]
         made.setdefault(RULES, []).append(
             rule(
-                f"self.all(key, size(key) > 0 && size(key) <= {longest})",
-                f"expected keys of 1 to {longest} characters",
+                f"self.all(key, size(key) >= {shortest} && size(key) <= {longest})",
+                f"expected keys of {shortest} to {longest} characters",
             )
         )
 
