@@ -65,9 +65,7 @@ class WorkerSide:
         last = self._group
         if last is None or last[0] != name:
             self._group = None
-            together = rows[0] if len(rows) == 1 else np.concatenate(rows)
-            tensor = self.converter.from_numpy(together)
-            del together
+            tensor = self.converter.from_numpy(joined(rows))
             last = self._group = (name, tensor if turn is None else turn(tensor))
         return last[1]
 
@@ -89,6 +87,11 @@ def _solver_warnings_sent_to_client() -> Iterator[None]:
             warn(one.message, one.category)
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def joined(chunks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Chunks one below another; a single one as it is."""
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
 def factors_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
@@ -125,14 +128,16 @@ def region(
     name: str,
     rows: Rows,
     chunks: Sequence[NDArray[Any]],
-    x: NDArray[Any],
-    y: NDArray[Any],
+    x_chunks: Sequence[NDArray[Any]],
+    y_chunks: Sequence[NDArray[Any]],
     mode: InfluenceMode,
 ) -> NDArray[Any]:
-    """The group called `name` against one training chunk: `[t, n]`, in mode perturbation `[t, n, F...]`.
+    """The group called `name` against a run of training chunks: `[t, n]`, in mode perturbation
+    `[t, n, F...]`.
 
     `rows` says what its `chunks` hold; a left representation is scored in mode Up only.
     """
+    x, y = joined(x_chunks), joined(y_chunks)
     t = sum(len(chunk) for chunk in chunks)
     dtype = chunks[0].dtype
     if t == 0 or len(x) == 0:

@@ -2,7 +2,7 @@
 
 Two phases: factors once per test chunk, as chunks of an array; then each training chunk is
 differentiated once per GROUP of test chunks (not once per pair). Such a region is one chunk of the
-result: the input's chunks along the training axis, groups of them along the test axis.
+result: the input's chunks along the training axis (short ones joined), groups of them along the test axis.
 
 `chunk_tasks` is what a worker runs, `dask_graph` how the tasks hang together, `dask_checks` what is
 refused before.
@@ -13,6 +13,7 @@ Shapes: T test examples, N training examples, P parameters, F... feature dimensi
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 from uuid import uuid4
 
@@ -32,7 +33,7 @@ from influence_calculator.dask_checks import (
     require_single_threads,
 )
 from influence_calculator.errors import NotFittedException
-from influence_calculator.groups import DEFAULT_GROUP_BYTES
+from influence_calculator.groups import DEFAULT_GROUP_BYTES, TASKS_PER_WORKER
 from influence_calculator.types import InfluenceMode, as_mode
 
 logger = logging.getLogger(__name__)
@@ -95,10 +96,12 @@ class DaskInfluenceCalculator:
         self.group_bytes = DEFAULT_GROUP_BYTES
         self._sent: tuple[int, dask_graph.Side] | None = None
         self._client: Client | None = None
+        self._tasks: float = math.inf
         if isinstance(client, Client):
             self._client = client
             workers = client.scheduler_info(n_workers=-1)["workers"]
             require_single_threads(workers, influence_function_model.is_thread_safe)
+            self._tasks = TASKS_PER_WORKER * sum(worker["nthreads"] for worker in workers.values())
         elif client is DisableClientSingleThreadCheck:
             logger.warning(DisableClientSingleThreadCheck.warning_msg())
         else:
@@ -147,8 +150,9 @@ class DaskInfluenceCalculator:
 
         Up: `z_test · g_train`, `[T, N]`; positive: the training example helps, removing it raises the
         test loss by about score / N. Perturbation: `∇x (z_test · g_train(x))`, `[T, N, F...]`. Neither
-        is negated or divided by N. Chunks are x's along its axis, and whole groups of x_test's (see
-        `group_bytes`) along the other; the dtype is the factors'. A test chunk is solved once, a training
+        is negated or divided by N. Chunks are x's along its axis (short ones are joined while every worker
+        has four tasks), and whole groups of x_test's (see `group_bytes`) along the other; the dtype is the
+        factors'. A test chunk is solved once, a training
         chunk differentiated once per group.
 
         Raises:
@@ -167,7 +171,7 @@ class DaskInfluenceCalculator:
         side = self._worker_side()
         rows = Rows.LEFT if mode is InfluenceMode.Up else Rows.FACTORS
         test = dask_graph.rows_of(rows, side, x_test, y_test, self.n_parameters, self._dtype)
-        return dask_graph.influences(side, rows, test, x, y, mode, self.group_bytes)
+        return dask_graph.influences(side, rows, test, x, y, mode, self._limits)
 
     def influences_from_factors(
         self,
@@ -193,7 +197,11 @@ class DaskInfluenceCalculator:
         mode = as_mode(mode)
         require_differentiable(x, mode)
         side = self._worker_side()
-        return dask_graph.influences(side, Rows.FACTORS, z_test_factors, x, y, mode, self.group_bytes)
+        return dask_graph.influences(side, Rows.FACTORS, z_test_factors, x, y, mode, self._limits)
+
+    @property
+    def _limits(self) -> dask_graph.Limits:
+        return dask_graph.Limits(self.group_bytes, self._tasks)
 
     @property
     def _dtype(self) -> np.dtype[Any]:

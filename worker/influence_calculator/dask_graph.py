@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -26,13 +26,22 @@ from numpy.typing import NDArray
 
 from influence_calculator import chunk_tasks
 from influence_calculator.chunk_tasks import Rows
-from influence_calculator.groups import group_chunks
+from influence_calculator.groups import group_chunks, join_chunks
 from influence_calculator.types import InfluenceMode
 
 Side = Future[Any] | Delayed
 """A `chunk_tasks.WorkerSide` where tasks find it: on the workers already, or a node of the graph."""
 
 Layer = dict[Any, GraphNode]
+
+
+class Limits(NamedTuple):
+    """How much one region takes."""
+
+    group_bytes: int
+    """For the factors of its group and their scores."""
+    tasks: float
+    """Regions that are left at least when short training chunks are joined; infinite: none are."""
 
 
 def rows_of(rows: Rows, side: Side, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]) -> da.Array:
@@ -67,35 +76,48 @@ def influences(
     x: da.Array,
     y: da.Array,
     mode: InfluenceMode,
-    group_bytes: int,
+    limits: Limits,
 ) -> da.Array:
     """Influences `[T, N]` (in mode perturbation `[T, N, F...]`) of (x, y) from the rows `test` of the test
     side, `[T, P]`.
 
-    One region per group of test chunks and training chunk, and one chunk of the output per region.
+    One region per group of test chunks and run of training chunks, and one chunk of the output per region;
+    short training chunks share a run as `limits` has it.
     """
-    name = f"influences-{tokenize(side.key, test.name, x.name, y.name, mode, group_bytes)}"
+    name = f"influences-{tokenize(side.key, test.name, x.name, y.name, mode, limits)}"
     features = x.shape[1:] if mode is InfluenceMode.Perturbation else ()
     heights, columns = test.chunks[0], x.chunks[0]
-    scores = max(columns) * math.prod(features) * test.dtype.itemsize
-    groups = group_chunks(heights, test.shape[1] * test.dtype.itemsize + scores, group_bytes, scores)
+    scored = math.prod(features) * test.dtype.itemsize
+    scores = max(columns) * scored
+    groups = group_chunks(heights, test.shape[1] * test.dtype.itemsize + scores, limits.group_bytes, scores)
     layer: Layer = {}
     chunks_of = _read_once if len(groups) == 1 else _chunks
-    training = list(zip(chunks_of(x), chunks_of(y), strict=True))
-    test_chunks = _chunks(test)
+    examples, labels, test_chunks = chunks_of(x), chunks_of(y), _chunks(test)
+    needed = _row_bytes(x) + _row_bytes(y) + max(map(_count(heights), groups), default=0) * scored
+    runs = join_chunks(columns, needed, limits.tasks / max(1, len(groups)))
     for number, group in enumerate(groups):
         together = List(*(test_chunks[i] for i in group))
-        for column, data in enumerate(training):
+        for column, run in enumerate(runs):
             key: Key = (name, number, column, *(0 for _ in features))
+            data = (List(*(chunks[i] for i in run)) for chunks in (examples, labels))
             layer[key] = Task(
                 key, chunk_tasks.region, _reference(side), f"{name}-{number}", rows, together, *data, mode
             )
     chunks = (
-        tuple(sum(heights[i] for i in group) for group in groups),
-        columns,
+        tuple(map(_count(heights), groups)),
+        tuple(map(_count(columns), runs)),
         *((extent,) for extent in features),
     )
     return _array(name, layer, chunks, test.dtype, test, x, y, side)
+
+
+def _count(sizes: Sequence[int]) -> Callable[[range], int]:
+    """Rows of the chunks of a range."""
+    return lambda chunks: sum(sizes[i] for i in chunks)
+
+
+def _row_bytes(array: da.Array) -> int:
+    return math.prod(array.shape[1:]) * array.dtype.itemsize
 
 
 def _per_chunk(

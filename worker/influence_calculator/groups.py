@@ -1,7 +1,8 @@
-"""How many test chunks share one pass over the training data.
+"""How many test chunks share one pass over the training data, and how many training chunks one task.
 
 A group's factors are in memory at the same time, and each further group differentiates the training
-data once more: groups are as large as the limit allows.
+data once more: groups are as large as the limit allows. Training chunks are joined where they are so
+small that a task would cost as much as what it computes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ DEFAULT_GROUP_BYTES = 2**30
 
 REGION_BYTES = 2**27
 """128 MiB for the scores of a group against one training chunk: Dask's own size of a chunk."""
+
+JOINED_BYTES = 2**23
+"""8 MiB for the examples of several training chunks that one task takes, and their scores."""
+
+TASKS_PER_WORKER = 4
+"""Tasks that are left at least when training chunks are joined, so that workers end together."""
 
 
 def group_chunks(rows: Sequence[int], row_bytes: int, limit: int, score_bytes: int = 0) -> list[range]:
@@ -35,3 +42,13 @@ def group_chunks(rows: Sequence[int], row_bytes: int, limit: int, score_bytes: i
     if rows:
         groups.append(range(start, len(rows)))
     return groups
+
+
+def join_chunks(rows: Sequence[int], row_bytes: int, tasks: float) -> list[range]:
+    """Consecutive chunks (of `rows[i]` rows, `row_bytes` each) joined by equal numbers of them.
+
+    At least `tasks` are left, and what is joined takes at most `JOINED_BYTES`.
+    """
+    at_most = JOINED_BYTES // max(1, max(rows, default=0) * row_bytes)
+    count = max(1, min(int(len(rows) / max(1, tasks)), at_most))
+    return [range(start, min(start + count, len(rows))) for start in range(0, len(rows), count)]

@@ -234,6 +234,33 @@ class TestOnACluster:
         calculator.influences(*queries(), *training()).rechunk((3, 4)).to_zarr(url)
         assert np.allclose(da.from_zarr(url).compute(), EXPECTED)
 
+    def test_short_training_chunks_are_joined_while_the_workers_have_enough_to_do(
+        self, client: Client, monkeypatch: pytest.MonkeyPatch
+    ):
+        """14 chunks of one example; two workers with four tasks each would have 7 if two shared one."""
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        assert calculator.influences(*queries(), *training(1)).chunks[1] == (1,) * N
+        monkeypatch.setattr(calculator, "_tasks", 3)
+        for mode, expected in (
+            (InfluenceMode.Up, EXPECTED),
+            (InfluenceMode.Perturbation, EXPECTED_PERTURBATION),
+        ):
+            influences = calculator.influences(*queries(), *training(1), mode=mode)
+            assert influences.chunks[:2] == ((T,), (4, 4, 4, 2))
+            assert np.allclose(influences.compute(), expected)
+        calculator.group_bytes = 6 * ROW_BYTES
+        two_groups = calculator.influences(*queries(), *training(1))
+        assert two_groups.chunks == ((9, 2), (9, 5))
+        assert np.allclose(two_groups.compute(), EXPECTED)
+
+    def test_long_training_chunks_are_not_joined(self, client: Client, monkeypatch: pytest.MonkeyPatch):
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        monkeypatch.setattr(calculator, "_tasks", 1)
+        example = 4 * (FEATURES + 1 + T)
+        for limit, chunks in ((2 * 2 * example, (4, 4, 4, 2)), (2 * example, (2,) * 7)):
+            monkeypatch.setattr(groups, "JOINED_BYTES", limit)
+            assert calculator.influences(*queries(), *training(2)).chunks[1] == chunks
+
     def test_the_graph_does_not_hold_the_model(self, client: Client):
         model = CountingModel(ballast=10**6)
         calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)

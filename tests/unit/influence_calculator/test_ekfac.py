@@ -207,6 +207,18 @@ def test_one_example_at_a_time_scores_as_many_together() -> None:
     torch.testing.assert_close(singly, _influences(fitted, case)[:1])
 
 
+@pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN], ids=repr)
+def test_examples_that_are_scored_piece_by_piece_score_as_together(
+    case: EkfacCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces share their memory; batches of 4 end with a piece of one."""
+    fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
+    together = _influences(fitted, case)
+    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: True)
+    monkeypatch.setattr(kronecker, "PIECE", 3)
+    torch.testing.assert_close(_influences(fitted, case), together)
+
+
 def test_a_layer_without_bias_keeps_the_order_of_its_weight() -> None:
     """Mistake 4: as λ grows the factor becomes g / λ, entry by entry."""
     model = nn.Linear(4, 3, bias=False).double()

@@ -55,11 +55,11 @@ class CapturedLayer:
             yield self.spec.bias, self.gradients.sum(1)
 
 
-def per_sample_products(g: Tensor, a: Tensor) -> Tensor:
+def per_sample_products(g: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     """`Σ_s g_s a_sᵀ` of each example, `[n, o, i]`."""
     if g.shape[1] == 1:
-        return g.mT * a
-    return torch.bmm(g.mT, a.to(g.dtype))
+        return torch.mul(g.mT, a, out=out)
+    return torch.bmm(g.mT, a.to(g.dtype), out=out)
 
 
 class _Call(NamedTuple):

@@ -17,7 +17,12 @@ from typing_extensions import override
 from influence_calculator.maths.capture import captured_layers
 from influence_calculator.maths.gradient_methods import solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
-from influence_calculator.maths.kronecker import DiagonalSolver, LayerRows, turned_gradients
+from influence_calculator.maths.kronecker import (
+    DiagonalSolver,
+    LayerRows,
+    turned_gradients,
+    turned_in_pieces,
+)
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Fitted, Part, Solved
 from influence_calculator.maths.objective import Batch, Objective
@@ -45,7 +50,10 @@ class EkfacFitted(Fitted):
     @override
     def gradients(self, objective: Objective, batch: Batch) -> Left:
         pieces: dict[str, list[Part]] = {block: [] for block in self.layout.blocks}
-        for part in self._turned(objective, batch):
+        for layer in captured_layers(objective, batch, self._specs):
+            block = layer.spec.name
+            pieces[block].append(Part(block, 0, turned_gradients(layer, self._layers[block].basis)))
+        for part in self._diagonal(objective, batch):
             pieces[part.block].append(part)
         return {block: _joined(pieces.pop(block)) for block in self.layout.blocks}
 
@@ -54,12 +62,13 @@ class EkfacFitted(Fitted):
 
     @override
     def right(self, batch: Batch) -> Iterator[Part]:
-        yield from self._turned(self.objective, batch)
-
-    def _turned(self, objective: Objective, batch: Batch) -> Iterator[Part]:
-        for layer in captured_layers(objective, batch, self._specs):
+        for layer in captured_layers(self.objective, batch, self._specs):
             block = layer.spec.name
-            yield Part(block, 0, turned_gradients(layer, self._layers[block].basis))
+            for row, values in turned_in_pieces(layer, self._layers[block].basis):
+                yield Part(block, 0, values, row)
+        yield from self._diagonal(self.objective, batch)
+
+    def _diagonal(self, objective: Objective, batch: Batch) -> Iterator[Part]:
         for name, values in vmapped_gradients(objective, batch, tuple(self._others)):
             slot = self._others[name]
             yield Part(slot.block, slot.start, values.to(accumulation_dtype(values.dtype)))

@@ -13,6 +13,7 @@ Shapes: n, t examples, S tokens, o outputs, i inputs, j = i + 1 with a bias, P_b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,9 @@ from influence_calculator.maths.method import SolverReport
 
 PRODUCT_ELEMENTS = 1 << 24
 """Per-sample gradients formed at once while Λ is summed: 64 MiB in float32."""
+
+PIECE = 64
+"""Examples whose gradients are formed at once where a processor scores them."""
 
 
 def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
@@ -96,6 +100,25 @@ def turned_gradients(layer: CapturedLayer, basis: Basis) -> Tensor:
     if turns_tokens(layer.activations.shape[1], o, j):
         return per_sample_products(*turned_tokens(layer, basis)).flatten(1)
     return _turned(_gradient_matrices(layer, basis.inputs.dtype), basis).flatten(1)
+
+
+def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[tuple[int, Tensor]]:
+    """`turned_gradients` of consecutive examples, with the index of the first.
+
+    On a processor a few at a time in the same memory, so that a piece holds until the next is asked for:
+    memory that is fresh at every use costs as much as the arithmetic.
+    """
+    n, S = layer.activations.shape[:2]
+    o, j = basis.outputs.shape[0], basis.inputs.shape[0]
+    if layer.activations.device.type != "cpu" or n <= PIECE or not turns_tokens(S, o, j):
+        yield 0, turned_gradients(layer, basis)
+        return
+    g, a = turned_tokens(layer, basis)
+    memory = g.new_empty(PIECE, o, j)
+    for start in range(0, n, PIECE):
+        piece = slice(start, start + PIECE)
+        products = per_sample_products(g[piece], a[piece], out=memory[: min(PIECE, n - start)])
+        yield start, products.flatten(1)
 
 
 def _gradient_matrices(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:

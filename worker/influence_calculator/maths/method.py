@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.layout import Layout, Left
-from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData, batch_size
 from influence_calculator.maths.shapes import ModelShapes
 
 Sums = dict[str, dict[str, Tensor]]
@@ -79,11 +79,14 @@ class Solved:
 
 
 class Part(NamedTuple):
-    """Columns `start` to `start + width` of block `block` of a right representation, `[n, width]`."""
+    """Columns `start` to `start + width` of block `block` of a right representation, of the examples from
+    `row` on, `[rows, width]`.
+    """
 
     block: str
     start: int
     values: Tensor
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -167,24 +170,22 @@ class Fitted(ABC):
 
     @abstractmethod
     def right(self, batch: Batch) -> Iterator[Part]:
-        """The right representation of a training batch, part by part, so that one lives at a time."""
+        """The right representation of a training batch, part by part, so that one lives at a time: its
+        values hold until the next is asked for.
+        """
 
     def score(self, left: Left, batch: Batch) -> Tensor:
         """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`; float32 at least, whatever is stored."""
-        total: Tensor | None = None
+        rows = next(iter(left.values()))
+        wide = score_dtype(rows)
+        scores = rows.new_zeros(rows.shape[0], batch_size(batch), dtype=wide)
         for part in self.right(batch):
             columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
-            wide = score_dtype(columns)
-            values = part.values.to(wide)
-            if total is None:
-                total = columns.to(wide) @ values.T
-            else:
-                total.addmm_(columns.to(wide), values.T)
+            examples = scores[:, part.row : part.row + part.values.shape[0]]
+            examples.addmm_(columns.to(wide), part.values.to(wide).T)
             # What comes next is formed while these names last.
-            del part, columns, values
-        if total is None:
-            raise ValueError("right representation without parts: no parameter is tracked")
-        return total
+            del part, columns
+        return scores
 
 
 class Method(ABC):

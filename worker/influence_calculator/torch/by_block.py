@@ -25,8 +25,9 @@ def influences_by_block(
         for block in fitted.layout.blocks
     )
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
-        columns = slice(piece.start, piece.start + batch_size(piece.batch))
         for part in fitted.right(piece.batch):
+            first = piece.start + part.row
+            columns = slice(first, first + part.values.shape[0])
             rows = left[part.block][:, part.start : part.start + part.values.shape[1]]
             scores[part.block][:, columns] += rows @ part.values.to(rows.dtype).T
     return scores
