@@ -76,6 +76,18 @@ class CountingModel(InfluenceFunctionModel[Tensor, Iterable[Any]]):
         return torch.einsum("tp,n->tnp", z_test_factors, y.float().reshape(-1))
 
 
+class NarrowModel(CountingModel):
+    """Sends its factors without the last column where that holds nothing but zeros."""
+
+    def left(self, x: Tensor, y: Tensor) -> Tensor:
+        factors = self._influence_factors(x, y)
+        return factors if factors[:, -1].any() else factors[:, :-1]
+
+    def expanded(self, left: Tensor) -> Tensor:
+        self.calls["expanded"] += 1
+        return torch.nn.functional.pad(left, (0, FEATURES - left.shape[1]))
+
+
 class TurnedModel(CountingModel):
     """Scores in coordinates of its own, factors times -2, and counts what it turns as `turned`."""
 

@@ -131,21 +131,28 @@ class InfluenceFunctionModel(Generic[TensorType, DataLoaderType], ABC):
         """The model's own `influences`."""
 
     def left(self, x: TensorType, y: TensorType) -> TensorType:
-        """What `influences_from_left` scores, one row `[P]` per example of (x, y).
+        """One row per example of (x, y), of which `expanded` makes what `influences_from_left` scores.
 
-        The influence factors, unless a model has coordinates of its own in which scoring costs less.
+        The influence factors, unless a model has coordinates of its own in which scoring costs less, or
+        rows that are narrower to send.
 
         Raises:
             NotFittedException: `fit` has not run.
         """
         return self.influence_factors(x, y)
 
+    def expanded(self, left: TensorType) -> TensorType:
+        """What `influences_from_left` scores, `[t, P]`, from rows of `left`; the rows themselves unless
+        those are narrower.
+        """
+        return left
+
     def left_of_factors(self, z_test_factors: TensorType) -> TensorType:
         """The same from influence factors `[t, P]`; the factors themselves without coordinates of its own."""
         return z_test_factors
 
     def influences_from_left(self, left: TensorType, x: TensorType, y: TensorType) -> TensorType:
-        """Influences `[t, n]` of (x, y) in mode Up, from what `left` or `left_of_factors` of this
+        """Influences `[t, n]` of (x, y) in mode Up, from what `expanded` or `left_of_factors` of this
         model returned.
         """
         return self.influences_from_factors(left, x, y)

@@ -65,9 +65,17 @@ class WorkerSide:
         last = self._group
         if last is None or last[0] != name:
             self._group = None
-            tensor = self.converter.from_numpy(joined(rows))
-            last = self._group = (name, tensor if turn is None else turn(tensor))
+            last = self._group = (name, self._together([chunk for chunk in rows if len(chunk)], turn))
         return last[1]
+
+    def _together(self, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None) -> Any:
+        if turn is None:
+            return self.converter.from_numpy(joined(rows))
+        if len({chunk.shape[1] for chunk in rows}) == 1:
+            return turn(self.converter.from_numpy(joined(rows)))
+        # Some chunks have a narrower form, and others none.
+        turned = [self.converter.to_numpy(turn(self.converter.from_numpy(chunk))) for chunk in rows]
+        return self.converter.from_numpy(joined(turned))
 
     @contextmanager
     def entered(self) -> Iterator[InfluenceFunctionModel[Any, Any]]:
@@ -100,7 +108,7 @@ def factors_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDAr
 
 
 def left_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """What the model scores in mode Up of one chunk, `[t, P]`: factors in its own coordinates."""
+    """What `expanded` of the model takes, of one chunk: `[t, P]`, or `[t, K]` in a narrower form."""
     if len(x) == 0:
         return np.empty((0, side.model.n_parameters), side.dtype)
     with side.entered() as model:
@@ -146,7 +154,7 @@ def region(
     data = side.converter.from_numpy(x), side.converter.from_numpy(y)
     with side.entered() as model:
         if mode is InfluenceMode.Up:
-            turn = model.left_of_factors if rows is Rows.FACTORS else None
+            turn = model.left_of_factors if rows is Rows.FACTORS else model.expanded
             values = model.influences_from_left(side.group(name, chunks, turn), *data)
         else:
             values = model.influences_from_factors(side.group(name, chunks), *data, mode)

@@ -89,7 +89,8 @@ class SequentialInfluenceCalculator:
         test = Readable("test_data_iterable", test_data_iterable)
         train = Readable("train_data_iterable", train_data_iterable)
         model = self.influence_function_model
-        rows_of = partial(_rows_of_pair, model.left if mode is InfluenceMode.Up else model.influence_factors)
+        solve = self._left if mode is InfluenceMode.Up else model.influence_factors
+        rows_of = partial(_rows_of_pair, solve)
         return NestedLazyChunkSequence(partial(self._rows, test, rows_of, train, mode), test.length)
 
     def influences_from_factors(
@@ -114,6 +115,10 @@ class SequentialInfluenceCalculator:
     def _factors(self, data: Readable[Any]) -> Iterator[Tensor]:
         for item in data:
             yield self.influence_function_model.influence_factors(*pair_of(data.field, item))
+
+    def _left(self, x: Tensor, y: Tensor) -> Tensor:
+        left: Tensor = self.influence_function_model.expanded(self.influence_function_model.left(x, y))
+        return left
 
     def _left_of_factors(self, item: Any) -> Tensor:
         left: Tensor = self.influence_function_model.left_of_factors(_unwrapped(item))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster, worker_client
 
-from counting_model import FEATURES, CountingModel, TurnedModel
+from counting_model import FEATURES, CountingModel, NarrowModel, TurnedModel
 from influence_calculator import (
     DaskInfluenceCalculator,
     DisableClientSingleThreadCheck,
@@ -128,6 +128,19 @@ class TestHowOftenItWorks:
         moved = calculator.influences(*queries(), *training(), mode=InfluenceMode.Perturbation)
         assert np.allclose(computed(moved), EXPECTED_PERTURBATION)
         assert model.calls["turned"] == 2
+
+    def test_rows_may_be_narrower_on_their_way(self):
+        """Chunks of 3, 3, 3 and 2 examples: none, some or all of them, and one without any example."""
+        for narrow, expansions in ((0, 1), (3, 4), (T, 1)):
+            model, x = NarrowModel(), X_TEST.copy()
+            x[:narrow, -1] = 0
+            influences = local(model).influences(*pair(x, Y_TEST, 3), *training())
+            assert np.allclose(computed(influences), (x * Y_TEST[:, None]) @ (X * Y[:, None]).T)
+            assert model.calls["expanded"] == expansions
+        examples = da.concatenate([da.from_array(x[:0]), da.from_array(x)])
+        labels = da.concatenate([da.from_array(Y_TEST[:0]), da.from_array(Y_TEST)])
+        influences = local(NarrowModel()).influences(examples, labels, *training())
+        assert np.allclose(computed(influences), (x * Y_TEST[:, None]) @ (X * Y[:, None]).T)
 
     def test_a_slice_of_the_result_computes_only_the_groups_it_touches(self):
         model = CountingModel()

@@ -487,6 +487,37 @@ def test_a_test_example_that_is_not_finite_spoils_its_own_row_alone() -> None:
     torch.testing.assert_close(scores[0], _influences(fitted, case)[0])
 
 
+@pytest.mark.parametrize("case", EKFAC_CASES, ids=repr)
+def test_compact_rows_expand_to_the_left_representation(case: EkfacCase) -> None:
+    """Only layers that see one token per example have such rows."""
+    fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
+    compact = fitted.compact(_objective(case), case.data(T, 2))
+    assert (compact is None) == (len(case.features) > 1)
+    if compact is None:
+        return
+    solved = fitted.solve(fitted.gradients(_objective(case), case.data(T, 2)))
+    assert compact.rows.shape == (T, fitted.compact_width)
+    assert fitted.compact_width < fitted.layout.width
+    assert compact.report.status.tolist() == solved.report.status.tolist()
+    expected = fitted.layout.flatten(solved.left)
+    torch.testing.assert_close(fitted.expanded(compact.rows), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compact_row_that_is_not_finite_is_told_and_expands_to_nothing_else() -> None:
+    case = MLP_CASE
+    fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
+    x, y = case.data(T, 2)
+    x[1] = torch.inf
+    compact = fitted.compact(_objective(case), (x, y))
+    assert compact is not None
+    solved = fitted.solve(fitted.gradients(_objective(case), (x, y)))
+    assert compact.report.status.tolist() == solved.report.status.tolist()
+    assert compact.report.residual.isnan().tolist() == [False, True, False]
+    left = fitted.expanded(compact.rows)
+    assert left.isnan().all(1).tolist() == [False, True, False]
+    torch.testing.assert_close(left[0], fitted.layout.flatten(solved.left)[0], rtol=1e-12, atol=1e-12)
+
+
 def test_a_method_travels_by_pickle() -> None:
     method = Ekfac(regularization=0.1, expectation="exact")
     assert pickle.loads(pickle.dumps(method)) == method

@@ -157,7 +157,7 @@ class TestContract:
 
     def test_influences_are_those_from_the_models_own_representation(self, build, expected: Tensor):
         model = build().fit(batches())
-        left = model.left(X_TEST, Y_TEST)
+        left = model.expanded(model.left(X_TEST, Y_TEST))
         assert torch.allclose(model.influences_from_left(left, X, Y), expected, rtol=1e-7)
         turned = model.left_of_factors(model.influence_factors(X_TEST, Y_TEST))
         assert torch.allclose(turned, left, rtol=1e-7, atol=1e-10)

@@ -15,20 +15,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.capture import captured_layers
-from influence_calculator.maths.gradient_methods import solve_by_block
+from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
 from influence_calculator.maths.kronecker import (
     DiagonalSolver,
     LayerRows,
     turned_gradients,
     turned_in_pieces,
+    turned_tokens,
 )
 from influence_calculator.maths.layout import Layout, Left
-from influence_calculator.maths.method import Fitted, Part, Solved
+from influence_calculator.maths.method import Compact, CompactFitted, Part, Solved
 from influence_calculator.maths.objective import Batch, Objective
 
 
-class EkfacFitted(Fitted):
+class EkfacFitted(CompactFitted):
     """Scores in the eigenbases: `left = Qᵀg / (Λ + λ)`, `right = Qᵀg`; `Q = I` outside of layers."""
 
     def __init__(
@@ -73,6 +74,41 @@ class EkfacFitted(Fitted):
             slot = self._others[name]
             yield Part(slot.block, slot.start, values.to(accumulation_dtype(values.dtype)))
 
+    @property
+    @override
+    def compact_width(self) -> int | None:
+        """Output gradients and activations side by side, where that is less than their products."""
+        width = sum(sum(_sides(rows)) for rows in self._layers.values())
+        narrower = width < self.layout.width and not self._others and self.layout.blocks_are_whole
+        return width if narrower else None
+
+    @override
+    def compact(self, objective: Objective, batch: Batch) -> Compact | None:
+        if self.compact_width is None:
+            return None
+        sides: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in captured_layers(objective, batch, self._specs):
+            if layer.activations.shape[1] != 1:
+                return None
+            block = layer.spec.name
+            g, a = turned_tokens(layer, self._layers[block].basis)
+            sides[block] = g[:, 0], a[:, 0]
+        rows = torch.cat([side for block in self.layout.blocks for side in sides[block]], dim=1)
+        report = direct_report(rows)
+        rows[~torch.isfinite(rows).all(dim=1)] = torch.nan
+        return Compact(rows, report)
+
+    @override
+    def expanded(self, rows: Tensor) -> Tensor:
+        widths = [side for block in self.layout.blocks for side in _sides(self._layers[block])]
+        sides = iter(rows.split(widths, dim=1))
+        left = rows.new_empty(rows.shape[0], self.layout.width)
+        for block, columns in self.layout.split(left).items():
+            g, a = next(sides), next(sides)
+            torch.mul(g.unsqueeze(2), a.unsqueeze(1), out=columns.unflatten(1, (g.shape[1], a.shape[1])))
+            columns.div_(self._solvers[block].shifted)
+        return left
+
     def factors(self, left: Left) -> Left:
         return {
             block: self._layers[block].turned_back(rows) if block in self._layers else rows
@@ -84,6 +120,11 @@ class EkfacFitted(Fitted):
             block: self._layers[block].turned(rows) if block in self._layers else rows
             for block, rows in factors.items()
         }
+
+
+def _sides(rows: LayerRows) -> tuple[int, int]:
+    """`(o, j)`."""
+    return rows.basis.outputs.shape[0], rows.basis.inputs.shape[0]
 
 
 def _joined(parts: list[Part]) -> Tensor:

@@ -182,6 +182,11 @@ class DiagonalSolver:
     def __init__(self, what: str, eigenvalues: Tensor, λ: float) -> None:
         self._shifted = shifted(eigenvalues, λ, what).flatten()
 
+    @property
+    def shifted(self) -> Tensor:
+        """`Λ + λ`, one entry per column."""
+        return self._shifted
+
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         solved = right_hand_sides.to(self._shifted.dtype) / self._shifted
         return solved, SolverReport.exact(right_hand_sides.shape[0])

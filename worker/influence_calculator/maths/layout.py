@@ -113,12 +113,23 @@ class Layout:
             return {self.blocks[0]: flat}
         return {block: self._columns(flat, block) for block in self.blocks}
 
-    def _columns(self, flat: Tensor, block: str) -> Tensor:
-        """One block's columns of `[t, P]`: a view where they stand together, as a layer's do."""
+    @cached_property
+    def blocks_are_whole(self) -> bool:
+        """Whether the columns of each block stand together in `[t, P]`, so that `split` gives views."""
+        return all(self._range(block) is not None for block in self.blocks)
+
+    def _range(self, block: str) -> slice | None:
+        """One block's columns of `[t, P]`, if they stand together."""
         slots = self.slots_of(block)
         start, stop = slots[0].flat_start, slots[-1].flat_start + slots[-1].size
-        if stop - start == self.widths[block]:
-            return flat[:, start:stop]
+        return slice(start, stop) if stop - start == self.widths[block] else None
+
+    def _columns(self, flat: Tensor, block: str) -> Tensor:
+        """One block's columns of `[t, P]`: a view where they stand together, as a layer's do."""
+        columns = self._range(block)
+        if columns is not None:
+            return flat[:, columns]
+        slots = self.slots_of(block)
         return torch.cat([flat[:, s.flat_start : s.flat_start + s.size] for s in slots], dim=1)
 
 

@@ -78,6 +78,14 @@ class Solved:
     report: SolverReport
 
 
+class Compact(NamedTuple):
+    """A left representation in fewer numbers than parameters, for the way between processes."""
+
+    rows: Tensor
+    """`[t, K]`; a row whose gradient is not finite is NaN."""
+    report: SolverReport
+
+
 class Part(NamedTuple):
     """Columns `start` to `start + width` of block `block` of a right representation, of the examples from
     `row` on, `[rows, width]`.
@@ -186,6 +194,23 @@ class Fitted(ABC):
             # What comes next is formed while these names last.
             del part, columns
         return scores
+
+
+class CompactFitted(Fitted, ABC):
+    """A fitted method whose left representation may be sent in fewer numbers than it has."""
+
+    @property
+    @abstractmethod
+    def compact_width(self) -> int | None:
+        """K < P: columns of compact rows; None: this model has none."""
+
+    @abstractmethod
+    def compact(self, objective: Objective, batch: Batch) -> Compact | None:
+        """The left representation of a test batch as compact rows; None: these examples have none."""
+
+    @abstractmethod
+    def expanded(self, rows: Tensor) -> Tensor:
+        """The left representation `[t, P]`, flattened by the layout, of compact rows `[t, K]`."""
 
 
 class Method(ABC):

@@ -32,6 +32,7 @@ from influence_calculator.maths.blocks import BlockMode, Regularization
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
+    CompactFitted,
     FitState,
     Fitted,
     Method,
@@ -190,12 +191,31 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     @denormals_flushed()
     def left(self, x: Tensor, y: Tensor) -> Tensor:
-        """The method's left representation of each example, `[t, P]`: factors in coordinates of its own.
+        """The method's left representation of each example: `[t, P]`, or `[t, K]` in a narrower form.
 
         Raises:
             NotFittedException: `fit` has not run.
         """
-        return self._require_fitted().layout.flatten(self._solved(x, y).left)
+        fitted = self._require_fitted()
+        if isinstance(fitted, CompactFitted):
+            compact = fitted.compact(self.objective, self._batch(x, y))
+            if compact is not None:
+                self._noted(Solved({}, compact.report))
+                return compact.rows
+        return fitted.layout.flatten(self._solved(x, y).left)
+
+    @denormals_flushed()
+    def expanded(self, left: Tensor) -> Tensor:
+        """The left representation `[t, P]` of what `left` returned.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+            ValueError: rows of another width.
+        """
+        fitted = self._require_fitted()
+        if isinstance(fitted, CompactFitted) and left.shape[1:] == (fitted.compact_width,):
+            return fitted.expanded(left.to(self.model_device))
+        return self._checked(left)
 
     @denormals_flushed()
     def left_of_factors(self, z_test_factors: Tensor) -> Tensor:
@@ -220,7 +240,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     @denormals_flushed()
     def influences_from_left(self, left: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Influences `[t, n]` of (x, y) from what `left` or `left_of_factors` of this model returned.
+        """Influences `[t, n]` of (x, y) from what `expanded` or `left_of_factors` of this model returned.
 
         Raises:
             NotFittedException: `fit` has not run.
