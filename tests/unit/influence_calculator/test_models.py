@@ -624,3 +624,12 @@ class TestConverters:
     def test_chunks_of_no_examples_are_refused(self):
         with pytest.raises(ValueError, match="chunk_size: expected at least 1"):
             torch_dataset_to_dask_array(TensorDataset(X, Y), 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "argument"), [(conjugate, "progress"), (conjugate, "precompute_grad"), (lissa, "progress")]
+)
+def test_an_argument_without_effect_says_so_where_the_model_is_made(build: Build, argument: str) -> None:
+    with pytest.warns(UserWarning, match=f"{argument} has no effect: see solver_report") as told:
+        build(**{argument: True})
+    assert [warning.filename for warning in told] == [__file__]

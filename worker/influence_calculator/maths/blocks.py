@@ -191,6 +191,19 @@ def check_coverage(regularization: Regularization, blocks: Sequence[str]) -> Non
         )
 
 
+def regularized_layout(
+    objective: Objective, structure: BlockStructure, regularization: Regularization | None
+) -> Layout:
+    """`block_layout`, for a regularization that names every block, if it names any.
+
+    Raises:
+        ValueError: as `block_layout` and `check_coverage`.
+    """
+    layout = block_layout(objective, structure)
+    check_coverage(checked_regularization(regularization), layout.blocks)
+    return layout
+
+
 def block_regularization(regularization: Regularization, block: str, trace: float, dim: int) -> float:
     """λ of one block. `trace` counts only for a relative one: `λ_b = c · tr(H_b) / dim_b`, at least 0."""
     match regularization:

@@ -18,10 +18,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
     block_regularization,
-    check_coverage,
     checked_regularization,
+    regularized_layout,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import MatrixPass
@@ -55,9 +54,7 @@ class Direct(Method):
         checked_regularization(self.regularization)
 
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     def passes(self) -> tuple[FitPass, ...]:
         return (MatrixPass(self.blocks, self.second_order),)

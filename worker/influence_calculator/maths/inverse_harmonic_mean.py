@@ -23,9 +23,8 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     needs_trace,
+    regularized_layout,
     require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -75,9 +74,7 @@ class InverseHarmonicMean(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(self.regularization, layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     @override
     def passes(self) -> tuple[FitPass, ...]:

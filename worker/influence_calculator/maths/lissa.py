@@ -19,10 +19,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     checked_regularization,
     needs_trace,
+    regularized_layout,
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -91,9 +90,7 @@ class Lissa(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     @override
     def passes(self) -> tuple[FitPass, ...]:

@@ -7,7 +7,6 @@ example helps, not divided by N.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -24,6 +23,7 @@ from influence_calculator.torch.base import (
     regularization_of,
 )
 from influence_calculator.torch.ekfac import EkfacInfluence
+from influence_calculator.torch.ignored import SEE_REPORT, warn_of_no_effect
 from influence_calculator.torch.preconditioner import Preconditioner
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.spectral import ArnoldiInfluence, NystroemSketchInfluence
@@ -114,9 +114,7 @@ class CgInfluence(TorchComposableInfluence):
         block_structure: GivenBlocks = BlockMode.FULL,
         second_order_mode: SecondOrderMode | curvature.SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        for name, given in (("progress", progress), ("precompute_grad", precompute_grad)):
-            if given:
-                warnings.warn(f"{name} has no effect: see solver_report", UserWarning, stacklevel=3)
+        warn_of_no_effect(SEE_REPORT, stacklevel=3, progress=progress, precompute_grad=precompute_grad)
         method = Cg(
             regularization=regularization_of(regularization),
             rtol=rtol,

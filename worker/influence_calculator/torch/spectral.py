@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -17,6 +16,7 @@ from influence_calculator.torch.base import (
     TorchComposableInfluence,
     regularization_of,
 )
+from influence_calculator.torch.ignored import warn_of_no_effect
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
@@ -61,9 +61,8 @@ class ArnoldiInfluence(TorchComposableInfluence):
         use_woodbury: bool = False,
         seed: int = 0,
     ) -> None:
-        if eigen_computation_on_gpu:
-            message = "eigen_computation_on_gpu has no effect: the search runs where the model is"
-            warnings.warn(message, UserWarning, stacklevel=3)
+        where = "the search runs where the model is"
+        warn_of_no_effect(where, stacklevel=3, eigen_computation_on_gpu=eigen_computation_on_gpu)
         method = Arnoldi(
             regularization_of(regularization),
             rank,

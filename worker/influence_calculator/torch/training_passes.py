@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -17,6 +16,7 @@ from influence_calculator.torch.base import (
     TorchComposableInfluence,
     regularization_of,
 )
+from influence_calculator.torch.ignored import SEE_REPORT, warn_of_no_effect
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
@@ -67,8 +67,7 @@ class LissaInfluence(TorchComposableInfluence):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        if progress:
-            warnings.warn("progress has no effect: see solver_report", UserWarning, stacklevel=3)
+        warn_of_no_effect(SEE_REPORT, stacklevel=3, progress=progress)
         method = Lissa(
             regularization=regularization_of(regularization),
             maxiter=maxiter,
