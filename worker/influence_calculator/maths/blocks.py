@@ -52,14 +52,20 @@ def block_layout(objective: Objective, structure: BlockStructure) -> Layout:
     Raises:
         ValueError: a custom structure that overlaps, is empty, or names what is not tracked.
     """
-    shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
+    return model_layout(objective.model, objective.names, structure)
+
+
+def model_layout(model: nn.Module, tracked: tuple[str, ...], structure: BlockStructure) -> Layout:
+    """`block_layout` of the tracked parameters of a model, whatever is differentiated."""
+    own = dict(model.named_parameters())
+    shapes = {name: tuple(own[name].shape) for name in tracked}
     if not shapes:
         raise ValueError(
             "model: expected at least one parameter that requires grad, got none; "
             "unfreeze the parameters whose influence you ask for"
         )
-    names = names_of_blocks(tuple(shapes), structure)
-    _refuse_untracked(objective.model, tuple(shapes), names)
+    names = names_of_blocks(tracked, structure)
+    _refuse_untracked(model, tracked, names)
     return Layout.of(shapes, names)
 
 
