@@ -81,6 +81,54 @@ PROMISED = {
 }
 """Module (after the package's own name) -> names that users import from there."""
 
+BUILDING_BLOCKS = {
+    ".types": [
+        "Batch",
+        "GradientProvider",
+        "BilinearForm",
+        "Operator",
+        "OperatorGradientComposition",
+        "BlockMapper",
+    ],
+    ".torch.base": [
+        "TorchBatch",
+        "TorchGradientProvider",
+        "OperatorBilinearForm",
+        "DictBilinearForm",
+        "LowRankBilinearForm",
+        "TensorOperator",
+        "TensorDictOperator",
+        "TorchOperatorGradientComposition",
+        "TorchBlockMapper",
+        "TorchComposableInfluence",
+    ],
+    ".torch.batch_operation": [
+        "HessianBatchOperation",
+        "GaussNewtonBatchOperation",
+        "InverseHarmonicMeanBatchOperation",
+        "ChunkAveraging",
+        "PointAveraging",
+    ],
+    ".torch.operator": [
+        "HessianOperator",
+        "GaussNewtonOperator",
+        "InverseHarmonicMeanOperator",
+        "DirectSolveOperator",
+        "LissaOperator",
+        "LowRankOperator",
+        "MatrixOperator",
+        "CgOperator",
+    ],
+    ".torch.functional": ["LowRankProductRepresentation"],
+}
+"""The same for what models are composed of: imported from these modules alone."""
+
+
+def promised() -> dict[str, list[str]]:
+    """Module -> all names that are promised there."""
+    modules = {**PROMISED, **BUILDING_BLOCKS}
+    return {module: [*PROMISED.get(module, ()), *BUILDING_BLOCKS.get(module, ())] for module in modules}
+
 
 def described(thing: object) -> dict[str, object]:
     """A function's parameters, a class's public methods and properties, an enum's members."""
@@ -129,7 +177,7 @@ def snapshot(package: str) -> dict[str, dict[str, object]]:
     """The promised names as `package` has them."""
     return {
         module: {name: described(getattr(importlib.import_module(package + module), name)) for name in names}
-        for module, names in PROMISED.items()
+        for module, names in promised().items()
     }
 
 

@@ -23,6 +23,10 @@ DIFFERENCES = {
         "resulting_dtype defaults to None, each entry's own dtype: pyDVL declares float32 whatever the "
         "chunks hold, and labels declared as floats fail in a loss that wants integers"
     ),
+    ".torch.batch_operation PointAveraging.__init__": (
+        "no batch_dim: results of a batch do not tell how many examples it has (their first dimension counts "
+        "right-hand sides); the numbers are a second argument of the call"
+    ),
     **{
         f"{module} {kind}.{member}": FITTED_BY_THE_MODEL
         for module in (".torch", ".torch.preconditioner")
@@ -82,7 +86,7 @@ def _callable_alike(theirs: list[list[str]], ours: list[list[str]]) -> bool:
 def test_the_snapshot_is_of_the_version_and_the_names_that_are_promised():
     assert PYDVL["version"] == "0.10.0"
     taken = {module: set(names) for module, names in PYDVL["modules"].items()}
-    assert taken == {module: set(names) for module, names in _script().PROMISED.items()}
+    assert taken == {module: set(names) for module, names in _script().promised().items()}
 
 
 def test_every_name_can_be_called_as_in_pydvl_but_for_the_differences_listed():
@@ -96,9 +100,9 @@ def test_every_name_can_be_called_as_in_pydvl_but_for_the_differences_listed():
     assert found == set(DIFFERENCES)
 
 
-@pytest.mark.parametrize("module", PYDVL["modules"])
-def test_every_public_name_is_importable_from_the_package_itself(module: str):
-    for name in PYDVL["modules"][module]:
+@pytest.mark.parametrize("module", _script().PROMISED)
+def test_every_name_but_building_blocks_is_importable_from_the_package_itself(module: str):
+    for name in _script().PROMISED[module]:
         there = getattr(importlib.import_module(f"influence_calculator{module}"), name)
         assert getattr(influence_calculator, name) is there
         assert name in influence_calculator.__all__

@@ -42,7 +42,7 @@ from influence_calculator import (
 )
 from influence_calculator.maths import training_batches
 from influence_calculator.maths.training_batches import KEPT_BYTES
-from influence_calculator.torch.base import TorchComposableInfluence
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.training_data import in_one_order
 from model_cases import LOGISTIC, MLP
 
@@ -91,7 +91,7 @@ def harmonic(**changes: Any) -> InverseHarmonicMeanInfluence:
     return InverseHarmonicMeanInfluence(CASE.model(), CASE.loss, **{"regularization": λ, **changes})
 
 
-Build = Callable[..., TorchComposableInfluence]
+Build = Callable[..., TorchBlockwiseInfluence]
 MODELS: dict[str, Build] = {
     "direct": direct,
     "cg": conjugate,

@@ -18,10 +18,10 @@ from influence_calculator.maths.direct import Direct
 from influence_calculator.torch.base import (
     GivenBlocks,
     GivenRegularization,
-    TorchComposableInfluence,
     TorchInfluenceFunctionModel,
     regularization_of,
 )
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.ekfac import EkfacInfluence
 from influence_calculator.torch.ignored import SEE_REPORT, warn_of_no_effect
 from influence_calculator.torch.preconditioner import Preconditioner
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-class DirectInfluence(TorchComposableInfluence):
+class DirectInfluence(TorchBlockwiseInfluence):
     """Solves with the dense curvature matrix of each block, factorized once: exact, `P_b²` memory.
 
     Args:
@@ -73,7 +73,7 @@ class DirectInfluence(TorchComposableInfluence):
         return replace(self.method, regularization=regularization)
 
 
-class CgInfluence(TorchComposableInfluence):
+class CgInfluence(TorchBlockwiseInfluence):
     """Solves by conjugate gradients, with products of the curvature and never the matrix itself.
 
     How each right-hand side ended is in `solver_report` after `influence_factors`, and in what `solve`
