@@ -23,6 +23,7 @@ from influence_calculator import (
     SequentialInfluenceCalculator,
     SolverStatus,
     TorchNumpyConverter,
+    TrainingModeError,
     UnsupportedInfluenceModeException,
     UnsupportedInputError,
     torch_dataset_to_dask_array,
@@ -158,6 +159,9 @@ class TestAModelComposedOfPieces:
                 Mixture(MLP.model(), BLOCKS, wrong)
         with pytest.raises(ValueError, match="not negative"):
             model.with_regularization(-1.0)
+        with pytest.raises(ValueError, match="numbers above 0, got 0"):
+            model.with_regularization({"ends": 0.5, "middle": 0.0})
+        oracle.assert_close(model.influences(X_TEST, Y_TEST, X, Y), expected_influences(0.1), 1e-6)
 
     def test_how_solves_ended_is_reported_over_the_blocks(self, model: Mixture) -> None:
         model.influence_factors(X_TEST, Y_TEST)
@@ -271,6 +275,11 @@ class TestGradients:
         oracle.assert_close(provider.flat_grads(TorchBatch(X_TEST, Y_TEST)), expected, 1e-10)
         assert list(provider.params_to_restrict_to) == list(chosen)
         assert provider.to("cpu") is provider
+
+    def test_a_model_that_answers_differently_each_time_is_refused(self) -> None:
+        dropping = torch.nn.Sequential(MLP.model(), torch.nn.Dropout()).train()
+        with pytest.raises(TrainingModeError, match="dropout"):
+            TorchGradientProvider(dropping, MLP.loss, None).flat_grads(TorchBatch(X, Y))
 
     def test_what_has_no_gradient_is_refused(self) -> None:
         provider = TorchGradientProvider(TRANSFORMER.model(), TRANSFORMER.loss, None)

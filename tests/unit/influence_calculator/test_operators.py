@@ -372,7 +372,7 @@ def test_an_argument_without_effect_says_so_where_the_operator_is_made() -> None
         assert [warning.filename for warning in told] == [__file__]
 
 
-class _Shift(TensorOperator):
+class _Identity(TensorOperator):
     """A user's operator: says what it does to one vector, and answers with what it was given."""
 
     def __init__(self) -> None:
@@ -390,7 +390,7 @@ class _Shift(TensorOperator):
     def dtype(self) -> torch.dtype:
         return torch.float64
 
-    def to(self, device: torch.device | str) -> _Shift:
+    def to(self, device: torch.device | str) -> _Identity:
         self.moved.append(device)
         return self
 
@@ -399,8 +399,11 @@ class _Shift(TensorOperator):
 
 
 def test_an_operator_of_ones_own_can_be_inverted_though_it_answers_with_its_argument() -> None:
-    inverse = CgOperator(_Shift(), 1.0, **EXACT)
+    inverse = CgOperator(_Identity(), 1.0, **EXACT)
     oracle.assert_close(inverse.apply(rows()), rows() / 2, 1e-12)
+    given = rows().clone()
+    _Identity().products()(given).add_(1)
+    assert torch.equal(given, rows())
     inverse.to("cpu")
     assert inverse.operator.moved == ["cpu"]  # type: ignore[attr-defined]
 

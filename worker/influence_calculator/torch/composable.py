@@ -140,7 +140,8 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         A subclass whose operators have no λ overrides it, and raises `revision` where numbers change.
 
         Raises:
-            ValueError: as the constructor; an operator without a λ.
+            ValueError: as the constructor; an operator without a λ, or one that refuses this one. Nothing is
+                changed then.
         """
         changed = self._by_block(regularization)
         operators = {} if self.block_mapper is None else {k: b.op for k, b in self.block_mapper.items()}
@@ -150,8 +151,13 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
                     f"block {block!r}: expected an operator whose regularization can be changed, got "
                     f"{type(operator).__name__}; override with_regularization, or fit a new model"
                 )
-        for block, operator in operators.items():
-            operator.regularization = changed[block]
+        try:
+            for block, operator in operators.items():
+                operator.regularization = changed[block]
+        except ValueError:
+            for block, operator in operators.items():
+                operator.regularization = self.regularization[block]
+            raise
         self.regularization = changed
         self.revision += 1
         return self
