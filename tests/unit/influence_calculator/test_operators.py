@@ -373,7 +373,7 @@ def test_an_argument_without_effect_says_so_where_the_operator_is_made() -> None
 
 
 class _Identity(TensorOperator):
-    """A user's operator: says what it does to one vector, and answers with what it was given."""
+    """A user's operator that answers with what it was given."""
 
     def __init__(self) -> None:
         self.moved: list[Any] = []
@@ -396,6 +396,9 @@ class _Identity(TensorOperator):
 
     def _apply_to_vec(self, vec: Tensor) -> Tensor:
         return vec
+
+    def _apply_to_mat(self, mat: Tensor) -> Tensor:
+        return mat
 
 
 def test_an_operator_of_ones_own_can_be_inverted_though_it_answers_with_its_argument() -> None:
