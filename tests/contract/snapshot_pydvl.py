@@ -81,6 +81,72 @@ PROMISED = {
 }
 """Module (after the package's own name) -> names that users import from there."""
 
+BUILDING_BLOCKS = {
+    ".types": [
+        "Batch",
+        "GradientProvider",
+        "BilinearForm",
+        "Operator",
+        "OperatorGradientComposition",
+        "BlockMapper",
+    ],
+    ".torch.base": [
+        "TorchBatch",
+        "TorchGradientProvider",
+        "OperatorBilinearForm",
+        "DictBilinearForm",
+        "LowRankBilinearForm",
+        "TensorOperator",
+        "TensorDictOperator",
+        "TorchOperatorGradientComposition",
+        "TorchBlockMapper",
+        "TorchComposableInfluence",
+    ],
+    ".torch.batch_operation": [
+        "HessianBatchOperation",
+        "GaussNewtonBatchOperation",
+        "InverseHarmonicMeanBatchOperation",
+        "ChunkAveraging",
+        "PointAveraging",
+    ],
+    ".torch.operator": [
+        "HessianOperator",
+        "GaussNewtonOperator",
+        "InverseHarmonicMeanOperator",
+        "DirectSolveOperator",
+        "LissaOperator",
+        "LowRankOperator",
+        "MatrixOperator",
+        "CgOperator",
+    ],
+    ".torch.functional": [
+        "LowRankProductRepresentation",
+        "create_batch_hvp_function",
+        "create_batch_loss_function",
+        "create_empirical_loss_function",
+        "create_hvp_function",
+        "create_matrix_jacobian_product_function",
+        "create_per_sample_gradient_function",
+        "create_per_sample_loss_function",
+        "create_per_sample_mixed_derivative_function",
+        "gauss_newton",
+        "hessian",
+        "hvp",
+        "model_hessian_nystroem_approximation",
+        "operator_nystroem_approximation",
+        "operator_spectral_approximation",
+        "randomized_nystroem_approximation",
+    ],
+    ".torch.util": ["get_model_parameters"],
+}
+"""The same for what models are composed of: imported from these modules alone."""
+
+
+def promised() -> dict[str, list[str]]:
+    """Module -> all names that are promised there."""
+    modules = {**PROMISED, **BUILDING_BLOCKS}
+    return {module: [*PROMISED.get(module, ()), *BUILDING_BLOCKS.get(module, ())] for module in modules}
+
 
 def described(thing: object) -> dict[str, object]:
     """A function's parameters, a class's public methods and properties, an enum's members."""
@@ -125,16 +191,35 @@ def _builtin_bases(kind: type) -> list[str]:
     return [base.__name__ for base in kind.__mro__ if base.__module__ == "builtins" and base is not object]
 
 
+def defined(package: str) -> dict[str, list[str]]:
+    """Module -> public classes and functions that `package` defines there, promised or not."""
+    found = {}
+    for module in promised():
+        here = importlib.import_module(package + module)
+        found[module] = sorted(
+            name
+            for name, thing in vars(here).items()
+            if not name.startswith("_")
+            and (inspect.isclass(thing) or inspect.isfunction(thing))
+            and thing.__module__ == here.__name__
+        )
+    return found
+
+
 def snapshot(package: str) -> dict[str, dict[str, object]]:
     """The promised names as `package` has them."""
     return {
         module: {name: described(getattr(importlib.import_module(package + module), name)) for name in names}
-        for module, names in PROMISED.items()
+        for module, names in promised().items()
     }
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    taken = {"version": version("pydvl"), "modules": snapshot("pydvl.influence")}
+    taken = {
+        "version": version("pydvl"),
+        "modules": snapshot("pydvl.influence"),
+        "defined": defined("pydvl.influence"),
+    }
     json.dump(taken, sys.stdout, indent=1, sort_keys=True)
     print()

@@ -15,7 +15,7 @@ from torch import Tensor
 import stored
 import traced_task
 from influence_calculator import ArnoldiInfluence, NystroemSketchInfluence, SecondOrderMode
-from influence_calculator.torch.base import TorchComposableInfluence
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from jobs import Barrier, Jobs
 from resuming import count, resume_and_check
 
@@ -39,7 +39,7 @@ def changed(method: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {**SMALL, "method": method, **more}
 
 
-def in_memory(method: dict[str, Any]) -> TorchComposableInfluence:
+def in_memory(method: dict[str, Any]) -> TorchBlockwiseInfluence:
     """The library's model with the same values, fitted to the same examples."""
     task = traced_task.task(train=96, test=TEST)
     mode = SecondOrderMode.GENERALIZED_GAUSS_NEWTON

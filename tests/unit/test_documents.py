@@ -21,7 +21,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from influence_calculator import (
+    BlockMode,
     CgInfluence,
+    DirectInfluence,
     EkfacInfluence,
     LissaInfluence,
     NystroemSketchInfluence,
@@ -96,7 +98,7 @@ def in_memory(names: dict[str, Any], model: Any) -> np.ndarray:
 
 def test_every_python_example_is_one_that_is_run_here() -> None:
     counted = {document.name: len(examples(document, "python")) for document in DOCUMENTS}
-    assert {name: count for name, count in counted.items() if count} == {"README.md": 2, "library.md": 7}
+    assert {name: count for name, count in counted.items() if count} == {"README.md": 2, "library.md": 8}
 
 
 def test_the_readmes_library_example_gives_the_models_influences(names: dict[str, Any]) -> None:
@@ -131,7 +133,7 @@ def test_the_readmes_job_example_is_a_task_that_its_manifest_calls(names: dict[s
 
 
 def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any]) -> None:
-    cluster, factors, sequential, reports, ekfac, spectral, lissa = examples(LIBRARY, "python")
+    cluster, factors, sequential, reports, ekfac, spectral, lissa, blocks = examples(LIBRARY, "python")
     run(cluster, names)
     expected = in_memory(names, names["model"])
     assert np.allclose(names["stored"][:], expected, rtol=1e-6)
@@ -159,6 +161,11 @@ def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any
     run(lissa, names)
     assert isinstance(names["model"], LissaInfluence)
     assert np.isfinite(in_memory(names, names["model"])).all()
+
+    run(blocks, names)
+    direct = DirectInfluence(names["net"], names["loss"], 0.01, BlockMode.PARAMETER_WISE)
+    expected = in_memory(names, direct.fit(names["train_loader"]))
+    assert np.allclose(in_memory(names, names["model"]), expected, rtol=1e-4, atol=1e-8)
 
 
 def manifests() -> list[Any]:

@@ -17,7 +17,7 @@ from influence_calculator import (
     LissaInfluence,
 )
 from influence_calculator.maths.denormals import denormals_flushed
-from influence_calculator.torch.base import TorchComposableInfluence
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from model_cases import MLP
 
 DENORMAL = 1e-40
@@ -64,7 +64,7 @@ class Recording:
         return MLP.loss(outputs, y)
 
 
-Model = TorchComposableInfluence
+Model = TorchBlockwiseInfluence
 MODELS: dict[str, Callable[[Recording], Model]] = {
     "direct": lambda loss: DirectInfluence(MLP.model(), loss, regularization=0.1),
     "cg": lambda loss: CgInfluence(MLP.model(), loss, regularization=0.1),

@@ -42,7 +42,7 @@ from influence_calculator import (
 )
 from influence_calculator.maths import training_batches
 from influence_calculator.maths.training_batches import KEPT_BYTES
-from influence_calculator.torch.base import TorchComposableInfluence
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.training_data import in_one_order
 from model_cases import LOGISTIC, MLP
 
@@ -91,7 +91,7 @@ def harmonic(**changes: Any) -> InverseHarmonicMeanInfluence:
     return InverseHarmonicMeanInfluence(CASE.model(), CASE.loss, **{"regularization": λ, **changes})
 
 
-Build = Callable[..., TorchComposableInfluence]
+Build = Callable[..., TorchBlockwiseInfluence]
 MODELS: dict[str, Build] = {
     "direct": direct,
     "cg": conjugate,
@@ -624,3 +624,12 @@ class TestConverters:
     def test_chunks_of_no_examples_are_refused(self):
         with pytest.raises(ValueError, match="chunk_size: expected at least 1"):
             torch_dataset_to_dask_array(TensorDataset(X, Y), 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "argument"), [(conjugate, "progress"), (conjugate, "precompute_grad"), (lissa, "progress")]
+)
+def test_an_argument_without_effect_says_so_where_the_model_is_made(build: Build, argument: str) -> None:
+    with pytest.warns(UserWarning, match=f"{argument} has no effect: see solver_report") as told:
+        build(**{argument: True})
+    assert [warning.filename for warning in told] == [__file__]

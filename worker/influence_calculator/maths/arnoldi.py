@@ -16,10 +16,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     checked_regularization,
     needs_trace,
+    regularized_layout,
     require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -99,8 +98,7 @@ class Arnoldi(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
+        layout = regularized_layout(objective, self.blocks, self.regularization)
         return replace(layout, rank=self.rank) if self.in_eigenspace else layout
 
     def _series(self) -> tuple[KrylovPass, ...]:

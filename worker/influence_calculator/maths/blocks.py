@@ -52,14 +52,20 @@ def block_layout(objective: Objective, structure: BlockStructure) -> Layout:
     Raises:
         ValueError: a custom structure that overlaps, is empty, or names what is not tracked.
     """
-    shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
+    return model_layout(objective.model, objective.names, structure)
+
+
+def model_layout(model: nn.Module, tracked: tuple[str, ...], structure: BlockStructure) -> Layout:
+    """`block_layout` of the tracked parameters of a model, whatever is differentiated."""
+    own = dict(model.named_parameters())
+    shapes = {name: tuple(own[name].shape) for name in tracked}
     if not shapes:
         raise ValueError(
             "model: expected at least one parameter that requires grad, got none; "
             "unfreeze the parameters whose influence you ask for"
         )
-    names = names_of_blocks(tuple(shapes), structure)
-    _refuse_untracked(objective.model, tuple(shapes), names)
+    names = names_of_blocks(tracked, structure)
+    _refuse_untracked(model, tracked, names)
     return Layout.of(shapes, names)
 
 
@@ -189,6 +195,19 @@ def check_coverage(regularization: Regularization, blocks: Sequence[str]) -> Non
             f"regularization: expected one number for each of the blocks {list(blocks)}; "
             f"missing: {missing or 'none'}, unknown: {extra or 'none'}; name every block or give one number"
         )
+
+
+def regularized_layout(
+    objective: Objective, structure: BlockStructure, regularization: Regularization | None
+) -> Layout:
+    """`block_layout`, for a regularization that names every block, if it names any.
+
+    Raises:
+        ValueError: as `block_layout` and `check_coverage`.
+    """
+    layout = block_layout(objective, structure)
+    check_coverage(checked_regularization(regularization), layout.blocks)
+    return layout
 
 
 def block_regularization(regularization: Regularization, block: str, trace: float, dim: int) -> float:

@@ -8,8 +8,9 @@ Shapes: t test examples, N training examples, P_b parameters of block b.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,10 +20,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     checked_regularization,
     needs_trace,
+    regularized_layout,
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -45,7 +45,7 @@ from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.preconditioners import Preconditioner
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.training_batches import KEPT_BYTES, TrainingBatches
-from influence_calculator.maths.training_products import TrainingProducts
+from influence_calculator.maths.training_products import training_product
 
 MOST_ITERATIONS = 5000
 """The default's upper limit: what a condition number of about 10^6 takes. Below, 10 P_b."""
@@ -80,9 +80,7 @@ class Cg(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
@@ -105,17 +103,18 @@ class Cg(Method):
         solvers: dict[str, BlockSolver] = {}
         for block, width in layout.widths.items():
             λ = fitted_regularization(self.regularization, state, block, width)
-            solvers[block] = _CgSolver(
-                self.second_order,
-                objective,
-                layout.only(block),
-                batches,
+            solvers[block] = CgSolver(
+                partial(training_product, self.second_order, objective, layout.only(block), batches),
                 λ,
-                Stopping(self.rtol, self.atol, self.maxiter or min(10 * width, MOST_ITERATIONS)),
+                self.stopping(width),
                 self._precondition(objective, state, block, λ),
                 self.simultaneous,
             )
         return BlockwiseFitted(layout, objective, solvers)
+
+    def stopping(self, width: int) -> Stopping:
+        """When a row of that width is done."""
+        return Stopping(self.rtol, self.atol, self.maxiter or min(10 * width, MOST_ITERATIONS))
 
     def _precondition(self, objective: Objective, state: FitState, block: str, λ: float) -> Rows | None:
         if self.preconditioner is None:
@@ -152,23 +151,22 @@ class Cg(Method):
 
 
 @dataclass(frozen=True)
-class _CgSolver:
-    """Solves one block, whose layout it is given alone."""
+class CgSolver:
+    """Solves `(A + λI) x = b` for an A that is known by its products."""
 
-    second_order: SecondOrderMode
-    objective: Objective
-    layout: Layout
-    batches: TrainingBatches
+    products: Callable[[], Rows]
+    """Makes the product with A; what that keeps lives for one solve."""
     regularization: float
     stopping: Stopping
     precondition: Rows | None
     simultaneous: bool
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        products = TrainingProducts(self.second_order, self.objective, self.layout, self.batches)
+        """The answers `[q, P]`, and how each right-hand side ended."""
+        multiplied = self.products()
 
         def product(rows: Tensor) -> Tensor:
-            return products.mean(rows).add_(rows, alpha=self.regularization)
+            return multiplied(rows).add_(rows, alpha=self.regularization)
 
         if self.simultaneous or len(right_hand_sides) <= 1:
             return conjugate_gradients(product, right_hand_sides, self.stopping, self.precondition)

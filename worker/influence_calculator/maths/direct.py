@@ -18,10 +18,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
     block_regularization,
-    check_coverage,
     checked_regularization,
+    regularized_layout,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import MatrixPass
@@ -55,9 +54,7 @@ class Direct(Method):
         checked_regularization(self.regularization)
 
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     def passes(self) -> tuple[FitPass, ...]:
         return (MatrixPass(self.blocks, self.second_order),)
@@ -73,7 +70,7 @@ class Direct(Method):
             )
             trace = float(matrix.diagonal().sum())
             λ = block_regularization(regularization, block, trace, width)
-            solvers[block] = _DenseSolver(block, matrix, λ)
+            solvers[block] = DenseSolver(block, matrix, λ)
         return BlockwiseFitted(layout, objective, solvers)
 
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
@@ -96,24 +93,28 @@ class Direct(Method):
         )
 
 
-class _DenseSolver:
+class DenseSolver:
     """`H_b + λ_b I`, factorized at construction: Cholesky where it is positive, else LU.
+
+    A matrix that is not symmetric must be called so: Cholesky would read one half of it.
 
     In the dtype of the matrix: float64 would double the memory and costs far more time on most GPUs,
     and what it could win is below the error of a matrix that was summed in float32.
     """
 
-    def __init__(self, block: str, matrix: Tensor, λ: float) -> None:
+    def __init__(self, block: str, matrix: Tensor, λ: float, *, symmetric: bool = True) -> None:
         shifted = matrix.clone()
         shifted.diagonal().add_(λ)
-        self._cholesky, failed = torch.linalg.cholesky_ex(shifted)
         self._lu: tuple[Tensor, Tensor] | None = None
-        if int(failed) != 0:
-            factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
-            if int(singular) != 0 or not torch.isfinite(factor).all():
-                raise _no_inverse(block, matrix, λ)
-            self._lu = (factor, pivots)
-            self._cholesky = factor
+        if symmetric:
+            self._cholesky, failed = torch.linalg.cholesky_ex(shifted)
+            if int(failed) == 0:
+                return
+        factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
+        if int(singular) != 0 or not torch.isfinite(factor).all():
+            raise _no_inverse(block, matrix, λ)
+        self._lu = (factor, pivots)
+        self._cholesky = factor
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         columns = right_hand_sides.to(self._cholesky.dtype).T

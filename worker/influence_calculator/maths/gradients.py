@@ -82,6 +82,16 @@ def collected(objective: Objective, batch: Batch, layout: Layout) -> Left:
     return left
 
 
+def projected(objective: Objective, batch: Batch, layout: Layout, rows: Left) -> Left:
+    """`V g` of each example, `[n, q]` by block, for rows V `[q, P_b]`: no gradient is held as a whole."""
+    n = batch_size(batch)
+    coordinates = {block: vectors.new_zeros(n, len(vectors)) for block, vectors in rows.items()}
+    for part in per_sample_gradients(objective, batch, layout):
+        columns = rows[part.block][:, part.start : part.start + part.values.shape[1]]
+        coordinates[part.block].addmm_(part.values.to(columns.dtype), columns.T)
+    return coordinates
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and factors of values of `dtype` are kept in: float32 for half precision, else itself."""
     return torch.promote_types(dtype, torch.float32)

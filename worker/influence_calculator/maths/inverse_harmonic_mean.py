@@ -23,9 +23,8 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     needs_trace,
+    regularized_layout,
     require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -75,9 +74,7 @@ class InverseHarmonicMean(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(self.regularization, layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
@@ -137,17 +134,30 @@ class _HarmonicFitted(GradientFitted):
         left = {block: torch.zeros_like(rows) for block, rows in gradients.items()}
         for piece in self._training.pieces():
             for block, own in piece.items():
-                squares = torch.linalg.vector_norm(own, dim=1).square_()
-                weights = (gradients[block] @ own.T).div_(squares.add_(self._λ[block]))
-                left[block].addmm_(weights, own)
+                add_rank_one_parts(left[block], gradients[block], own, self._λ[block])
         rows = next(iter(gradients.values()))
         finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for block, total in left.items():
-            total.div_(-self._batches.length).add_(gradients[block]).div_(self._λ[block])
+            mean_of_inverses(total, gradients[block], self._batches.length, self._λ[block])
             sound = torch.isfinite(total).all(dim=1)
             total[~sound] = torch.nan
             finite &= sound
         return Solved(left, _report(finite))
+
+
+def add_rank_one_parts(total: Tensor, rows: Tensor, gradients: Tensor, λ: float) -> None:
+    """`total += Σ_i (v · g_i) g_i / (λ + ‖g_i‖²)` for every row v, over gradients `[n, P_b]`."""
+    squares = torch.linalg.vector_norm(gradients, dim=1).square_()
+    weights = (rows @ gradients.T).div_(squares.add_(λ))
+    total.addmm_(weights, gradients)
+
+
+def mean_of_inverses(total: Tensor, rows: Tensor, n: int, λ: float) -> None:
+    """`total = (1/n) Σ_i (g_i g_iᵀ + λI)^-1 v` in place, by the Sherman-Morrison formula.
+
+    `total` is what `add_rank_one_parts` summed over n examples.
+    """
+    total.div_(-n).add_(rows).div_(λ)
 
 
 def _report(finite: Tensor) -> SolverReport:

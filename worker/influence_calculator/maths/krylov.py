@@ -13,7 +13,7 @@ Shapes: P_b parameters of block b; m rows of the basis, b rows per product, r ei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
@@ -21,7 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.method import SETTLED
+from influence_calculator.maths.seeded_rows import generator
 
 LARGEST_BLOCK = 4
 """Rows per product at most: a pass over the data costs as much as several rows, a longer block converges
@@ -183,6 +185,28 @@ def eigenpairs(search: Mapping[str, Tensor]) -> Eigenpairs:
     return Eigenpairs(
         search["eigenvalues"], search["eigenvectors"], search["residuals"], bool(search["converged"])
     )
+
+
+def search_in(search: Krylov, product: Callable[[Tensor], Tensor], like: Tensor, seed: int) -> Eigenpairs:
+    """A whole search in a matrix that is known by its products with rows; `like` a `[P]`.
+
+    The products are overwritten.
+
+    Raises:
+        NotFiniteError: a product is not finite.
+    """
+    state = search.begun(search.start(len(like), generator(seed, "", 0), like))
+    for step in range(search.steps):
+        products = product(state["next"])
+        if not torch.isfinite(products).all():
+            raise NotFiniteError(
+                "product: expected finite numbers, got NaN or infinity; look for them in the data"
+            )
+        drawn_by = generator(seed, "", step + 1)
+        state = search.continued(state, products, drawn_by, is_last=step + 1 == search.steps)
+        if state[SETTLED]:
+            break
+    return eigenpairs(state)
 
 
 def rounding(rows: Tensor) -> float:

@@ -9,8 +9,9 @@ Shapes: t test examples, N training examples, m examples of a step, P_b paramete
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 from typing_extensions import override
@@ -19,10 +20,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     checked_regularization,
     needs_trace,
+    regularized_layout,
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -91,9 +91,7 @@ class Lissa(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
@@ -114,8 +112,29 @@ class Lissa(Method):
         for block, width in layout.widths.items():
             λ = fitted_regularization(self.regularization, state, block, width)
             shift = λ + self.dampen * self.scale
-            solvers[block] = _LissaSolver(self, objective, layout.only(block), batches, shift)
+            solvers[block] = LissaSolver(
+                self,
+                block,
+                shift,
+                partial(self._products, objective, layout.only(block), batches, shift),
+                may_be_indefinite=self.second_order is SecondOrderMode.HESSIAN,
+            )
         return BlockwiseFitted(layout, objective, solvers)
+
+    def _products(
+        self, objective: Objective, layout: Layout, batches: TrainingBatches, shift: float
+    ) -> tuple[Rows, Steps | None]:
+        """With the curvature, and the shifted ones of the steps, if these take parts of the training set."""
+        products = TrainingProducts(self.second_order, objective, layout, batches)
+        if self.batch_size is None or self.batch_size >= batches.length:
+            return products.mean, None
+        parts = MiniBatches(batches, self.batch_size, self.seed)
+        weight = parts.weight
+
+        def product(part: Part) -> Rows:
+            return lambda rows: products.sum_over(part, rows).mul_(weight).add_(rows, alpha=shift)
+
+        return products.mean, Steps(map(product, parts.endless()), parts.count)
 
     @override
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
@@ -138,47 +157,41 @@ class Lissa(Method):
         )
 
 
-class _LissaSolver:
-    """Solves one block, whose layout it is given alone."""
+class LissaSolver:
+    """Solves `(A + shift I) x = b` of one block, for an A that is known by its products."""
 
     def __init__(
-        self, method: Lissa, objective: Objective, layout: Layout, batches: TrainingBatches, shift: float
+        self,
+        method: Lissa,
+        block: str,
+        shift: float,
+        products: Callable[[], tuple[Rows, Steps | None]],
+        *,
+        may_be_indefinite: bool,
     ) -> None:
+        """`products` makes the product with A, and those of steps over parts of the data, for one solve."""
         self._method = method
-        self._objective = objective
-        self._layout = layout
-        self._batches = batches
+        self._block = block
         self._shift = shift
+        self._products = products
+        self._may_be_indefinite = may_be_indefinite
         self._extremes: Extremes | None = None
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         """Also looks for what the recursion cannot do: with a Hessian at once, else when a row was lost."""
         method = self._method
-        products = TrainingProducts(method.second_order, self._objective, self._layout, self._batches)
-        stopping = Stopping(method.rtol, method.atol, method.maxiter)
+        mean, steps = self._products()
         solution, report = recursion(
-            lambda rows: products.mean(rows).add_(rows, alpha=self._shift),
+            lambda rows: mean(rows).add_(rows, alpha=self._shift),
             right_hand_sides,
-            stopping,
+            Stopping(method.rtol, method.atol, method.maxiter),
             method.scale,
-            self._steps(products),
+            steps,
         )
-        may_be_indefinite = method.second_order is SecondOrderMode.HESSIAN and len(right_hand_sides) > 0
+        may_be_indefinite = self._may_be_indefinite and len(right_hand_sides) > 0
         if may_be_indefinite or bool((report.status == SolverStatus.NOT_FINITE).any()):
-            self._extremes = self._extremes or extreme_eigenvalues(products.mean, right_hand_sides[0])
+            self._extremes = self._extremes or extreme_eigenvalues(mean, right_hand_sides[0])
         return solution, replace(report, notes=self._notes())
-
-    def _steps(self, products: TrainingProducts) -> Steps | None:
-        size = self._method.batch_size
-        if size is None or size >= self._batches.length:
-            return None
-        parts = MiniBatches(self._batches, size, self._method.seed)
-        weight, shift = parts.weight, self._shift
-
-        def product(part: Part) -> Rows:
-            return lambda rows: products.sum_over(part, rows).mul_(weight).add_(rows, alpha=shift)
-
-        return Steps(map(product, parts.endless()), parts.count)
 
     def _notes(self) -> tuple[str, ...]:
         if self._extremes is None:
@@ -186,8 +199,7 @@ class _LissaSolver:
         return tuple(self._found(self._extremes))
 
     def _found(self, extremes: Extremes) -> Iterator[str]:
-        (block,) = self._layout.blocks
-        where = f"block {block!r}: " if block else ""
+        where = f"block {self._block!r}: " if self._block else ""
         smallest = extremes.smallest + self._shift
         if smallest <= 0:
             missing = 1.1 * (extremes.smallest_error - extremes.smallest)

@@ -16,10 +16,9 @@ from influence_calculator.maths.blocks import (
     BlockMode,
     BlockStructure,
     Regularization,
-    block_layout,
-    check_coverage,
     checked_regularization,
     needs_trace,
+    regularized_layout,
     require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -72,9 +71,7 @@ class NystroemSketch(Method):
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        layout = block_layout(objective, self.blocks)
-        check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return layout
+        return regularized_layout(objective, self.blocks, self.regularization)
 
     def _sketch(self) -> CurvaturePass:
         """That of the preconditioner."""

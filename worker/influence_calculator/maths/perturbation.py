@@ -10,7 +10,7 @@ Shapes: t test rows, n training examples, F... feature dimensions of the trainin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +21,19 @@ from influence_calculator.maths.directional import directions_at_once, pull_back
 from influence_calculator.maths.errors import UnsupportedInputError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left, tensors_of
-from influence_calculator.maths.method import Fitted
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, batch_size, micro_batches
 
 
+class Laid(Protocol):
+    """What knows where parameters lie: a fitted method, for one."""
+
+    @property
+    def layout(self) -> Layout:
+        """Blocks and slots."""
+
+
 def perturbations(
-    fitted: Fitted, objective: Objective, factors: Left, batch: Batch, micro_batch: int
+    fitted: Laid, objective: Objective, factors: Left, batch: Batch, micro_batch: int
 ) -> Tensor:
     """`∇x (z_t · g(x))`, `[t, n, F...]`, by the perturbed input of `batch`.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.blocks import BlockStructure
+from influence_calculator.maths.blocks import BlockMode, BlockStructure
 from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode
 from influence_calculator.maths.curvature_passes import CurvaturePass
@@ -41,6 +41,34 @@ class Preconditioner(ABC):
     @abstractmethod
     def rows(self, values: Mapping[str, Tensor], regularization: float) -> Rows:
         """Its product with every row, from what its pass left behind of one block."""
+
+
+def fitted_to(preconditioner: Preconditioner, product: Rows, like: Tensor) -> dict[str, Tensor]:
+    """What its pass leaves behind of one matrix that is known by its products; `like` a `[P]`."""
+    step = preconditioner.fit_pass(BlockMode.FULL, SecondOrderMode.HESSIAN)
+    sums = step.zeros("", len(like), like)
+    step.add("", _KnownByProducts(product, like), sums)
+    return step.finish("", sums, 1, {})
+
+
+class _KnownByProducts(BlockCurvature):
+    nbytes = 0
+
+    def __init__(self, product: Rows, like: Tensor) -> None:
+        self._product = product
+        self._like = like
+
+    @override
+    def products(self, vectors: Tensor) -> Tensor:
+        return self._product(vectors)
+
+    @override
+    def add_matrix(self, total: Tensor) -> None:
+        total.add_(self._product(torch.diag(torch.ones_like(self._like))))
+
+    @override
+    def trace(self) -> Tensor:
+        return self._product(torch.diag(torch.ones_like(self._like))).diagonal().sum()
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing_extensions import override
 
 from influence_calculator.maths.errors import NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.gradient_methods import solve_by_block
-from influence_calculator.maths.gradients import per_sample_gradients
+from influence_calculator.maths.gradients import projected
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Fitted, Part, Solved, SolverReport, SolverStatus
-from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_calculator.maths.objective import Batch, Objective
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,7 @@ class EigenspaceFitted(Fitted):
     @override
     def gradients(self, objective: Objective, batch: Batch) -> Left:
         """`V g`, `[n, r]` by block: no gradient is held as a whole."""
-        n = batch_size(batch)
-        coordinates = {block: rows.new_zeros(n, len(rows)) for block, rows in self._vectors.items()}
-        for part in per_sample_gradients(objective, batch, self.layout):
-            columns = self._vectors[part.block][:, part.start : part.start + part.values.shape[1]]
-            coordinates[part.block].addmm_(part.values.to(columns.dtype), columns.T)
-        return coordinates
+        return projected(objective, batch, self.layout, self._vectors)
 
     @override
     def solve(self, gradients: Left) -> Solved:

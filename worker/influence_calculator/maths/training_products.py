@@ -10,10 +10,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.objective import IndexedBatch, Objective, batch_size
 from influence_calculator.maths.training_batches import KEPT_BYTES, TrainingBatches
+
+
+def training_product(
+    second_order: SecondOrderMode, objective: Objective, layout: Layout, batches: TrainingBatches
+) -> Rows:
+    """`v → (1/N) Σ_i H_i v` of one block; keeps graphs as long as it lives."""
+    return TrainingProducts(second_order, objective, layout, batches).mean
 
 
 class TrainingProducts:

@@ -10,8 +10,7 @@ dimensions of x.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections import OrderedDict
+from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -21,11 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from influence_calculator.base_influence_function_model import (
-    ComposableInfluence,
-    InfluenceFunctionModel,
-    require_both_or_none,
-)
+from influence_calculator.base_influence_function_model import InfluenceFunctionModel
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import BlockMode, Regularization
@@ -37,18 +32,45 @@ from influence_calculator.maths.method import (
     Fitted,
     Method,
     Solved,
-    SolverReport,
-    SolverStatus,
     fit,
 )
 from influence_calculator.maths.objective import Objective, batch_size, xy_objective
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
-from influence_calculator.torch.by_block import influences_by_block, perturbations_by_block
+from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
+from influence_calculator.torch.composable import TorchComposableInfluence
+from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
+from influence_calculator.torch.solver_warnings import warn_of_report
+from influence_calculator.torch.tensor_operator import (
+    DictBilinearForm,
+    LowRankBilinearForm,
+    OperatorBilinearForm,
+    TensorDictOperator,
+    TensorOperator,
+    TorchOperatorType,
+)
 from influence_calculator.torch.training_data import IterableTrainingData
 from influence_calculator.torch.util import LossType
 from influence_calculator.types import InfluenceMode, as_mode
+
+__all__ = [
+    "DictBilinearForm",
+    "GivenBlocks",
+    "GivenRegularization",
+    "LowRankBilinearForm",
+    "OperatorBilinearForm",
+    "TensorDictOperator",
+    "TensorOperator",
+    "TorchBatch",
+    "TorchBlockMapper",
+    "TorchComposableInfluence",
+    "TorchGradientProvider",
+    "TorchInfluenceFunctionModel",
+    "TorchOperatorGradientComposition",
+    "TorchOperatorType",
+    "regularization_of",
+]
 
 GivenRegularization = Regularization | Mapping[str, float | None] | None
 """λ: a number, one per block (None means 0), `Relative`, or None for 0."""
@@ -325,10 +347,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _noted(self, solved: Solved) -> Solved:
         self.solver_report = solved.report
-        ended = _not_converged(solved.report)
         if self.warn_on_max_iteration:
-            for sentence in (*([ended] if ended else []), *solved.report.notes):
-                warnings.warn(sentence, SolverWarning, stacklevel=4)
+            warn_of_report(solved.report, stacklevel=4)
         return solved
 
     def _refresh(self) -> None:
@@ -355,88 +375,6 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return {**self.__dict__, "_fitted": None}
 
 
-class TorchComposableInfluence(TorchInfluenceFunctionModel, ComposableInfluence[Tensor, Iterable[Any]], ABC):
-    """A torch model of influence by blocks of parameters."""
-
-    @property
-    def block_names(self) -> list[str]:
-        """The blocks, in order; the full block structure has the one block `""`."""
-        return list(self.layout.blocks)
-
-    @abstractmethod
-    def _regularized(self, regularization: Regularization) -> Method:
-        """The method with another λ."""
-
-    def with_regularization(self, regularization: Regularization | Mapping[str, float | None]) -> Self:
-        """Changes λ (one number, one per block, or `Relative`) without a new fit, and returns this model.
-
-        Raises:
-            ValueError: a negative λ, or a mapping that does not name every block and nothing else.
-        """
-        method = self._regularized(regularization_of(regularization))
-        method.layout(self.objective)
-        self.method = method
-        self._refresh()
-        self._tell_notes()
-        return self
-
-    def _fitted_at(self, regularization: float) -> Fitted:
-        """What solves with another λ, from the same fit."""
-        self._require_fitted()
-        method = self._regularized(regularization)
-        return method.fitted(self.objective, self._state or {}, self._data)
-
-    def influence_factors_by_block(self, x: Tensor, y: Tensor) -> OrderedDict[str, Tensor]:
-        """Block -> factors `[t, P_b]`."""
-        left = self.solve(x, y).left
-        return OrderedDict((block, left[block]) for block in self.block_names)
-
-    def influences_by_block(
-        self,
-        x_test: Tensor,
-        y_test: Tensor,
-        x: Tensor | None = None,
-        y: Tensor | None = None,
-        mode: InfluenceMode = InfluenceMode.Up,
-    ) -> OrderedDict[str, Tensor]:
-        """Block -> its part of `influences`; over the blocks they sum to it."""
-        require_both_or_none(x, y)
-        mode = as_mode(mode)
-        return self._scores_by_block(*self._sides(x_test, y_test, x, y, mode), mode)
-
-    def influences_from_factors_by_block(
-        self,
-        z_test_factors: Mapping[str, Tensor],
-        x: Tensor,
-        y: Tensor,
-        mode: InfluenceMode = InfluenceMode.Up,
-    ) -> OrderedDict[str, Tensor]:
-        """Block -> influences from this block's factors `[t, P_b]`.
-
-        Raises:
-            ValueError: factors of other blocks, or of other widths.
-        """
-        widths = self.layout.widths
-        given = {block: list(rows.shape[1:]) for block, rows in z_test_factors.items()}
-        if given != {block: [width] for block, width in widths.items()}:
-            raise ValueError(
-                f"z_test_factors: expected [t, width] for each of the blocks {widths}, got widths {given}; "
-                f"pass what influence_factors_by_block of this model returned"
-            )
-        mode = as_mode(mode)
-        factors = {block: rows.detach().to(self.model_device) for block, rows in z_test_factors.items()}
-        return self._scores_by_block(self._scored(factors, mode), self._batch(x, y), mode)
-
-    @denormals_flushed()
-    def _scores_by_block(
-        self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode
-    ) -> OrderedDict[str, Tensor]:
-        fitted, pieces = self._require_fitted(), self._micro_batch(batch)
-        if mode is InfluenceMode.Up:
-            return influences_by_block(fitted, rows, batch, pieces)
-        return perturbations_by_block(fitted, self.objective, rows, batch, pieces)
-
-
 def regularization_of(value: GivenRegularization) -> Regularization:
     """PyDVL's regularization (None means 0, also per block) as the maths'."""
     if value is None:
@@ -444,19 +382,3 @@ def regularization_of(value: GivenRegularization) -> Regularization:
     if isinstance(value, Mapping):
         return {block: 0.0 if λ is None else λ for block, λ in value.items()}
     return value
-
-
-def _not_converged(report: SolverReport) -> str | None:
-    """One sentence with the number of solves per status; None if all converged."""
-    counts = {
-        status.name.lower(): int((report.status == status.value).sum())
-        for status in SolverStatus
-        if status is not SolverStatus.CONVERGED
-    }
-    ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    if not ended:
-        return None
-    return (
-        f"{sum(counts.values())} of {len(report.status)} right-hand sides did not converge ({ended}); "
-        f"solver_report has each one"
-    )

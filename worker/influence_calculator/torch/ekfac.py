@@ -16,12 +16,13 @@ from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.ekfac import Ekfac, Unsupported
 from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.expectation import Expectation
-from influence_calculator.torch.base import TorchComposableInfluence, regularization_of
+from influence_calculator.torch.base import regularization_of
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.util import LossType
 from influence_calculator.types import InfluenceMode
 
 
-class EkfacInfluence(TorchComposableInfluence):
+class EkfacInfluence(TorchBlockwiseInfluence):
     """Solves with the eigenvalue-corrected Kronecker approximation of the Gauss-Newton matrix, layer by
     layer, for Linear (with or without bias) and Conv2d.
 

@@ -7,7 +7,6 @@ example helps, not divided by N.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -19,11 +18,12 @@ from influence_calculator.maths.direct import Direct
 from influence_calculator.torch.base import (
     GivenBlocks,
     GivenRegularization,
-    TorchComposableInfluence,
     TorchInfluenceFunctionModel,
     regularization_of,
 )
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.ekfac import EkfacInfluence
+from influence_calculator.torch.ignored import SEE_REPORT, warn_of_no_effect
 from influence_calculator.torch.preconditioner import Preconditioner
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.spectral import ArnoldiInfluence, NystroemSketchInfluence
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 
-class DirectInfluence(TorchComposableInfluence):
+class DirectInfluence(TorchBlockwiseInfluence):
     """Solves with the dense curvature matrix of each block, factorized once: exact, `P_b²` memory.
 
     Args:
@@ -73,7 +73,7 @@ class DirectInfluence(TorchComposableInfluence):
         return replace(self.method, regularization=regularization)
 
 
-class CgInfluence(TorchComposableInfluence):
+class CgInfluence(TorchBlockwiseInfluence):
     """Solves by conjugate gradients, with products of the curvature and never the matrix itself.
 
     How each right-hand side ended is in `solver_report` after `influence_factors`, and in what `solve`
@@ -114,9 +114,7 @@ class CgInfluence(TorchComposableInfluence):
         block_structure: GivenBlocks = BlockMode.FULL,
         second_order_mode: SecondOrderMode | curvature.SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        for name, given in (("progress", progress), ("precompute_grad", precompute_grad)):
-            if given:
-                warnings.warn(f"{name} has no effect: see solver_report", UserWarning, stacklevel=3)
+        warn_of_no_effect(SEE_REPORT, stacklevel=3, progress=progress, precompute_grad=precompute_grad)
         method = Cg(
             regularization=regularization_of(regularization),
             rtol=rtol,

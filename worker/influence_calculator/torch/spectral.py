@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -14,14 +13,15 @@ from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.torch.base import (
     GivenBlocks,
     GivenRegularization,
-    TorchComposableInfluence,
     regularization_of,
 )
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
+from influence_calculator.torch.ignored import warn_of_no_effect
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
 
-class ArnoldiInfluence(TorchComposableInfluence):
+class ArnoldiInfluence(TorchBlockwiseInfluence):
     """Solves with the eigenpairs of largest modulus of each block's curvature, found by products with it.
 
     A fit whose eigenpairs have not converged says so in a `SolverWarning`, and in `solver_report` for every
@@ -61,9 +61,8 @@ class ArnoldiInfluence(TorchComposableInfluence):
         use_woodbury: bool = False,
         seed: int = 0,
     ) -> None:
-        if eigen_computation_on_gpu:
-            message = "eigen_computation_on_gpu has no effect: the search runs where the model is"
-            warnings.warn(message, UserWarning, stacklevel=3)
+        where = "the search runs where the model is"
+        warn_of_no_effect(where, stacklevel=3, eigen_computation_on_gpu=eigen_computation_on_gpu)
         method = Arnoldi(
             regularization_of(regularization),
             rank,
@@ -81,7 +80,7 @@ class ArnoldiInfluence(TorchComposableInfluence):
         return replace(self.method, regularization=regularization)
 
 
-class NystroemSketchInfluence(TorchComposableInfluence):
+class NystroemSketchInfluence(TorchBlockwiseInfluence):
     """Solves with `HΩ (ΩᵀHΩ)^+ ΩᵀH + λI` in place of each block's curvature, for a seeded random Ω.
 
     Meant for a positive curvature. With a Hessian, `fit` also looks for its smallest eigenvalue: one below -λ

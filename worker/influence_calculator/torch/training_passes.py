@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -14,14 +13,15 @@ from influence_calculator.maths.lissa import Lissa
 from influence_calculator.torch.base import (
     GivenBlocks,
     GivenRegularization,
-    TorchComposableInfluence,
     regularization_of,
 )
+from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
+from influence_calculator.torch.ignored import SEE_REPORT, warn_of_no_effect
 from influence_calculator.torch.renamed import accepts_old_names
 from influence_calculator.torch.util import BlockMode, LossType, SecondOrderMode, second_order_of
 
 
-class LissaInfluence(TorchComposableInfluence):
+class LissaInfluence(TorchBlockwiseInfluence):
     """Solves by LiSSA: `h ← g + (1 − dampen) h − (H + λI) h / scale`, answering `h / scale`.
 
     Needs a positive `H + λI` and a scale above half of its largest eigenvalue; where either fails, a
@@ -67,8 +67,7 @@ class LissaInfluence(TorchComposableInfluence):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        if progress:
-            warnings.warn("progress has no effect: see solver_report", UserWarning, stacklevel=3)
+        warn_of_no_effect(SEE_REPORT, stacklevel=3, progress=progress)
         method = Lissa(
             regularization=regularization_of(regularization),
             maxiter=maxiter,
@@ -87,7 +86,7 @@ class LissaInfluence(TorchComposableInfluence):
         return replace(self.method, regularization=regularization)
 
 
-class InverseHarmonicMeanInfluence(TorchComposableInfluence):
+class InverseHarmonicMeanInfluence(TorchBlockwiseInfluence):
     """DataInf: `(1/N) Σ_i (g_i g_iᵀ + λI)^-1` of each block in place of the inverse of the mean.
 
     Nothing iterates: solving differentiates the training set once for all test examples.

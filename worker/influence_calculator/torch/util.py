@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from enum import Enum
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from influence_calculator.maths import curvature
 from influence_calculator.maths.blocks import BlockMode
@@ -52,6 +52,23 @@ def second_order_of(mode: SecondOrderMode | curvature.SecondOrderMode | str) -> 
     return curvature.SecondOrderMode(public.value)
 
 
+def get_model_parameters(
+    model: nn.Module, detach: bool = True, require_grad_only: bool = True
+) -> dict[str, Tensor]:
+    """A model's parameters by name, in order.
+
+    Args:
+        model: any.
+        detach: outside of autograd's graphs.
+        require_grad_only: without those that are frozen.
+    """
+    return {
+        name: parameter.detach() if detach else parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not require_grad_only
+    }
+
+
 __all__ = [
     "BlockMode",
     "LossType",
@@ -59,6 +76,7 @@ __all__ = [
     "SecondOrderMode",
     "TorchCatAggregator",
     "TorchNumpyConverter",
+    "get_model_parameters",
     "second_order_of",
     "torch_dataset_to_dask_array",
 ]
