@@ -19,6 +19,7 @@ import stored
 import traced_task
 from influence_calculator import (
     BlockMode,
+    GradDotInfluence,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     Relative,
@@ -197,8 +198,9 @@ def test_scores_are_those_of_the_definition(method: dict[str, Any], jobs: Jobs, 
             },
             lambda net, loss: InverseHarmonicMeanInfluence(net, loss, Relative(0.1), BlockMode.LAYER_WISE),
         ),
+        ({"name": "GradDot", "regularization": None}, GradDotInfluence),
     ],
-    ids=["Lissa in parts", "InverseHarmonicMean"],
+    ids=["Lissa in parts", "InverseHarmonicMean", "GradDot"],
 )
 def test_scores_are_those_of_the_library(
     method: dict[str, Any], model: Any, jobs: Jobs, tmp_path: Path

@@ -194,6 +194,8 @@ _SPECS: dict[str, dict[str, Json]] = {
         },
         "output": OUTPUT,
     },
+    "grad-dot": {"task": TASK, "mode": "Perturbation", "method": {"name": "GradDot"}, "output": OUTPUT},
+    "tracin": {"task": TASK, "method": {"name": "TracIn"}, "output": OUTPUT},
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -364,6 +366,14 @@ def broken_rules() -> Iterator[Broken]:
             ("method", "scale"),
             {"method": {"name": "Lissa", "regularization": 0.1, "scale": 0}},
         ),
+        ("λ that is missing", ("method", "regularization"), {"method": {"name": "Direct"}}),
+        ("λ that EK-FAC misses", ("method", "regularization"), {"method": {"name": "Ekfac"}}),
+        (
+            "λ without a curvature",
+            ("method", "regularization"),
+            {"method": {"name": "GradDot", "regularization": 1}},
+        ),
+        ("a seed of TracIn", ("method", "seed"), {"method": {"name": "TracIn", "seed": 1}}),
         ("no blocks", ("method", "customBlocks"), {"method": {**solver, "blocks": "Custom"}}),
         ("blocks without need", ("method", "customBlocks"), {"method": {**solver, "customBlocks": blocks}}),
         (

@@ -26,6 +26,7 @@ from influence_calculator import (
     LissaInfluence,
     NystroemSketchInfluence,
     SolverStatus,
+    TracInInfluence,
     torch_dataset_to_dask_array,
 )
 from influence_calculator.maths import errors as maths_errors
@@ -96,7 +97,7 @@ def in_memory(names: dict[str, Any], model: Any) -> np.ndarray:
 
 def test_every_python_example_is_one_that_is_run_here() -> None:
     counted = {document.name: len(examples(document, "python")) for document in DOCUMENTS}
-    assert {name: count for name, count in counted.items() if count} == {"README.md": 2, "library.md": 7}
+    assert {name: count for name, count in counted.items() if count} == {"README.md": 2, "library.md": 8}
 
 
 def test_the_readmes_library_example_gives_the_models_influences(names: dict[str, Any]) -> None:
@@ -131,7 +132,7 @@ def test_the_readmes_job_example_is_a_task_that_its_manifest_calls(names: dict[s
 
 
 def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any]) -> None:
-    cluster, factors, sequential, reports, ekfac, spectral, lissa = examples(LIBRARY, "python")
+    cluster, factors, sequential, reports, ekfac, spectral, lissa, products = examples(LIBRARY, "python")
     run(cluster, names)
     expected = in_memory(names, names["model"])
     assert np.allclose(names["stored"][:], expected, rtol=1e-6)
@@ -158,6 +159,12 @@ def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any
 
     run(lissa, names)
     assert isinstance(names["model"], LissaInfluence)
+    assert np.isfinite(in_memory(names, names["model"])).all()
+
+    for name in ("epoch-1.pt", "epoch-2.pt"):
+        torch.save(names["net"].state_dict(), name)
+    run(products, names)
+    assert isinstance(names["model"], TracInInfluence)
     assert np.isfinite(in_memory(names, names["model"])).all()
 
 

@@ -11,6 +11,7 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
@@ -20,11 +21,13 @@ from influence_calculator.maths.preconditioners import (
     NystroemPreconditioner,
     Preconditioner,
 )
+from influence_calculator.maths.tracin import TracIn
 from influence_job.spec import (
     ArnoldiSpec,
     CgSpec,
     DirectSpec,
     EkfacSpec,
+    GradDotSpec,
     InfluenceJobSpec,
     InverseHarmonicMeanSpec,
     JacobiSpec,
@@ -34,6 +37,7 @@ from influence_job.spec import (
     NystroemSpec,
     Operation,
     PreconditionerSpec,
+    TracInSpec,
 )
 
 SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | LissaSpec
@@ -134,6 +138,16 @@ def _ekfac(spec: EkfacSpec) -> Method:
         seed=spec.seed,
         unsupported=_snake(spec.unsupported),
     )
+
+
+@build.register
+def _grad_dot(_: GradDotSpec) -> Method:
+    return GradDot()
+
+
+@build.register
+def _tracin(_: TracInSpec) -> Method:
+    return TracIn()
 
 
 def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularization:

@@ -18,10 +18,12 @@ from torch import Tensor
 from influence_calculator import (
     ArnoldiInfluence,
     CgInfluence,
+    Checkpoint,
     DaskInfluenceCalculator,
     DirectInfluence,
     DisableClientSingleThreadCheck,
     EkfacInfluence,
+    GradDotInfluence,
     InfluenceMode,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
@@ -32,6 +34,7 @@ from influence_calculator import (
     SolverStatus,
     SolverWarning,
     TorchNumpyConverter,
+    TracInInfluence,
 )
 from model_cases import CONV2D, MLP, ModelCase
 
@@ -48,6 +51,10 @@ MODELS: dict[str, Any] = {
         case.model(), case.loss, **FISHER, maxiter=60, batch_size=5, warn_on_max_iteration=False
     ),
     "inverse harmonic mean": lambda case: InverseHarmonicMeanInfluence(case.model(), case.loss, 0.1),
+    "grad-dot": lambda case: GradDotInfluence(case.model(), case.loss),
+    "tracin": lambda case: TracInInfluence(
+        case.model(), case.loss, [Checkpoint(case.build().double().state_dict(), rate) for rate in (2, 0.5)]
+    ),
 }
 CASES = [(method, case) for method in MODELS for case in (MLP, CONV2D)]
 

@@ -13,11 +13,13 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
+from influence_calculator.maths.tracin import TracIn
 from influence_job.methods import build, method_of
 from manifests import spec
 
@@ -154,6 +156,8 @@ CASES: dict[str, tuple[dict[str, Any], Method]] = {
         },
         InverseHarmonicMean(Relative(0.3), BlockMode.PARAMETER_WISE),
     ),
+    "GradDot": ({"name": "GradDot"}, GradDot()),
+    "TracIn": ({"name": "TracIn"}, TracIn()),
     "Ekfac as it comes": (
         {"name": "Ekfac", "regularization": 0.3},
         Ekfac(0.3, update_diagonal=True, expectation="sampled", samples=1, seed=0, unsupported="refuse"),

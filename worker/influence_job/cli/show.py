@@ -140,7 +140,8 @@ def _headline(summary: Summary) -> list[str]:
         f"{summary.url}: {record.get('name')}, {plan['operation']} ({plan['mode']}), {state}",
         f"  {plan['test']} test × {plan['train']} training examples, "
         f"{sum(plan['blocks'].values())} parameters{_stored(summary)}",
-        f"  method {method['name']}, regularization {method['regularization']}",
+        f"  method {method['name']}"
+        + (f", regularization {method['regularization']}" if "regularization" in method else ""),
         f"  {_made(record)}",
     ]
     if summary.solver:

@@ -20,6 +20,7 @@ from influence_job.spec import (
     Device,
     DirectSpec,
     EkfacSpec,
+    GradDotSpec,
     InfluenceJobSpec,
     InverseHarmonicMeanSpec,
     LissaSpec,
@@ -27,6 +28,7 @@ from influence_job.spec import (
     NystroemSketchSpec,
     Operation,
     SecondOrder,
+    TracInSpec,
 )
 
 GFLOPS = {Device.CPU: 20.0, Device.CUDA: 10_000.0}
@@ -42,16 +44,17 @@ LISSA_STEPS = 300
 def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     """Stage -> 10^9 operations over all workers."""
     shapes = sizes.shapes
-    capture = _capture(shapes)
+    states = max(1, shapes.checkpoints)
+    capture, gradient = states * _capture(shapes), states * _gradient(shapes)
     stages: dict[str, float] = {}
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
     if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
-        stages["Factors"] = plan.test * (capture + _gradient(shapes)) + _of_method(_SOLVES, spec, sizes)
+        stages["Factors"] = plan.test * (capture + gradient) + _of_method(_SOLVES, spec, sizes)
     if plan.has_scores:
         pairs = float(plan.test) * plan.train
-        training = plan.groups * plan.train * (capture + _gradient(shapes))
-        stages["Scores"] = training + 2 * shapes.width * pairs
+        training = plan.groups * plan.train * (capture + gradient)
+        stages["Scores"] = training + 2 * states * shapes.width * pairs
         if spec.mode is Mode.PERTURBATION:
             stages["Scores"] += 3 * capture * pairs  # a double backward per test row and training example
     return {name: flop / 1e9 for name, flop in stages.items()}
@@ -151,6 +154,8 @@ _FITS: dict[type, Cost] = {
     NystroemSketchSpec: _fit_nystroem,
     LissaSpec: _nothing,
     InverseHarmonicMeanSpec: _nothing,
+    GradDotSpec: _nothing,
+    TracInSpec: _nothing,
 }
 _SOLVES: dict[type, Cost] = {
     EkfacSpec: _solve_ekfac,
@@ -160,6 +165,8 @@ _SOLVES: dict[type, Cost] = {
     NystroemSketchSpec: _solve_low_rank,
     LissaSpec: _solve_lissa,
     InverseHarmonicMeanSpec: _solve_inverse_harmonic_mean,
+    GradDotSpec: _nothing,
+    TracInSpec: _nothing,
 }
 
 

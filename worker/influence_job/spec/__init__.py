@@ -33,6 +33,7 @@ from influence_job.spec.methods import (
     DirectSpec,
     EkfacSpec,
     Expectation,
+    GradDotSpec,
     InverseHarmonicMeanSpec,
     JacobiSpec,
     LissaSpec,
@@ -41,6 +42,7 @@ from influence_job.spec.methods import (
     NystroemSpec,
     PreconditionerSpec,
     SecondOrder,
+    TracInSpec,
     Unsupported,
 )
 from influence_job.spec.parsing import InvalidSpecError, parse_spec
@@ -67,6 +69,7 @@ __all__ = [
     "Expectation",
     "FactorDtype",
     "FactorsSpec",
+    "GradDotSpec",
     "ImagePullPolicy",
     "InfluenceJob",
     "InfluenceJobSpec",
@@ -92,6 +95,7 @@ __all__ = [
     "SourceSpec",
     "SpecModel",
     "TaskSpec",
+    "TracInSpec",
     "Unsupported",
     "Verify",
     "WorkersSpec",

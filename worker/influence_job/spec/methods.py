@@ -216,6 +216,7 @@ class LissaSpec(_SolverSpec):
 
 
 _COMPLEMENT = "self.name == 'Arnoldi' && !(has(self.complement) && !self.complement)"
+_POSITIVE = "!has(self.regularization) || self.regularization > 0.0"
 _NO_ZERO = "self.regularizationByBlock.all(block, self.regularizationByBlock[block] > 0.0)"
 ABOVE_ZERO = "expected more than 0"
 
@@ -226,7 +227,11 @@ class ArnoldiSpec(_SolverSpec):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_SOLVER_RULES,
-            rule(f"!({_COMPLEMENT}) || self.regularization > 0.0", ABOVE_ZERO, "regularization"),
+            rule(
+                f"!({_COMPLEMENT}) || {_POSITIVE}",
+                ABOVE_ZERO,
+                "regularization",
+            ),
             rule(
                 f"!({_COMPLEMENT}) || !has(self.regularizationByBlock) || {_NO_ZERO}",
                 ABOVE_ZERO,
@@ -274,7 +279,11 @@ class NystroemSketchSpec(_SolverSpec):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_SOLVER_RULES,
-            rule("self.name != 'NystroemSketch' || self.regularization > 0.0", ABOVE_ZERO, "regularization"),
+            rule(
+                f"self.name != 'NystroemSketch' || {_POSITIVE}",
+                ABOVE_ZERO,
+                "regularization",
+            ),
             rule(
                 f"self.name != 'NystroemSketch' || !has(self.regularizationByBlock) || {_NO_ZERO}",
                 ABOVE_ZERO,
@@ -300,7 +309,7 @@ class InverseHarmonicMeanSpec(_BlockwiseSpec):
         json_schema_extra=rules(
             *_SOLVER_RULES,
             rule(
-                "self.name != 'InverseHarmonicMean' || self.regularization > 0.0",
+                f"self.name != 'InverseHarmonicMean' || {_POSITIVE}",
                 ABOVE_ZERO,
                 "regularization",
             ),
@@ -333,7 +342,9 @@ class EkfacSpec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.name != 'Ekfac' || self.regularization > 0.0", "expected more than 0", "regularization"
+                f"self.name != 'Ekfac' || {_POSITIVE}",
+                "expected more than 0",
+                "regularization",
             )
         )
     )
@@ -360,7 +371,27 @@ class EkfacSpec(SpecModel):
     )
 
 
+class GradDotSpec(SpecModel):
+    """g_test · g_train, without a curvature: cheap, and what other methods are compared with."""
+
+    name: Literal["GradDot"]
+
+
+class TracInSpec(SpecModel):
+    """g_test · g_train, summed over InfluenceTask.checkpoints with their learning rates."""
+
+    name: Literal["TracIn"]
+
+
 MethodSpec = Annotated[
-    DirectSpec | CgSpec | LissaSpec | InverseHarmonicMeanSpec | ArnoldiSpec | NystroemSketchSpec | EkfacSpec,
+    DirectSpec
+    | CgSpec
+    | LissaSpec
+    | InverseHarmonicMeanSpec
+    | ArnoldiSpec
+    | NystroemSketchSpec
+    | EkfacSpec
+    | GradDotSpec
+    | TracInSpec,
     Field(discriminator="name"),
 ]

@@ -68,7 +68,7 @@ def save_model(context: WorkerContext) -> Outcome:
 
     def work() -> None:
         own = session(context)
-        outcome.value = model_state.save(own.store, own.task.model, context.identity)
+        outcome.value = model_state.save(own.store, own.states, context.identity)
 
     outcome.attempt(KIND, 0, "storing the model", work)
     return outcome
