@@ -18,15 +18,24 @@ from influence_job.task import InfluenceTask
 
 
 def task(
-    rates: Sequence[float] = (0.5, 2.0), train: int = 96, test: int = 8, shape_of: str = ""
+    rates: Sequence[float] = (0.5, 2.0),
+    train: int = 96,
+    test: int = 8,
+    shape_of: str = "",
+    measured: bool = False,
 ) -> InfluenceTask:
-    """One checkpoint per learning rate; `shape_of` names a parameter that the last of them has otherwise."""
+    """One checkpoint per learning rate.
+
+    `shape_of` names a parameter that the last of them has otherwise; `measured`: the test side has a loss of
+    its own.
+    """
     own = traced_task.task(train=train, test=test)
     states = [state(own, seed) for seed in range(len(rates))]
     if shape_of:
         states[-1][shape_of] = torch.ones(1)
     given = [*rates[:-1], float(os.environ.get("CHECKPOINTS_RATE", rates[-1]))] if rates else []
-    return replace(own, checkpoints=tuple(map(Checkpoint, states, given)))
+    made = replace(own, checkpoints=tuple(map(Checkpoint, states, given)))
+    return replace(made, measurement=lambda outputs, _: outputs.square().sum()) if measured else made
 
 
 def state(own: InfluenceTask, seed: int) -> dict[str, Tensor]:

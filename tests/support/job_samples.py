@@ -196,6 +196,13 @@ _SPECS: dict[str, dict[str, Json]] = {
     },
     "grad-dot": {"task": TASK, "mode": "Perturbation", "method": {"name": "GradDot"}, "output": OUTPUT},
     "tracin": {"task": TASK, "method": {"name": "TracIn"}, "output": OUTPUT},
+    "self-influence": {
+        "task": TASK,
+        "operation": "SelfInfluence",
+        "method": EKFAC,
+        "chunks": {"train": 100},
+        "output": OUTPUT,
+    },
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -315,6 +322,17 @@ def broken_rules() -> Iterator[Broken]:
             ("output", "dense"),
             {"operation": "InfluenceFactors", "output": {**OUTPUT, "dense": False}},
         ),
+        ("a mode for one example", ("mode",), {"operation": "SelfInfluence", "mode": "Perturbation"}),
+        (
+            "test examples of none",
+            ("chunks", "test"),
+            {"operation": "SelfInfluence", "chunks": {"test": 3, "train": 3}},
+        ),
+        (
+            "no self-influences stored",
+            ("output", "dense"),
+            {"operation": "SelfInfluence", "output": {**OUTPUT, "dense": False}},
+        ),
         ("a scheme", ("output", "url"), {"output": {"url": "ftp://host/x"}}),
         ("a scheme in capitals", ("output", "url"), {"output": {"url": "GS://bucket/x"}}),
         (
@@ -425,7 +443,7 @@ _TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path"
 
 CHANGES: dict[str, tuple[Json, ...]] = {
     "task": ({"entrypoint": "package.module:other"}, {**TASK, "arguments": {"deep": {"list": [2]}}}),
-    "operation": ("InfluenceFactors",),
+    "operation": ("InfluenceFactors", "SelfInfluence"),
     "mode": ("Perturbation",),
     "method": (
         {**EKFAC, "regularization": 0.02},

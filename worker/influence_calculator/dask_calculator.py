@@ -195,6 +195,19 @@ class DaskInfluenceCalculator:
         side = self._worker_side()
         return dask_graph.influences(side, Rows.FACTORS, z_test_factors, x, y, mode, self.group_bytes)
 
+    def self_influences(self, x: da.Array, y: da.Array) -> da.Array:
+        """Each example's influence on itself, `z_i · g_i`, lazily: `[n]`, in x's chunks.
+
+        Costs what `influence_factors` costs, and no pair of examples is ever formed.
+
+        Raises:
+            NotFittedException, UnknownChunksError, UnalignedChunksError, InvalidDimensionChunksError:
+                when the graph is built.
+        """
+        self._require_fitted()
+        require_aligned_pair(x, y)
+        return dask_graph.self_influences(self._worker_side(), x, y, self._dtype)
+
     @property
     def _dtype(self) -> np.dtype[Any]:
         return self.influence_function_model.factor_dtype

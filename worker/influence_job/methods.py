@@ -49,7 +49,8 @@ def method_of(spec: InfluenceJobSpec) -> Method:
     Perturbations, and factors that somebody reads, need columns that are parameters.
     """
     method = build(spec.method)
-    if isinstance(method, Arnoldi) and spec.operation is Operation.INFLUENCES and spec.mode is Mode.UP:
+    narrow = spec.operation in (Operation.INFLUENCES, Operation.SELF_INFLUENCE) and spec.mode is Mode.UP
+    if isinstance(method, Arnoldi) and narrow:
         return method.narrow()
     return method
 

@@ -253,6 +253,17 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         left = self._noted(fitted.solve(gradients)).left
         return torch.stack([left[block] @ gradients[block].T for block in fitted.layout.blocks]).sum(0)
 
+    @denormals_flushed()
+    def self_influences(self, x: Tensor, y: Tensor) -> Tensor:
+        """`z_i · g_i` of each example of (x, y), `[n]`; each is differentiated once.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+        """
+        fitted = self._require_fitted()
+        gradients = fitted.gradients(self.objective, self._batch(x, y))
+        return region.self_influences(self._noted(fitted.solve(gradients)).left, gradients)
+
     def influences_from_factors(
         self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
     ) -> Tensor:

@@ -49,7 +49,10 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     stages: dict[str, float] = {}
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
-    if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+    if plan.on_itself:
+        each = capture + gradient + 2 * states * shapes.width
+        stages["Scores"] = plan.train * each + _of_method(_SOLVES, spec, sizes)
+    elif spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
         stages["Factors"] = plan.test * (capture + gradient) + _of_method(_SOLVES, spec, sizes)
     if plan.has_scores:
         pairs = float(plan.test) * plan.train
