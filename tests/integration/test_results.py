@@ -24,6 +24,7 @@ from influence_calculator import (
     LissaInfluence,
     Relative,
     SecondOrderMode,
+    TrakInfluence,
 )
 from jobs import Barrier, Jobs, times_written
 
@@ -199,8 +200,12 @@ def test_scores_are_those_of_the_definition(method: dict[str, Any], jobs: Jobs, 
             lambda net, loss: InverseHarmonicMeanInfluence(net, loss, Relative(0.1), BlockMode.LAYER_WISE),
         ),
         ({"name": "GradDot", "regularization": None}, GradDotInfluence),
+        (
+            {"name": "Trak", "regularization": 0.05, "rank": 20, "seed": 3},
+            lambda net, loss: TrakInfluence(net, loss, 0.05, 20, 3),
+        ),
     ],
-    ids=["Lissa in parts", "InverseHarmonicMean", "GradDot"],
+    ids=["Lissa in parts", "InverseHarmonicMean", "GradDot", "Trak"],
 )
 def test_scores_are_those_of_the_library(
     method: dict[str, Any], model: Any, jobs: Jobs, tmp_path: Path

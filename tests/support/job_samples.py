@@ -195,6 +195,11 @@ _SPECS: dict[str, dict[str, Json]] = {
         "output": OUTPUT,
     },
     "grad-dot": {"task": TASK, "mode": "Perturbation", "method": {"name": "GradDot"}, "output": OUTPUT},
+    "trak": {
+        "task": TASK,
+        "method": {"name": "Trak", "regularization": 0, "rank": 100_000, "seed": 2**53},
+        "output": OUTPUT,
+    },
     "tracin": {"task": TASK, "method": {"name": "TracIn"}, "output": OUTPUT},
     "self-influence": {
         "task": TASK,

@@ -63,6 +63,7 @@ from influence_calculator.torch import (
     NystroemSketchInfluence,
     SecondOrderMode,
     TracInInfluence,
+    TrakInfluence,
 )
 from influence_calculator.torch.util import (
     NestedTorchCatAggregator,
@@ -121,6 +122,7 @@ __all__ = [
     "TorchNumpyConverter",
     "TracInInfluence",
     "TrainingModeError",
+    "TrakInfluence",
     "UnalignedChunksError",
     "UnknownChunksError",
     "UnsupportedInfluenceModeException",

@@ -22,6 +22,7 @@ from influence_calculator.maths.preconditioners import (
     Preconditioner,
 )
 from influence_calculator.maths.tracin import TracIn
+from influence_calculator.maths.trak import Trak
 from influence_job.spec import (
     ArnoldiSpec,
     CgSpec,
@@ -38,6 +39,7 @@ from influence_job.spec import (
     Operation,
     PreconditionerSpec,
     TracInSpec,
+    TrakSpec,
 )
 
 SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | LissaSpec
@@ -50,7 +52,7 @@ def method_of(spec: InfluenceJobSpec) -> Method:
     """
     method = build(spec.method)
     narrow = spec.operation in (Operation.INFLUENCES, Operation.SELF_INFLUENCE) and spec.mode is Mode.UP
-    if isinstance(method, Arnoldi) and narrow:
+    if isinstance(method, Arnoldi | Trak) and narrow:
         return method.narrow()
     return method
 
@@ -149,6 +151,11 @@ def _grad_dot(_: GradDotSpec) -> Method:
 @build.register
 def _tracin(_: TracInSpec) -> Method:
     return TracIn()
+
+
+@build.register
+def _trak(spec: TrakSpec) -> Method:
+    return Trak(spec.regularization, spec.rank, spec.seed)
 
 
 def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularization:

@@ -36,6 +36,7 @@ from influence_calculator import (
     TorchCatAggregator,
     TorchNumpyConverter,
     TracInInfluence,
+    TrakInfluence,
 )
 from model_cases import CONV2D, MLP, ModelCase
 
@@ -52,6 +53,7 @@ MODELS: dict[str, Any] = {
         case.model(), case.loss, **FISHER, maxiter=60, batch_size=5, warn_on_max_iteration=False
     ),
     "inverse harmonic mean": lambda case: InverseHarmonicMeanInfluence(case.model(), case.loss, 0.1),
+    "trak": lambda case: TrakInfluence(case.model(), case.loss, 0.1, 20),
     "grad-dot": lambda case: GradDotInfluence(case.model(), case.loss),
     "tracin": lambda case: TracInInfluence(
         case.model(), case.loss, [Checkpoint(case.build().double().state_dict(), rate) for rate in (2, 0.5)]

@@ -73,7 +73,7 @@ class Direct(Method):
             )
             trace = float(matrix.diagonal().sum())
             λ = block_regularization(regularization, block, trace, width)
-            solvers[block] = _DenseSolver(block, matrix, λ)
+            solvers[block] = DenseSolver(block, matrix, λ)
         return BlockwiseFitted(layout, objective, solvers)
 
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
@@ -96,7 +96,7 @@ class Direct(Method):
         )
 
 
-class _DenseSolver:
+class DenseSolver:
     """`H_b + λ_b I`, factorized at construction: Cholesky where it is positive, else LU.
 
     In the dtype of the matrix: float64 would double the memory and costs far more time on most GPUs,

@@ -12,6 +12,7 @@ from influence_calculator.torch.influence_function_model import (
     NystroemSketchInfluence,
 )
 from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
+from influence_calculator.torch.projected import TrakInfluence
 from influence_calculator.torch.util import BlockMode, SecondOrderMode
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "NystroemSketchInfluence",
     "SecondOrderMode",
     "TracInInfluence",
+    "TrakInfluence",
 ]

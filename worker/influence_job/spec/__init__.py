@@ -43,6 +43,7 @@ from influence_job.spec.methods import (
     PreconditionerSpec,
     SecondOrder,
     TracInSpec,
+    TrakSpec,
     Unsupported,
 )
 from influence_job.spec.parsing import InvalidSpecError, parse_spec
@@ -96,6 +97,7 @@ __all__ = [
     "SpecModel",
     "TaskSpec",
     "TracInSpec",
+    "TrakSpec",
     "Unsupported",
     "Verify",
     "WorkersSpec",

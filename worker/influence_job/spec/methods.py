@@ -383,6 +383,19 @@ class TracInSpec(SpecModel):
     name: Literal["TracIn"]
 
 
+class TrakSpec(SpecModel):
+    """The empirical Fisher of gradients that a random projection makes `rank` numbers long: one pass."""
+
+    name: Literal["Trak"]
+    regularization: Annotated[Number, Field(ge=0)] = Field(
+        description="λ, added to the diagonal of the projected matrix. No default: 0.01 is a start."
+    )
+    rank: Annotated[Integer, Field(ge=1, le=100_000)] = Field(
+        description="Columns of the projection; rank² numbers are solved with, 2048 is a start."
+    )
+    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Draws it. Default 0.")
+
+
 MethodSpec = Annotated[
     DirectSpec
     | CgSpec
@@ -392,6 +405,7 @@ MethodSpec = Annotated[
     | NystroemSketchSpec
     | EkfacSpec
     | GradDotSpec
-    | TracInSpec,
+    | TracInSpec
+    | TrakSpec,
     Field(discriminator="name"),
 ]
