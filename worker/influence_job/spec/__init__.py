@@ -5,6 +5,7 @@ so that it needs pydantic and the standard library only. `influence_job.job_file
 """
 
 from influence_job.spec.fields import Quantity, SpecModel
+from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
 from influence_job.spec.job import (
     API_VERSION,
     KIND,
@@ -33,7 +34,6 @@ from influence_job.spec.methods import (
     DirectSpec,
     EkfacSpec,
     Expectation,
-    GradDotSpec,
     InverseHarmonicMeanSpec,
     JacobiSpec,
     LissaSpec,
@@ -42,8 +42,6 @@ from influence_job.spec.methods import (
     NystroemSpec,
     PreconditionerSpec,
     SecondOrder,
-    TracInSpec,
-    TrakSpec,
     Unsupported,
 )
 from influence_job.spec.parsing import InvalidSpecError, parse_spec

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
+from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
 from influence_job.spec.rules import Refusal, rule, rules
 
 
@@ -369,31 +370,6 @@ class EkfacSpec(SpecModel):
         Unsupported.REFUSE,
         description="Refuse | Diagonal | Exclude: layers without a formula. Default Refuse, naming them.",
     )
-
-
-class GradDotSpec(SpecModel):
-    """g_test · g_train, without a curvature: cheap, and what other methods are compared with."""
-
-    name: Literal["GradDot"]
-
-
-class TracInSpec(SpecModel):
-    """g_test · g_train, summed over InfluenceTask.checkpoints with their learning rates."""
-
-    name: Literal["TracIn"]
-
-
-class TrakSpec(SpecModel):
-    """The empirical Fisher of gradients that a random projection makes `rank` numbers long: one pass."""
-
-    name: Literal["Trak"]
-    regularization: Annotated[Number, Field(ge=0)] = Field(
-        description="λ, added to the diagonal of the projected matrix. No default: 0.01 is a start."
-    )
-    rank: Annotated[Integer, Field(ge=1, le=100_000)] = Field(
-        description="Columns of the projection; rank² numbers are solved with, 2048 is a start."
-    )
-    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Draws it. Default 0.")
 
 
 MethodSpec = Annotated[
