@@ -19,10 +19,12 @@ import stored
 import traced_task
 from influence_calculator import (
     BlockMode,
+    GradDotInfluence,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
     Relative,
     SecondOrderMode,
+    TrakInfluence,
 )
 from jobs import Barrier, Jobs, times_written
 
@@ -197,8 +199,13 @@ def test_scores_are_those_of_the_definition(method: dict[str, Any], jobs: Jobs, 
             },
             lambda net, loss: InverseHarmonicMeanInfluence(net, loss, Relative(0.1), BlockMode.LAYER_WISE),
         ),
+        ({"name": "GradDot", "regularization": None}, GradDotInfluence),
+        (
+            {"name": "Trak", "regularization": 0.05, "rank": 20, "seed": 3},
+            lambda net, loss: TrakInfluence(net, loss, 0.05, 20, 3),
+        ),
     ],
-    ids=["Lissa in parts", "InverseHarmonicMean"],
+    ids=["Lissa in parts", "InverseHarmonicMean", "GradDot", "Trak"],
 )
 def test_scores_are_those_of_the_library(
     method: dict[str, Any], model: Any, jobs: Jobs, tmp_path: Path

@@ -194,6 +194,20 @@ _SPECS: dict[str, dict[str, Json]] = {
         },
         "output": OUTPUT,
     },
+    "grad-dot": {"task": TASK, "mode": "Perturbation", "method": {"name": "GradDot"}, "output": OUTPUT},
+    "trak": {
+        "task": TASK,
+        "method": {"name": "Trak", "regularization": 0, "rank": 100_000, "seed": 2**53},
+        "output": OUTPUT,
+    },
+    "tracin": {"task": TASK, "method": {"name": "TracIn"}, "output": OUTPUT},
+    "self-influence": {
+        "task": TASK,
+        "operation": "SelfInfluence",
+        "method": EKFAC,
+        "chunks": {"train": 100},
+        "output": OUTPUT,
+    },
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -313,6 +327,17 @@ def broken_rules() -> Iterator[Broken]:
             ("output", "dense"),
             {"operation": "InfluenceFactors", "output": {**OUTPUT, "dense": False}},
         ),
+        ("a mode for one example", ("mode",), {"operation": "SelfInfluence", "mode": "Perturbation"}),
+        (
+            "test examples of none",
+            ("chunks", "test"),
+            {"operation": "SelfInfluence", "chunks": {"test": 3, "train": 3}},
+        ),
+        (
+            "no self-influences stored",
+            ("output", "dense"),
+            {"operation": "SelfInfluence", "output": {**OUTPUT, "dense": False}},
+        ),
         ("a scheme", ("output", "url"), {"output": {"url": "ftp://host/x"}}),
         ("a scheme in capitals", ("output", "url"), {"output": {"url": "GS://bucket/x"}}),
         (
@@ -364,6 +389,14 @@ def broken_rules() -> Iterator[Broken]:
             ("method", "scale"),
             {"method": {"name": "Lissa", "regularization": 0.1, "scale": 0}},
         ),
+        ("λ that is missing", ("method", "regularization"), {"method": {"name": "Direct"}}),
+        ("λ that EK-FAC misses", ("method", "regularization"), {"method": {"name": "Ekfac"}}),
+        (
+            "λ without a curvature",
+            ("method", "regularization"),
+            {"method": {"name": "GradDot", "regularization": 1}},
+        ),
+        ("a seed of TracIn", ("method", "seed"), {"method": {"name": "TracIn", "seed": 1}}),
         ("no blocks", ("method", "customBlocks"), {"method": {**solver, "blocks": "Custom"}}),
         ("blocks without need", ("method", "customBlocks"), {"method": {**solver, "customBlocks": blocks}}),
         (
@@ -415,7 +448,7 @@ _TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path"
 
 CHANGES: dict[str, tuple[Json, ...]] = {
     "task": ({"entrypoint": "package.module:other"}, {**TASK, "arguments": {"deep": {"list": [2]}}}),
-    "operation": ("InfluenceFactors",),
+    "operation": ("InfluenceFactors", "SelfInfluence"),
     "mode": ("Perturbation",),
     "method": (
         {**EKFAC, "regularization": 0.02},

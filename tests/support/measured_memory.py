@@ -20,12 +20,14 @@ from influence_calculator.maths.capture import measure
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
+from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.gradients import collected
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method, fit
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.objective import Objective, xy_objective
+from influence_calculator.maths.trak import Trak
 from training_sets import TrainingSet
 
 
@@ -71,6 +73,8 @@ def main() -> None:
         "lissa": Lissa(0.1, maxiter=2, second_order=second_order),
         "lissa in parts": Lissa(0.1, maxiter=2, second_order=second_order, batch_size=micro_batch),
         "inverse harmonic mean": InverseHarmonicMean(0.1),
+        "grad-dot": GradDot(),
+        "trak": Trak(0.1, 64),
     }
     method = methods[name]
     # What torch loads and allocates once for all, whatever the model's size.

@@ -67,6 +67,8 @@ def object_pattern(plan: Plan, kind: str, index: int) -> re.Pattern[str]:
         return re.compile(own + (rf"|train_\w+/c/{chunk}" if group == 0 else ""))
     if kind == "factors":
         return re.compile(rf"factors/\d+/c/{index}/\d+|(solver|test)_\w+/c/{index}")
+    if kind == "self":
+        return re.compile(rf"(self_influences|solver_\w+|train_\w+)/c/{index}")
     if kind == "merge":
         return re.compile(rf"(most|score)_\w+/c/{index}(/0)?")
     step, what = kind.removeprefix("fit/").rsplit("/", 1)

@@ -28,6 +28,7 @@ from influence_calculator import (
     LissaInfluence,
     NystroemSketchInfluence,
     SolverStatus,
+    TracInInfluence,
     torch_dataset_to_dask_array,
 )
 from influence_calculator.maths import errors as maths_errors
@@ -133,7 +134,9 @@ def test_the_readmes_job_example_is_a_task_that_its_manifest_calls(names: dict[s
 
 
 def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any]) -> None:
-    cluster, factors, sequential, reports, ekfac, spectral, lissa, blocks = examples(LIBRARY, "python")
+    cluster, factors, sequential, reports, ekfac, spectral, lissa, products, blocks = examples(
+        LIBRARY, "python"
+    )
     run(cluster, names)
     expected = in_memory(names, names["model"])
     assert np.allclose(names["stored"][:], expected, rtol=1e-6)
@@ -160,6 +163,12 @@ def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any
 
     run(lissa, names)
     assert isinstance(names["model"], LissaInfluence)
+    assert np.isfinite(in_memory(names, names["model"])).all()
+
+    for name in ("epoch-1.pt", "epoch-2.pt"):
+        torch.save(names["net"].state_dict(), name)
+    run(products, names)
+    assert isinstance(names["model"], TracInInfluence)
     assert np.isfinite(in_memory(names, names["model"])).all()
 
     run(blocks, names)

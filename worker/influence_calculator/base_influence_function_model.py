@@ -130,6 +130,18 @@ class InfluenceFunctionModel(Generic[TensorType, DataLoaderType], ABC):
     ) -> TensorType:
         """The model's own `influences`."""
 
+    def self_influences(self, x: TensorType, y: TensorType) -> TensorType:
+        """Each example's influence on itself, `z_i · g_i`, `[n]`.
+
+        Large where the model would answer an example much worse without it: outliers and wrong labels among
+        training examples. Here the diagonal of `influences`; a model of yours may do without the rest of it.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+        """
+        diagonal: TensorType = self.influences(x, y).diagonal()  # type: ignore[attr-defined]
+        return diagonal
+
     def left(self, x: TensorType, y: TensorType) -> TensorType:
         """One row per example of (x, y), of which `expanded` makes what `influences_from_left` scores.
 

@@ -159,3 +159,12 @@ def region(
         else:
             values = model.influences_from_factors(side.group(name, chunks), *data, mode)
         return side.converter.to_numpy(values).astype(dtype, copy=False)
+
+
+def self_influences_of_chunk(side: WorkerSide, x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
+    """Each example's influence on itself, `[n]`."""
+    if len(x) == 0:
+        return np.empty(0, side.dtype)
+    with side.entered() as model:
+        values = model.self_influences(side.converter.from_numpy(x), side.converter.from_numpy(y))
+        return side.converter.to_numpy(values).astype(side.dtype, copy=False)

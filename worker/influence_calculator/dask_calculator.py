@@ -203,6 +203,19 @@ class DaskInfluenceCalculator:
     def _limits(self) -> dask_graph.Limits:
         return dask_graph.Limits(self.group_bytes, self._tasks)
 
+    def self_influences(self, x: da.Array, y: da.Array) -> da.Array:
+        """Each example's influence on itself, `z_i · g_i`, lazily: `[n]`, in x's chunks.
+
+        Costs what `influence_factors` costs, and no pair of examples is ever formed.
+
+        Raises:
+            NotFittedException, UnknownChunksError, UnalignedChunksError, InvalidDimensionChunksError:
+                when the graph is built.
+        """
+        self._require_fitted()
+        require_aligned_pair(x, y)
+        return dask_graph.self_influences(self._worker_side(), x, y, self._dtype)
+
     @property
     def _dtype(self) -> np.dtype[Any]:
         return self.influence_function_model.factor_dtype

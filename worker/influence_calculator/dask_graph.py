@@ -69,6 +69,13 @@ def factors_and_report(
     )
 
 
+def self_influences(side: Side, x: da.Array, y: da.Array, dtype: np.dtype[Any]) -> da.Array:
+    """Each example's influence on itself, `[n]`, one task per chunk."""
+    name = f"self-influences-{tokenize(side.key, x.name, y.name)}"
+    layer = _per_chunk(name, (), chunk_tasks.self_influences_of_chunk, side, x, y)
+    return _array(name, layer, (x.chunks[0],), dtype, x, y, side)
+
+
 def influences(
     side: Side,
     rows: Rows,

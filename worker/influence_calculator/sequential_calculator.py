@@ -112,6 +112,22 @@ class SequentialInfluenceCalculator:
         rows_of = self._left_of_factors if mode is InfluenceMode.Up else _unwrapped
         return NestedLazyChunkSequence(partial(self._rows, factors, rows_of, train, mode), factors.length)
 
+    def self_influences(self, data_iterable: Pairs) -> LazyChunkSequence[Tensor]:
+        """Each example's influence on itself, `z_i · g_i`, lazily: one chunk `[n]` per batch.
+
+        Raises:
+            NotFittedException: at once.
+            RandomOrderError: at once; a loader in random order, whose rows would mean nothing.
+        """
+        self._require_fitted()
+        require_fixed_order("data_iterable", data_iterable)
+        data = Readable("data_iterable", data_iterable)
+        return LazyChunkSequence(partial(self._self_influences, data), data.length)
+
+    def _self_influences(self, data: Readable[Any]) -> Iterator[Tensor]:
+        for item in data:
+            yield self.influence_function_model.self_influences(*pair_of(data.field, item))
+
     def _factors(self, data: Readable[Any]) -> Iterator[Tensor]:
         for item in data:
             yield self.influence_function_model.influence_factors(*pair_of(data.field, item))

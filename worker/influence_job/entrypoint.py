@@ -12,11 +12,13 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from influence_calculator.maths.checkpoints import load_checkpoints
 from influence_calculator.maths.objective import Objective
 from influence_job.data import check_source
 from influence_job.document import SOURCE_DIRECTORY
@@ -119,11 +121,8 @@ def check_task(task: Any, entrypoint: str) -> InfluenceTask:
         value = getattr(task, name)
         if not callable(value) and (value is not None or name == "loss"):
             raise _wrong(name, "a function", value)
-    if task.checkpoints:
-        raise PermanentError(
-            Reason.INVALID_TASK,
-            "InfluenceTask.checkpoints: no method of this version sums over checkpoints; leave it empty",
-        )
+    if not isinstance(task.checkpoints, tuple | list):
+        raise _wrong("checkpoints", "a tuple of Checkpoint(state, learning_rate)", task.checkpoints)
     check_source(task.train, "train")
     check_source(task.test, "test")
     return task
@@ -159,6 +158,19 @@ def objective_of(task: InfluenceTask) -> Objective:
             "InfluenceTask.model: no parameter requires grad, so there is nothing to trace",
         )
     return Objective(task.model, task.loss, task.forward or _first_element, names)
+
+
+def with_checkpoints(objective: Objective, task: InfluenceTask) -> Objective:
+    """The objective with the task's checkpoints loaded, where its model is.
+
+    Raises:
+        PermanentError: there is none, or one that cannot be read or is not a state of this model.
+    """
+    try:
+        loaded = load_checkpoints(task.model, task.checkpoints)
+    except ValueError as error:
+        raise PermanentError(Reason.INVALID_TASK, f"InfluenceTask.{error}") from error
+    return replace(objective, checkpoints=loaded)
 
 
 def _first_element(model: nn.Module, batch: Any) -> Any:

@@ -11,6 +11,7 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
@@ -20,11 +21,14 @@ from influence_calculator.maths.preconditioners import (
     NystroemPreconditioner,
     Preconditioner,
 )
+from influence_calculator.maths.tracin import TracIn
+from influence_calculator.maths.trak import Trak
 from influence_job.spec import (
     ArnoldiSpec,
     CgSpec,
     DirectSpec,
     EkfacSpec,
+    GradDotSpec,
     InfluenceJobSpec,
     InverseHarmonicMeanSpec,
     JacobiSpec,
@@ -34,6 +38,8 @@ from influence_job.spec import (
     NystroemSpec,
     Operation,
     PreconditionerSpec,
+    TracInSpec,
+    TrakSpec,
 )
 
 SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | LissaSpec
@@ -45,7 +51,8 @@ def method_of(spec: InfluenceJobSpec) -> Method:
     Perturbations, and factors that somebody reads, need columns that are parameters.
     """
     method = build(spec.method)
-    if isinstance(method, Arnoldi) and spec.operation is Operation.INFLUENCES and spec.mode is Mode.UP:
+    narrow = spec.operation in (Operation.INFLUENCES, Operation.SELF_INFLUENCE) and spec.mode is Mode.UP
+    if isinstance(method, Arnoldi | Trak) and narrow:
         return method.narrow()
     return method
 
@@ -134,6 +141,21 @@ def _ekfac(spec: EkfacSpec) -> Method:
         seed=spec.seed,
         unsupported=_snake(spec.unsupported),
     )
+
+
+@build.register
+def _grad_dot(_: GradDotSpec) -> Method:
+    return GradDot()
+
+
+@build.register
+def _tracin(_: TracInSpec) -> Method:
+    return TracIn()
+
+
+@build.register
+def _trak(spec: TrakSpec) -> Method:
+    return Trak(spec.regularization, spec.rank, spec.seed)
 
 
 def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularization:

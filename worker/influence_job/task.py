@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from influence_calculator.maths.checkpoints import Checkpoint
 from influence_calculator.maths.objective import Batch
 
 
@@ -48,7 +49,8 @@ class InfluenceTask:
     """Regular expression (search) that selects the tracked parameters; default: all that require grad."""
     annotate: Callable[[Batch, Any], Mapping[str, Tensor]] | None = None
     """`annotate(batch, outputs) -> {name: one value per example}`, stored as `test_<name>` and `train_…`."""
-    checkpoints: tuple[Any, ...] = ()
-    """Further states of the same model (methods that sum over checkpoints; none of today's)."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """What method TracIn sums over; the model itself counts only if its state is among them. Other methods
+    leave them alone."""
     data_version: str | None = None
     """Names the data's version; without it 64 fixed examples are digested."""

@@ -56,8 +56,7 @@ start_node() {
     sysctl $KUBELET_SYSCTLS | tr -d ' ' >"$RUN/sysctl.before"
   fi
   trap restore_sysctls EXIT
-  launch_inside kubelet "$BIN/kubelet" --config="$ETC/kubelet.yaml" --kubeconfig="$ETC/kubelet.kubeconfig" \
-    --root-dir="$K8S_HOME/kubelet" --cert-dir="$PKI" --hostname-override=$NODE --node-ip=$NODE_IP --v=2
+  start_kubelet
   launch_inside kube-proxy "$BIN/kube-proxy" --config="$ETC/kube-proxy.yaml" --v=2
   wait_for "node is Ready" 120 node_is_ready
   if ! kubectl_inside diff --filename "$MACHINE/coredns.yaml" >/dev/null 2>&1; then
@@ -65,6 +64,14 @@ start_node() {
   fi
   wait_for "DNS is available" 120 kubectl_inside --namespace kube-system wait --for=condition=Available --timeout=1s deployment/coredns
 }
-node_is_ready() { # the kubelet itself is asked, too: for some seconds after its end the node still counts as ready
+start_kubelet() {
+  launch_inside kubelet "$BIN/kubelet" --config="$ETC/kubelet.yaml" --kubeconfig="$ETC/kubelet.kubeconfig" \
+    --root-dir="$K8S_HOME/kubelet" --cert-dir="$PKI" --hostname-override=$NODE --node-ip=$NODE_IP --v=2
+}
+node_is_ready() { # a kubelet that came while containerd still initialized its CRI service has ended: another is started
+  pid_of kubelet >/dev/null || start_kubelet
+  kubelet_is_ready
+}
+kubelet_is_ready() { # the kubelet itself is asked, too: for some seconds after its end the node still counts as ready
   inside curl --silent --fail http://127.0.0.1:10248/healthz && kubectl_inside get node $NODE | grep --quiet --word-regexp Ready
 }

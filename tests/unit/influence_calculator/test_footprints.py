@@ -43,6 +43,8 @@ def _measured(*arguments: object) -> dict[str, int]:
         ("lissa in parts", "generalized_gauss_newton", 900, 128, 32, 24, "factors"),
         ("inverse harmonic mean", "empirical_fisher", 900, 128, 64, 24, "factors"),
         ("inverse harmonic mean", "empirical_fisher", 900, 16, 16, 48, "factors"),
+        ("trak", "empirical_fisher", 900, 128, 64, 96, "factors"),
+        ("grad-dot", "hessian", 900, 128, 64, 96, "factors"),
     ],
 )
 def test_a_footprint_is_what_the_stage_takes(

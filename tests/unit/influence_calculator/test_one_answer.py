@@ -18,10 +18,12 @@ from torch import Tensor
 from influence_calculator import (
     ArnoldiInfluence,
     CgInfluence,
+    Checkpoint,
     DaskInfluenceCalculator,
     DirectInfluence,
     DisableClientSingleThreadCheck,
     EkfacInfluence,
+    GradDotInfluence,
     InfluenceMode,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
@@ -31,7 +33,10 @@ from influence_calculator import (
     SequentialInfluenceCalculator,
     SolverStatus,
     SolverWarning,
+    TorchCatAggregator,
     TorchNumpyConverter,
+    TracInInfluence,
+    TrakInfluence,
 )
 from model_cases import CONV2D, MLP, ModelCase
 
@@ -48,6 +53,11 @@ MODELS: dict[str, Any] = {
         case.model(), case.loss, **FISHER, maxiter=60, batch_size=5, warn_on_max_iteration=False
     ),
     "inverse harmonic mean": lambda case: InverseHarmonicMeanInfluence(case.model(), case.loss, 0.1),
+    "trak": lambda case: TrakInfluence(case.model(), case.loss, 0.1, 20),
+    "grad-dot": lambda case: GradDotInfluence(case.model(), case.loss),
+    "tracin": lambda case: TracInInfluence(
+        case.model(), case.loss, [Checkpoint(case.build().double().state_dict(), rate) for rate in (2, 0.5)]
+    ),
 }
 CASES = [(method, case) for method in MODELS for case in (MLP, CONV2D)]
 
@@ -89,6 +99,23 @@ def test_distributed_sequential_and_in_memory_agree(
     distributed.group_bytes = 5 * 8 * (model.n_parameters + 5)
     values = distributed.influences(*arrays(*test, 2), *arrays(*train, 5), mode=mode).compute()
     assert np.abs(values - in_memory.numpy()).max() < 1e-10 * scale
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_self_influences_are_the_diagonal_everywhere(client: Client, method: str):
+    model = MODELS[method](MLP).fit(batches(*MLP.train(), 6))
+    x, y = MLP.train()
+    expected = model.influences(x, y, x, y).diagonal()
+    scale = 1e-10 * float(expected.abs().max())
+    assert float((model.self_influences(x, y) - expected).abs().max()) < scale
+
+    lazy = SequentialInfluenceCalculator(model).self_influences(batches(x, y, 5))
+    assert float((lazy.compute(TorchCatAggregator()) - expected).abs().max()) < scale
+
+    distributed = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+    values = distributed.self_influences(*arrays(x, y, 5))
+    assert values.chunks == ((5, 5, 5, 5, 3),)
+    assert np.abs(values.compute() - expected.numpy()).max() < scale
 
 
 def test_a_test_chunk_longer_than_the_last_training_chunk_is_no_matter():

@@ -192,15 +192,19 @@ def test_an_immutable_field_can_neither_be_added_nor_removed_and_the_message_say
 
 def test_a_union_is_one_object_whose_rules_tell_what_belongs_to_which_name() -> None:
     method = spec_schema()["properties"]["method"]
-    assert method["required"] == ["name", "regularization"]
+    assert method["required"] == ["name"]
     assert method["properties"]["name"]["enum"] == [
-        *("Arnoldi", "Cg", "Direct", "Ekfac", "InverseHarmonicMean", "Lissa", "NystroemSketch")
+        *("Arnoldi", "Cg", "Direct", "Ekfac", "GradDot", "InverseHarmonicMean", "Lissa", "NystroemSketch"),
+        *("TracIn", "Trak"),
     ]
     of = {rule["fieldPath"]: rule for rule in rules_of(method) if rule["message"].startswith("only for name")}
     assert of[".rtol"]["rule"] == "!has(self.rtol) || self.name in ['Cg', 'Lissa']"
     solvers = "Arnoldi | Cg | Direct | InverseHarmonicMean | Lissa | NystroemSketch"
     assert of[".blocks"]["message"] == f"only for name: {solvers}; remove it or change name"
-    assert ".regularization" not in of
+    assert of[".regularization"]["message"] == (
+        "only for name: Arnoldi | Cg | Direct | Ekfac | InverseHarmonicMean | Lissa | NystroemSketch | "
+        "Trak; remove it or change name"
+    )
     conditioner = method["properties"]["preconditioner"]
     assert conditioner["required"] == ["name"]
     assert {

@@ -13,11 +13,14 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
+from influence_calculator.maths.tracin import TracIn
+from influence_calculator.maths.trak import Trak
 from influence_job.methods import build, method_of
 from manifests import spec
 
@@ -154,6 +157,10 @@ CASES: dict[str, tuple[dict[str, Any], Method]] = {
         },
         InverseHarmonicMean(Relative(0.3), BlockMode.PARAMETER_WISE),
     ),
+    "GradDot": ({"name": "GradDot"}, GradDot()),
+    "TracIn": ({"name": "TracIn"}, TracIn()),
+    "Trak as it comes": ({"name": "Trak", "regularization": 0.3, "rank": 7}, Trak(0.3, 7)),
+    "Trak, every field": ({"name": "Trak", "regularization": 0, "rank": 7, "seed": 9}, Trak(0.0, 7, 9)),
     "Ekfac as it comes": (
         {"name": "Ekfac", "regularization": 0.3},
         Ekfac(0.3, update_diagonal=True, expectation="sampled", samples=1, seed=0, unsupported="refuse"),
@@ -179,11 +186,13 @@ def test_a_method_is_built_with_the_values_of_the_spec(name: str) -> None:
     assert build(spec(method=given).method) == expected
 
 
-NOT_OF_THE_METHOD = {"in_eigenspace"}
+NOT_OF_THE_METHOD = {"in_eigenspace", "projected"}
 """Follows from the operation."""
 
 
-@pytest.mark.parametrize("kind", [Direct, Cg, Lissa, InverseHarmonicMean, Ekfac, Arnoldi, NystroemSketch])
+@pytest.mark.parametrize(
+    "kind", [Direct, Cg, Lissa, InverseHarmonicMean, Ekfac, Arnoldi, NystroemSketch, Trak]
+)
 def test_every_value_of_a_method_differs_somewhere_from_its_default(kind: type[Method]) -> None:
     """Else a field that the builder forgets would not be missed."""
     made = [expected for _, expected in CASES.values() if type(expected) is kind]
@@ -208,6 +217,7 @@ def test_every_word_of_ekfac_is_one_of_the_calculators(field: str, words: tuple[
     ("changes", "narrow"),
     [
         ({}, True),
+        ({"operation": "SelfInfluence"}, True),
         ({"mode": "Perturbation"}, False),
         ({"operation": "InfluenceFactors"}, False),
         ({"operation": "InfluencesFromFactors", "factors": {"url": "factors.zarr"}}, False),
@@ -222,3 +232,6 @@ def test_representations_are_narrow_where_nobody_needs_a_column_per_parameter(
     made = method_of(spec(method=given, **changes))
     assert isinstance(made, Arnoldi)
     assert made.in_eigenspace is (narrow and not complement)
+    made = method_of(spec(method={"name": "Trak", "regularization": 0.3, "rank": 5}, **changes))
+    assert isinstance(made, Trak)
+    assert made.projected is narrow

@@ -34,6 +34,10 @@ def test_a_right_spec_is_returned() -> None:
         ({"backOffLimit": 3}, "spec.backOffLimit: unknown field; did you mean backoffLimit?"),
         ({"topK": 3}, "spec.topK: unknown field; it belongs under output"),
         (
+            {"method": {"name": "GradDot", "regularization": 1}},
+            "spec.method.regularization: unknown field; GradDot has none; remove it",
+        ),
+        (
             {"workers": {"tolerations": ["x"]}},
             'spec.workers.tolerations[0]: expected a mapping, got "x"',
         ),

@@ -362,6 +362,24 @@ def test_factors_are_one_array_per_block_chunked_on_both_axes() -> None:
     assert "Scores" not in plan.memory
 
 
+def test_examples_meet_themselves_in_chunks_that_can_be_solved() -> None:
+    given = spec(operation="SelfInfluence", device="cuda")
+    plan = make_plan(given, Linear(), sizes(test=5000, train=5000))
+    [array] = plan.arrays
+    assert (array.path, array.dims, array.shape) == ("self_influences", ("train",), (5000,))
+    assert array.chunks == (plan.train_chunk,) == (plan.test_chunk,) == (256,)
+    assert (plan.train_chunks, plan.groups, plan.regions, plan.training_passes) == (20, 0, 0, 3)
+    assert plan.result_bytes == 5000 * 4
+    assert set(plan.memory) == {"Loading", "Fitting", "Scores"}
+
+    tight = with_memory("1Gi", operation="SelfInfluence")
+    large = sizes(test=5000, train=5000, parameters=8 * MIB)
+    plan = make_plan(tight, Linear(), large)
+    assert plan.train_chunk * 32 * MIB <= device_budget(tight)
+    with pytest.raises(PermanentError, match=r"chunks.train: solving 64 train examples at once does not fit"):
+        make_plan(with_memory("1Gi", operation="SelfInfluence", chunks={"train": 64}), Linear(), large)
+
+
 def test_influences_from_factors_run_no_fit() -> None:
     plan = make_plan(
         spec(operation="InfluencesFromFactors", factors={"url": "x"}), Linear(needs_data=True), sizes()

@@ -240,11 +240,17 @@ def measure(objective: Objective, batch: Batch) -> ModelShapes:
         parameters={name: tuple(value.shape) for name, value in tracked.items()},
         layers=tuple(_layer_shape(model, recording, layer) for layer in recording.layers),
         itemsize=max((value.element_size() for value in tracked.values()), default=4),
-        model_bytes=sum(tensor.nbytes for tensor in everything),
+        model_bytes=sum(tensor.nbytes for tensor in everything) + _bytes_of(objective.checkpoints),
         activation_bytes=kept.bytes_beside([*everything, *entries]),
         example_bytes=sum(leaf.nbytes for leaf in entries),
         outputs=sum(leaf.numel() for leaf in floats),
+        checkpoints=0 if objective.checkpoints is None else len(objective.checkpoints),
     )
+
+
+def _bytes_of(module: nn.Module | None) -> int:
+    """Parameters and buffers."""
+    return 0 if module is None else sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
 def _layer_shape(model: nn.Module, recording: Recording, layer: LayerSpec) -> LayerShape:

@@ -59,3 +59,10 @@ def normals(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
 def _fractions(words: Tensor) -> Tensor:
     """The upper 52 bits as float64 in (0, 1)."""
     return (_shifted_right(words, 12).to(torch.float64) + 0.5) * 2.0**-52
+
+
+def signs(seed: int, place: Tensor, columns: int) -> Tensor:
+    """±1 with equal odds as int8, `[*place.shape, columns]`; a row depends on its int64 place alone."""
+    words = _words(seed, place, -(-columns // 64), 0)
+    bits = (words.unsqueeze(-1) >> torch.arange(64, device=place.device)) & 1
+    return bits.to(torch.int8).mul_(2).sub_(1).flatten(-2)[..., :columns]

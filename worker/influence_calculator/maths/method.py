@@ -218,6 +218,8 @@ class Method(ABC):
 
     needs_data: bool
     """Whether solving reads the training data again (iterative solvers)."""
+    sums_checkpoints: bool = False
+    """Whether it differentiates at the objective's checkpoints, in place of the model."""
 
     @abstractmethod
     def layout(self, objective: Objective) -> Layout:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from influence_calculator.maths.checkpoints import Checkpoints
+
 Batch = Any
 """A pytree (tensor, tuple, list, dict) of tensors that share their leading dimension."""
 
@@ -106,6 +108,8 @@ class Objective:
     forward: Forward
     names: tuple[str, ...]
     """Tracked parameters, in the order of `model.named_parameters()`."""
+    checkpoints: Checkpoints | None = None
+    """States of the model, for methods that sum over them."""
     _module: _Forward = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +133,10 @@ class Objective:
     def with_loss(self, loss: Loss) -> Objective:
         """The same model under another loss (a job's `measurement`)."""
         return replace(self, loss=loss)
+
+    def in_state_of(self, model: nn.Module) -> Objective:
+        """The objective with another state of the same model."""
+        return replace(self, model=model, checkpoints=None)
 
     def outputs(self, batch: Batch, parameters: Mapping[str, Tensor] | None = None) -> Any:
         """The model's outputs; with `parameters`, these in place of the tracked ones.

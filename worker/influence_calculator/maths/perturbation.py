@@ -5,11 +5,14 @@ test loss; neither negated nor divided by N. No per-example gradients are formed
 of the batch's summed loss, it is the pull-back of `x → g(x)` in direction `z_t`, for every example of
 the batch at once, because an example's loss depends on its own input only.
 
+Over checkpoints it is the sum, as the influence is.
+
 Shapes: t test rows, n training examples, F... feature dimensions of the training input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +25,7 @@ from influence_calculator.maths.errors import UnsupportedInputError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left, tensors_of
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, batch_size, micro_batches
+from influence_calculator.maths.tracin import at_each_checkpoint
 
 
 class Laid(Protocol):
@@ -49,8 +53,18 @@ def perturbations(
     result = torch.empty(t, batch_size(batch), *x.shape[1:], dtype=dtype, device=objective.device)
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
         stop = piece.start + batch_size(piece.batch)
-        _fill(result[:, piece.start : stop], objective, fitted.layout, factors, piece.batch)
+        own = result[:, piece.start : stop]
+        for number, (state, layout) in enumerate(_states(objective, fitted.layout)):
+            _fill(own, state, layout, factors, piece.batch, add=number > 0)
     return result
+
+
+def _states(objective: Objective, layout: Layout) -> Iterator[tuple[Objective, Layout]]:
+    """What the influence is a sum over: the model as it is, or each checkpoint with its own blocks."""
+    if objective.checkpoints is None:
+        yield objective, layout
+    else:
+        yield from at_each_checkpoint(objective)
 
 
 def perturbed_input(batch: Batch) -> Tensor:
@@ -59,7 +73,7 @@ def perturbed_input(batch: Batch) -> Tensor:
     return leaf
 
 
-def _fill(result: Tensor, objective: Objective, layout: Layout, left: Left, batch: Batch) -> None:
+def _fill(result: Tensor, objective: Objective, layout: Layout, left: Left, batch: Batch, add: bool) -> None:
     own = objective.parameters()
     parameters = {slot.name: own[slot.name] for slot in layout.slots}
     leaves, structure = pytree.tree_flatten(batch)
@@ -74,7 +88,8 @@ def _fill(result: Tensor, objective: Objective, layout: Layout, left: Left, batc
     at_once = directions_at_once(objective, batch, layout.width)
     for start in range(0, result.shape[0], at_once):
         rows = slice(start, start + at_once)
-        result[rows] = vmap(pull)(_directions(layout, left, rows, objective.dtype))
+        found = vmap(pull)(_directions(layout, left, rows, objective.dtype))
+        result[rows] = result[rows] + found if add else found
 
 
 def _directions(layout: Layout, left: Left, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One region: a group of test rows against one chunk of training examples.
+"""One region: a group of test rows against one chunk of training examples, or a chunk against itself.
 
 The only place where test and training side meet. The Dask calculator, the sequential one and a job's
 worker call these functions; which micro-batch they take is part of the stored plan.
@@ -8,6 +8,7 @@ Shapes: t test rows, n training examples, F... feature dimensions of the trainin
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from influence_calculator.maths.layout import Left
@@ -27,3 +28,18 @@ def influences(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Te
         columns = fitted.score(left, piece.batch)
         scores[:, piece.start : piece.start + columns.shape[1]] = columns
     return scores
+
+
+def self_influences(left: Left, gradients: Left) -> Tensor:
+    """Each example's influence on itself, `z_i · g_i`, `[n]`: the diagonal of `influences`, without the rest.
+
+    `gradients` as the method's `gradients` answers for its own objective, `left` as `solve` does for them.
+    """
+    total: Tensor | None = None
+    for block, rows in left.items():
+        wide = score_dtype(rows)
+        own = torch.einsum("np,np->n", rows.to(wide), gradients[block].to(wide))
+        total = own if total is None else total.add_(own)
+    if total is None:
+        raise ValueError("left representation without blocks: no parameter is tracked")
+    return total

@@ -35,13 +35,15 @@ class ModelShapes:
     itemsize: int
     """Bytes of one parameter element."""
     model_bytes: int
-    """All parameters and buffers."""
+    """All parameters and buffers, those of checkpoints included."""
     activation_bytes: int
     """What a forward pass keeps alive for ONE example: its graph, the inputs of layers, the outputs."""
     example_bytes: int
     """One training example as a batch entry."""
     outputs: int
     """Elements of the model's outputs for one example."""
+    checkpoints: int = 0
+    """C: states of the model that scores are summed over; 0 for methods that differentiate the model."""
 
     @property
     def width(self) -> int:

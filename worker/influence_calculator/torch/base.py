@@ -24,6 +24,7 @@ from influence_calculator.base_influence_function_model import InfluenceFunction
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import BlockMode, Regularization
+from influence_calculator.maths.checkpoints import Checkpoints
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
@@ -100,6 +101,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self.loss = loss
         self.method = method
         self.warn_on_max_iteration = warn_on_max_iteration
+        self.checkpoints: Checkpoints | None = None
         self._state: FitState | None = None
         self._data: IterableTrainingData | None = None
         self._fitted: Fitted | None = None
@@ -107,7 +109,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     @property
     def objective(self) -> Objective:
         """What is differentiated: the loss of one example."""
-        return xy_objective(self.model, self.loss)
+        return replace(xy_objective(self.model, self.loss), checkpoints=self.checkpoints)
 
     @property
     def layout(self) -> Layout:
@@ -184,6 +186,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def to(self, device: torch.device | str) -> Self:
         """Moves the model and its fit to a device, and returns this influence model."""
         self.model.to(device)
+        if self.checkpoints is not None:
+            self.checkpoints.to(device)
         if self._data is not None:
             self._data.device = self.model_device
         if self._state is not None:
@@ -290,6 +294,17 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         gradients = fitted.gradients(self.objective, self._batch(x, y))
         left = self._noted(fitted.solve(gradients)).left
         return torch.stack([left[block] @ gradients[block].T for block in fitted.layout.blocks]).sum(0)
+
+    @denormals_flushed()
+    def self_influences(self, x: Tensor, y: Tensor) -> Tensor:
+        """`z_i · g_i` of each example of (x, y), `[n]`; each is differentiated once.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+        """
+        fitted = self._require_fitted()
+        gradients = fitted.gradients(self.objective, self._batch(x, y))
+        return region.self_influences(self._noted(fitted.solve(gradients)).left, gradients)
 
     def influences_from_factors(
         self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up

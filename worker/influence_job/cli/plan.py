@@ -91,8 +91,13 @@ def draw(job: InfluenceJob, sizes: Sizes, plan: Plan, console: Console) -> None:
 def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
     method = job.spec.method.name
     what = f"{job.metadata.name}: {plan.operation} ({plan.mode}) with {method} on {job.spec.resolved_device}"
-    lines = [what, f"  examples   {plan.test} test, {plan.train} training; {sizes.shapes.width} parameters"]
-    if plan.has_scores:
+    tests = "" if plan.on_itself else f"{plan.test} test, "
+    lines = [what, f"  examples   {tests}{plan.train} training; {sizes.shapes.width} parameters"]
+    if plan.on_itself:
+        lines.append(
+            f"  grid       {plan.train_chunks} chunks of {min(plan.train_chunk, plan.train)} examples"
+        )
+    elif plan.has_scores:
         lines.append(
             f"  grid       {plan.regions} regions of {plan.group_rows} × {min(plan.train_chunk, plan.train)} "
             f"examples (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
@@ -100,7 +105,8 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
         groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"
         lines.append(f"  groups     {groups}: one pass over the training set each")
     passes = (
-        f"{plan.training_passes} over the training set ({plan.fit_passes} to fit, {plan.groups} to score)"
+        f"{plan.training_passes} over the training set ({plan.fit_passes} to fit, "
+        f"{plan.training_passes - plan.fit_passes} to score)"
     )
     if plan.passes_per_iteration:
         passes += f", and {plan.passes_per_iteration} {_what_repeats(job.spec.method)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,7 @@ def as_document(summary: Summary) -> dict[str, Any]:
             }
             for case in summary.cases
         ],
+        "selfInfluences": [asdict(ranked) for ranked in summary.largest],
     }
 
 
@@ -111,6 +113,8 @@ def draw(summary: Summary, console: Console) -> None:
     """The summary as a person reads it."""
     for line in _headline(summary):
         console.print(escape(line), soft_wrap=True)
+    if summary.largest:
+        _draw_largest(summary, console)
     if not summary.cases:
         return
     plan = summary.record["plan"]
@@ -138,14 +142,15 @@ def _headline(summary: Summary) -> list[str]:
     state = "complete" if summary.finished else f"not finished: {_how_far(summary)}"
     lines = [
         f"{summary.url}: {record.get('name')}, {plan['operation']} ({plan['mode']}), {state}",
-        f"  {plan['test']} test × {plan['train']} training examples, "
-        f"{sum(plan['blocks'].values())} parameters{_stored(summary)}",
-        f"  method {method['name']}, regularization {method['regularization']}",
+        f"  {_examples(plan)}, {sum(plan['blocks'].values())} parameters{_stored(summary)}",
+        f"  method {method['name']}"
+        + (f", regularization {method['regularization']}" if "regularization" in method else ""),
         f"  {_made(record)}",
     ]
     if summary.solver:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.solver.items())
-        lines.append(f"  solver, by test example: {counts}")
+        side = "training" if plan["operation"] == Operation.SELF_INFLUENCE else "test"
+        lines.append(f"  solver, by {side} example: {counts}")
     if summary.scores is not None:
         scores = summary.scores
         lines.append(
@@ -155,6 +160,15 @@ def _headline(summary: Summary) -> list[str]:
     if not summary.finished:
         lines.append("  go on with: influence run FILE --output " + summary.url)
     return lines
+
+
+def _examples(plan: dict[str, Any]) -> str:
+    on_itself = plan["operation"] == Operation.SELF_INFLUENCE
+    return (
+        f"{plan['train']} training examples"
+        if on_itself
+        else (f"{plan['test']} test × {plan['train']} training examples")
+    )
 
 
 def _stored(summary: Summary) -> str:
@@ -182,23 +196,49 @@ def _how_far(summary: Summary) -> str:
         if kind == "factors" and done == 0:
             return f"fitting, {fit} steps done" if fit else "loading"
         if done < total:
-            names = {"factors": "factors", "region": "regions"}
+            if kind == "self" and done == 0:
+                return f"fitting, {fit} steps done" if fit else "loading"
+            names = {"factors": "factors", "region": "regions", "self": "chunks"}
             return f"{done} of {total} {names[kind]}"
     if summary.record["plan"]["operation"] == Operation.INFLUENCE_FACTORS:
         return "all factors are there, verifying"
+    if summary.record["plan"]["operation"] == Operation.SELF_INFLUENCE:
+        return "all self-influences are there, verifying"
     return "all regions are there, verifying"
+
+
+def _draw_largest(summary: Summary, console: Console) -> None:
+    """The training examples with the largest influence on themselves."""
+    names = list(summary.largest[0].coordinates)
+    console.print()
+    _print_whole(_table(("on itself",), (summary.largest,), names), console)
+    console.print()
+    console.print(
+        "A large score: without that training example (#, counted from 0) its own loss would be higher, by "
+        f"about score / {summary.record['plan']['train']}. Outliers and wrong labels have large ones.",
+        soft_wrap=True,
+    )
 
 
 def _draw_case(case: TestCase, console: Console, titles: tuple[str, str]) -> None:
     told = ", ".join(f"{name} {_short(value)}" for name, value in case.coordinates.items())
     console.print(escape(f"test {case.test}{': ' if told else ''}{told}"), style="bold")
     names = list((*case.most_helpful, *case.most_harmful)[0].coordinates) if case.most_helpful else []
+    _print_whole(_table(titles, (case.most_helpful, case.most_harmful), names), console)
+
+
+def _table(titles: Sequence[str], lists: Sequence[tuple[Ranked, ...]], names: list[str]) -> Table:
+    """Ranked examples side by side, a list below each title."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for title in titles:
         for column in (title, "score", *names):
             table.add_column(escape(column), justify="right", no_wrap=True)
-    for rank in range(max(len(case.most_helpful), len(case.most_harmful))):
-        table.add_row(*_cells(case.most_helpful, rank, names), *_cells(case.most_harmful, rank, names))
+    for rank in range(max(map(len, lists))):
+        table.add_row(*(cell for ranked in lists for cell in _cells(ranked, rank, names)))
+    return table
+
+
+def _print_whole(table: Table, console: Console) -> None:
     # Wider than a narrow terminal rather than with numbers cut off.
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     console.width = max(width, console.width)

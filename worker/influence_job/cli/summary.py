@@ -1,6 +1,7 @@
 """What a store says of itself, read for `influence show`: attributes, the ledger, top lists, statistics.
 
-Never reads the matrix, and of long arrays only the chunks that hold what is asked for.
+Never reads the matrix, and of long arrays only the chunks that hold what is asked for; all of a vector of
+self-influences, of which the largest are asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from influence_job.spec import Operation
 from influence_job.storage import arrays
 from influence_job.storage.claim import Existing, inspect
 from influence_job.storage.ledger import Ledger
-from influence_job.storage.sinks import NO_EXAMPLE
+from influence_job.storage.sinks import NO_EXAMPLE, Ranking
 from influence_job.storage.store import Store
 
 Coordinates = dict[str, Any]
@@ -72,6 +73,8 @@ class Summary:
     solver: dict[str, int]
     scores: Scores | None
     cases: tuple[TestCase, ...]
+    largest: tuple[Ranked, ...] = ()
+    """The training examples with the largest influence on themselves, for SelfInfluence."""
 
 
 def read_summary(store: Store, tests: Sequence[int] | None, top: int) -> Summary:
@@ -90,7 +93,9 @@ def read_summary(store: Store, tests: Sequence[int] | None, top: int) -> Summary
     record = dict(existing.attributes.get(arrays.OURS, {}))
     plan = record.get("plan", {})
     finished = existing.finished
-    scored = finished and plan["operation"] != Operation.INFLUENCE_FACTORS
+    operation = plan.get("operation")
+    on_itself = finished and operation == Operation.SELF_INFLUENCE
+    scored = finished and operation != Operation.INFLUENCE_FACTORS and not on_itself
     cases: tuple[TestCase, ...] = ()
     if scored:
         chosen = _choose(store, record, tests)
@@ -102,8 +107,9 @@ def read_summary(store: Store, tests: Sequence[int] | None, top: int) -> Summary
         done=_done(store, existing),
         total=_total(plan),
         solver=_solver(store) if finished else {},
-        scores=_scores(store) if scored else None,
+        scores=_scores(store) if scored else _of_vector(store) if on_itself else None,
         cases=cases,
+        largest=_largest(store, record, top) if on_itself else (),
     )
 
 
@@ -122,6 +128,8 @@ def _total(plan: dict[str, Any]) -> dict[str, int]:
         return {}
     # The plan's own class needs torch, and two divisions do not.
     test_chunks = -(-plan["test"] // plan["testChunk"])
+    if plan["operation"] == Operation.SELF_INFLUENCE:
+        return {"self": -(-plan["train"] // plan["trainChunk"])}
     total = {}
     if plan["operation"] != Operation.INFLUENCES_FROM_FACTORS:
         total["factors"] = test_chunks
@@ -145,6 +153,25 @@ def _scores(store: Store) -> Scores:
         arrays.read_array(store, f"score_{name}") for name in ("mean", "min", "max", "nonfinite")
     )
     return Scores(float(mean.mean()), float(low.min()), float(high.max()), int(nonfinite.sum()))
+
+
+def _of_vector(store: Store) -> Scores:
+    """The same of influences of examples on themselves."""
+    values = arrays.read_array(store, "self_influences").astype(float)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return Scores(np.nan, np.nan, np.nan, values.size)
+    return Scores(float(finite.mean()), float(finite.min()), float(finite.max()), values.size - finite.size)
+
+
+def _largest(store: Store, record: dict[str, Any], top: int) -> tuple[Ranked, ...]:
+    values = arrays.read_array(store, "self_influences")
+    ranked = Ranking.of(values[None], 0, top, 1)
+    return tuple(
+        Ranked(int(i), float(s), _coordinates(store, record, "train", int(i)))
+        for i, s in zip(ranked.index[0], ranked.score[0], strict=True)
+        if i != NO_EXAMPLE
+    )
 
 
 def _choose(store: Store, record: dict[str, Any], tests: Sequence[int] | None) -> list[int]:

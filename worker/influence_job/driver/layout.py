@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from influence_job.plan import Plan
-from influence_job.spec import InfluenceJob, InfluenceJobSpec, Operation
+from influence_job.spec import InfluenceJob, Operation
 from influence_job.storage import arrays, sink_arrays
 from influence_job.storage.claim import Epoch
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.provenance import provenance
 from influence_job.storage.store import Store
-from influence_job.worker import factors, scores
+from influence_job.worker import factors, scores, self_influences
 from influence_job.worker.loading import Loaded
 
 SOLVER_ARRAYS = {"solver_status": "int8", "solver_iterations": "int32", "solver_residual": "float64"}
@@ -35,11 +35,23 @@ def create(
         side = name.split("_", 1)[0]
         length, chunk = (plan.test, plan.test_chunk) if side == "test" else (plan.train, plan.train_chunk)
         _create_vector(store, name, length, chunk, np.dtype(dtype), side)
-    if job.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+    coordinates = {"coordinates": " ".join(sorted(loaded.annotations))}
+    if plan.on_itself:
+        arrays.create_array(
+            store,
+            self_influences.SELF_INFLUENCES,
+            plan.result_shape,
+            plan.result_chunks,
+            np.dtype(plan.dtype),
+            plan.result_dims,
+            coordinates,
+        )
+        _create_report(store, plan.train, plan.train_chunk, "train")
+    elif job.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
         _create_factors(store, plan, factors.stored_basis(job.spec))
-    if job.spec.operation is not Operation.INFLUENCE_FACTORS:
+        _create_report(store, plan.test, plan.test_chunk, "test")
+    if plan.has_scores:
         if plan.dense:
-            coordinates = {"coordinates": " ".join(sorted(loaded.annotations))}
             arrays.create_array(
                 store,
                 scores.INFLUENCES,
@@ -78,8 +90,12 @@ def _create_factors(store: Store, plan: Plan, basis: factors.Basis) -> None:
             ("test", f"column_{number}"),
             {"block": block, "basis": str(basis)},
         )
+
+
+def _create_report(store: Store, length: int, chunk: int, dim: str) -> None:
+    """How each solve ended."""
     for name, dtype in SOLVER_ARRAYS.items():
-        _create_vector(store, name, plan.test, plan.test_chunk, np.dtype(dtype), "test")
+        _create_vector(store, name, length, chunk, np.dtype(dtype), dim)
 
 
 def _create_vector(store: Store, name: str, length: int, chunk: int, dtype: np.dtype[Any], dim: str) -> None:
@@ -87,13 +103,18 @@ def _create_vector(store: Store, name: str, length: int, chunk: int, dtype: np.d
     arrays.create_array(store, name, (length,), (min(chunk, length),), dtype, (dim,), fill_value=fill)
 
 
-def complete(store: Store, ledger: Ledger, plan: Plan, spec: InfluenceJobSpec) -> dict[str, object]:
+def _result_rows(plan: Plan) -> tuple[str, int]:
+    """The kind of ledger row that the result is made of, and how many."""
+    if plan.has_scores:
+        return scores.KIND, plan.regions
+    if plan.on_itself:
+        return self_influences.KIND, plan.train_chunks
+    return factors.KIND, plan.test_chunks
+
+
+def complete(store: Store, ledger: Ledger, plan: Plan) -> dict[str, object]:
     """Compacts the ledger, notes the result at the root, and returns that note."""
-    kind, total = (
-        (factors.KIND, plan.test_chunks)
-        if spec.operation is Operation.INFLUENCE_FACTORS
-        else (scores.KIND, plan.regions)
-    )
+    kind, total = _result_rows(plan)
     state = hashlib.blake2b(digest_size=16)
     for index in range(total):
         state.update(ledger.row(kind, index).digest.encode())

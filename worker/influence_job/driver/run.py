@@ -109,7 +109,7 @@ def _compute(
         layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint)
     context = replace(context, plan=plan)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
-    tracker.finish(layout.complete(opened.store, opened.ledger, plan, job.spec))
+    tracker.finish(layout.complete(opened.store, opened.ledger, plan))
 
 
 def _plan(job: InfluenceJob, opened: Opened, loaded: Loaded) -> Plan:

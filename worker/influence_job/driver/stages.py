@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from influence_job.plan import Plan
 from influence_job.progress import Stage
 from influence_job.spec import InfluenceJobSpec, Mode, Operation, Verify
 from influence_job.storage import arrays
-from influence_job.worker import closing, factors, fitting, scores
+from influence_job.worker import closing, factors, fitting, scores, self_influences
 from influence_job.worker.fit_state import partial_prefix, pass_prefix, range_kind, settled_kind, unit_kind
 from influence_job.worker.loading import Loaded
 from influence_job.worker.session import WorkerContext, data_changed
@@ -26,6 +26,8 @@ from influence_job.worker.session import WorkerContext, data_changed
 RUN_REGIONS = 64
 """Most regions in one Dask task: long enough that scheduling costs nothing, short enough to spread."""
 VERIFY_ROUNDS = 3
+SOLVER_STATUS = ("CONVERGED", "MAX_ITERATIONS", "INDEFINITE", "NOT_FINITE")
+"""By the number that the store holds."""
 
 
 @dataclass
@@ -39,14 +41,16 @@ class Stages:
     loaded: Loaded
     submitter: Submitter
     tracker: ProgressTracker
-    _solver: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """All stages in order; a stage that is done already costs a look at the ledger."""
         if self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
             self.fit()
+        if self.plan.on_itself:
+            self.self_influences()
+        elif self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
             self.factors()
-        if self.spec.operation is not Operation.INFLUENCE_FACTORS:
+        if self.plan.has_scores:
             self.scores()
         self.verify()
 
@@ -67,9 +71,17 @@ class Stages:
     def factors(self) -> None:
         """One left representation per test chunk."""
         self._enter(Stage.FACTORS)
-        self._solver = dict.fromkeys(("CONVERGED", "MAX_ITERATIONS", "INDEFINITE", "NOT_FINITE"), 0)
         self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors, on_value=self._tell_notes)
         self._count_solver()
+
+    def self_influences(self) -> None:
+        """Every training chunk against itself."""
+        self._enter(Stage.SCORES)
+        kind, chunks = self_influences.KIND, self.plan.train_chunks
+        compute = self_influences.compute_self_influences
+        self._rows(kind, chunks, compute, on_value=self._tell_notes)
+        self._count_solver()
+        self._check_fit_read([self.opened.ledger.row(kind, chunk).inputs for chunk in range(chunks)])
 
     def scores(self) -> None:
         """Every region, group by group, and each group's merge when its regions are there."""
@@ -196,6 +208,11 @@ class Stages:
             if len(seen) > 1:
                 raise data_changed("train", *plan.train_range(chunk))
             chunk_inputs.append(seen.pop())
+        self._check_fit_read(chunk_inputs)
+
+    def _check_fit_read(self, chunk_inputs: list[str]) -> None:
+        """The training chunks, of which these are the digests, are what the fit read."""
+        plan, ledger = self.plan, self.opened.ledger
         for step in self.loaded.units:
             for index in range(plan.fit_ranges):
                 if not ledger.has(range_kind(step), index):
@@ -212,19 +229,19 @@ class Stages:
     def _count_solver(self) -> None:
         """Solver counts over all test rows, those of earlier attempts included."""
         status = arrays.read_array(self.opened.store, "solver_status")
-        counts = {name: int((status == value).sum()) for value, name in enumerate(self._solver)}
+        counts = {name: int((status == value).sum()) for value, name in enumerate(SOLVER_STATUS)}
         self.tracker.solver(counts)
         failed = {name: n for name, n in counts.items() if n and name != "CONVERGED"}
         if failed:
             self.tracker.warn(
-                "some test rows were not solved to tolerance: "
+                "some examples were not solved to tolerance: "
                 + ", ".join(f"{n} {name.lower()}" for name, n in failed.items())
                 + "; see solver_status in the store, raise maxiter or regularization"
             )
 
     def _sample(self) -> np.ndarray:
         """The regions that are read back: all, or evenly spaced ones."""
-        total = self.plan.regions if self.spec.operation is not Operation.INFLUENCE_FACTORS else 0
+        total = self.plan.regions
         if self.spec.output.verify is Verify.NONE:
             return np.empty(0, int)
         if self.spec.output.verify is Verify.ALL:

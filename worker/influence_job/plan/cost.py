@@ -20,6 +20,7 @@ from influence_job.spec import (
     Device,
     DirectSpec,
     EkfacSpec,
+    GradDotSpec,
     InfluenceJobSpec,
     InverseHarmonicMeanSpec,
     LissaSpec,
@@ -27,6 +28,8 @@ from influence_job.spec import (
     NystroemSketchSpec,
     Operation,
     SecondOrder,
+    TracInSpec,
+    TrakSpec,
 )
 
 GFLOPS = {Device.CPU: 20.0, Device.CUDA: 10_000.0}
@@ -42,16 +45,21 @@ LISSA_STEPS = 300
 def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     """Stage -> 10^9 operations over all workers."""
     shapes = sizes.shapes
-    capture = _capture(shapes)
+    states = max(1, shapes.checkpoints)
+    capture, gradient = states * _capture(shapes), states * _gradient(shapes)
     stages: dict[str, float] = {}
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
-    if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
-        stages["Factors"] = plan.test * (capture + _gradient(shapes)) + _of_method(_SOLVES, spec, sizes)
+    if plan.on_itself:
+        each = capture + gradient + 2 * states * shapes.width
+        stages["Scores"] = plan.train * each + _of_method(_SOLVES, spec, sizes)
+    elif spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        stages["Factors"] = plan.test * (capture + gradient) + _of_method(_SOLVES, spec, sizes)
     if plan.has_scores:
         pairs = float(plan.test) * plan.train
-        training = plan.groups * plan.train * (capture + _gradient(shapes))
-        stages["Scores"] = training + 2 * shapes.width * pairs
+        turn = _TURNS.get(type(spec.method), _nothing)(spec.method, sizes)
+        training = plan.groups * plan.train * (capture + gradient + turn)
+        stages["Scores"] = training + 2.0 * sum(plan.blocks.values()) * pairs
         if spec.mode is Mode.PERTURBATION:
             stages["Scores"] += 3 * capture * pairs  # a double backward per test row and training example
     return {name: flop / 1e9 for name, flop in stages.items()}
@@ -138,6 +146,21 @@ def _solve_inverse_harmonic_mean(_: InverseHarmonicMeanSpec, sizes: Sizes) -> fl
     return once + sizes.test * sizes.train * 4.0 * shapes.width
 
 
+def _project(spec: TrakSpec, sizes: Sizes) -> float:
+    """Of one example's gradient."""
+    return 2.0 * min(spec.rank, sizes.shapes.width) * sizes.shapes.width
+
+
+def _fit_trak(spec: TrakSpec, sizes: Sizes) -> float:
+    shapes, k = sizes.shapes, min(spec.rank, sizes.shapes.width)
+    example = _capture(shapes) + _gradient(shapes) + _project(spec, sizes) + 2.0 * k**2
+    return sizes.train * example + k**3 / 3
+
+
+def _solve_trak(spec: TrakSpec, sizes: Sizes) -> float:
+    return sizes.test * (_project(spec, sizes) + 2.0 * min(spec.rank, sizes.shapes.width) ** 2)
+
+
 def _nothing(_: Any, __: Sizes) -> float:
     return 0.0
 
@@ -151,6 +174,9 @@ _FITS: dict[type, Cost] = {
     NystroemSketchSpec: _fit_nystroem,
     LissaSpec: _nothing,
     InverseHarmonicMeanSpec: _nothing,
+    GradDotSpec: _nothing,
+    TracInSpec: _nothing,
+    TrakSpec: _fit_trak,
 }
 _SOLVES: dict[type, Cost] = {
     EkfacSpec: _solve_ekfac,
@@ -160,7 +186,12 @@ _SOLVES: dict[type, Cost] = {
     NystroemSketchSpec: _solve_low_rank,
     LissaSpec: _solve_lissa,
     InverseHarmonicMeanSpec: _solve_inverse_harmonic_mean,
+    GradDotSpec: _nothing,
+    TracInSpec: _nothing,
+    TrakSpec: _solve_trak,
 }
+_TURNS: dict[type, Cost] = {TrakSpec: _project}
+"""Of one training gradient into the coordinates that it is scored in, where that is much of the work."""
 
 
 def _of_method(costs: dict[type, Cost], spec: InfluenceJobSpec, sizes: Sizes) -> float:

@@ -1,6 +1,7 @@
 """The plan as a document: sizes in, grid out, and the arithmetic of its indices.
 
-A region, one group of test chunks × one training chunk, is one chunk of the result.
+A region, one group of test chunks × one training chunk, is one chunk of the result. For SelfInfluence
+a training chunk is: the training examples are their own test examples, in the same chunks.
 
 Symbols: T test examples, N training examples, R fit ranges, G groups.
 """
@@ -22,7 +23,7 @@ FACTOR_CHUNK_BYTES = 32 * MIB
 class Sizes(SpecModel):
     """What a worker measured of model and data."""
 
-    test: int = Field(ge=1, description="T, test examples.")
+    test: int = Field(ge=1, description="T, test examples; for SelfInfluence the training examples again.")
     train: int = Field(ge=1, description="N, training examples.")
     shapes: ModelShapes = Field(description="Sizes of the tracked part of the model.")
     feature_shape: tuple[int, ...] = Field(
@@ -81,8 +82,13 @@ class Plan(SpecModel):
 
     @property
     def has_scores(self) -> bool:
-        """Whether training examples are scored; otherwise factors are the result."""
-        return self.operation is not Operation.INFLUENCE_FACTORS
+        """Whether test examples meet training examples; else factors or self-influences are the result."""
+        return self.operation not in (Operation.INFLUENCE_FACTORS, Operation.SELF_INFLUENCE)
+
+    @property
+    def on_itself(self) -> bool:
+        """Whether each training example meets itself alone."""
+        return self.operation is Operation.SELF_INFLUENCE
 
     @property
     def test_chunks(self) -> int:
@@ -150,6 +156,15 @@ class Plan(SpecModel):
     @property
     def arrays(self) -> tuple[ResultArray, ...]:
         """The arrays that are the result."""
+        if self.on_itself:
+            return (
+                ResultArray(
+                    path="self_influences",
+                    dims=self.result_dims,
+                    shape=self.result_shape,
+                    chunks=self.result_chunks,
+                ),
+            )
         if not self.has_scores:
             return tuple(self._factor_array(i, block) for i, block in enumerate(self.blocks))
         if not self.dense:
@@ -171,6 +186,8 @@ class Plan(SpecModel):
 
     @property
     def result_dims(self) -> tuple[str, ...]:
+        if self.on_itself:
+            return ("train",)
         if not self.has_scores:
             return ("test", "column")
         return ("test", "train", *(f"feature_{i}" for i in range(len(self.feature_shape))))
@@ -178,6 +195,8 @@ class Plan(SpecModel):
     @property
     def result_shape(self) -> tuple[int, ...]:
         """Of the matrix, stored or not; of factors over all blocks."""
+        if self.on_itself:
+            return (self.train,)
         if not self.has_scores:
             return (self.test, sum(self.blocks.values()))
         return (self.test, self.train, *self.feature_shape)
@@ -185,6 +204,8 @@ class Plan(SpecModel):
     @property
     def result_chunks(self) -> tuple[int, ...]:
         """Of the matrix: one region."""
+        if self.on_itself:
+            return (min(self.train_chunk, self.train),)
         return (self.group_rows, min(self.train_chunk, self.train), *self.feature_shape)
 
     @property
@@ -207,7 +228,7 @@ class Plan(SpecModel):
     @property
     def training_passes(self) -> int:
         """Passes over the training set, without those of an iterative solver."""
-        return self.fit_passes + self.groups
+        return self.fit_passes + self.groups + self.on_itself
 
     @property
     def passes_per_iteration(self) -> int:

@@ -42,12 +42,15 @@ def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
     micro_batch = memory.choose_micro_batch(spec, method, sizes.shapes, fits=fits)
     region_bytes = _region_bytes(spec, method, sizes, micro_batch)
     most_rows = _most_rows(spec, method, sizes, micro_batch, region_bytes)
+    on_itself = spec.operation is Operation.SELF_INFLUENCE
     test_chunk = _test_chunk(spec, method, sizes, micro_batch, most_rows)
     test_chunks = -(-sizes.test // test_chunk)
     groups = -(-test_chunks // max(1, min(most_rows, _column_rows(spec, sizes)) // test_chunk))
     group_chunks = -(-test_chunks // groups)
     group_rows = min(group_chunks * test_chunk, sizes.test)
-    train_chunk = _train_chunk(spec, sizes, group_rows, micro_batch, region_bytes)
+    train_chunk = test_chunk
+    if not on_itself:
+        train_chunk = _train_chunk(spec, sizes, group_rows, micro_batch, region_bytes)
     passes = len(method.passes()) if fits else 0
     plan = Plan(
         operation=spec.operation,
@@ -123,22 +126,27 @@ def _most_rows(
 def _test_chunk(
     spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, most_rows: int
 ) -> int:
-    """As given, or what leaves `FACTOR_TASKS` chunks, fits, and divides a group evenly."""
+    """As given, or what leaves `FACTOR_TASKS` chunks, fits, and divides a group evenly.
+
+    For SelfInfluence of the training examples, which are solved chunk by chunk.
+    """
+    side = "train" if spec.operation is Operation.SELF_INFLUENCE else "test"
+    given = None if spec.chunks is None else getattr(spec.chunks, side)
     budget = memory.device_budget(spec) - sizes.shapes.model_bytes
 
     def fits(rows: int) -> bool:
         return rows <= most_rows and method.footprint(sizes.shapes, micro_batch, rows).factors <= budget
 
-    if spec.chunks is not None and spec.chunks.test is not None:
-        rows = min(spec.chunks.test, sizes.test)
+    if given is not None:
+        rows = min(given, sizes.test)
         if not fits(rows):
             limit = _largest_power(1, most_rows, fits)
             raise memory.impossible(
                 spec,
-                f"chunks.test: solving {rows} test examples at once does not fit",
+                f"chunks.{side}: solving {rows} {side} examples at once does not fit",
                 f", or set {limit} or less",
             )
-        return spec.chunks.test
+        return int(given)
     wanted = min(
         LARGEST_TEST_CHUNK, max(8, sizes.test // FACTOR_TASKS), sizes.test, _column_rows(spec, sizes)
     )
@@ -190,7 +198,9 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     if plan.fit_passes:
         scratch += (plan.fit_ranges + plan.fit_passes) * footprint.stored
         stages["Fitting"] = stage(shapes.model_bytes + footprint.fit, reads)
-    if spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+    if plan.on_itself:
+        stages["Scores"] = stage(shapes.model_bytes + footprint.factors, reads)
+    elif spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
         scratch += plan.factor_bytes if plan.has_scores else 0
         chunk_factors = min(plan.test_chunk, plan.test) * sum(plan.blocks.values()) * plan.itemsize
         stages["Factors"] = stage(shapes.model_bytes + footprint.factors, tests + chunk_factors)
@@ -224,7 +234,7 @@ def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
         if stage.device <= budget:
             continue
         need = f"stage {name} needs {in_words(stage.device)}"
-        if name == "Scores":
+        if name == "Scores" and plan.has_scores:
             rows, columns = plan.result_chunks[:2]
             raise memory.impossible(
                 spec, f"{need} for regions of {rows} × {columns} examples", ", or set smaller chunks"

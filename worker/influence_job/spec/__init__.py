@@ -5,6 +5,7 @@ so that it needs pydantic and the standard library only. `influence_job.job_file
 """
 
 from influence_job.spec.fields import Quantity, SpecModel
+from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
 from influence_job.spec.job import (
     API_VERSION,
     KIND,
@@ -67,6 +68,7 @@ __all__ = [
     "Expectation",
     "FactorDtype",
     "FactorsSpec",
+    "GradDotSpec",
     "ImagePullPolicy",
     "InfluenceJob",
     "InfluenceJobSpec",
@@ -92,6 +94,8 @@ __all__ = [
     "SourceSpec",
     "SpecModel",
     "TaskSpec",
+    "TracInSpec",
+    "TrakSpec",
     "Unsupported",
     "Verify",
     "WorkersSpec",

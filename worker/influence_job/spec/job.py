@@ -37,6 +37,8 @@ class Operation(StrEnum):
     """(H + λI)^-1 g of the test examples alone."""
     INFLUENCES_FROM_FACTORS = "InfluencesFromFactors"
     """Influences, from factors that an earlier job stored."""
+    SELF_INFLUENCE = "SelfInfluence"
+    """Every training example on itself: outliers and wrong labels have large ones."""
 
 
 class Mode(StrEnum):
@@ -230,8 +232,21 @@ class InfluenceJobSpec(SpecModel):
                 "mode",
             ),
             rule(
-                "self.output.dense || (self.operation != 'InfluenceFactors' && self.mode == 'Up')",
-                "expected true: factors and perturbations have no top k, so nothing would be stored",
+                "self.operation != 'SelfInfluence' || self.mode == 'Up'",
+                "expected Up: an example's influence on itself has no perturbation",
+                "mode",
+            ),
+            rule(
+                "self.operation != 'SelfInfluence' || !has(self.chunks) || !has(self.chunks.test)",
+                "not for SelfInfluence, which has no test examples; set chunks.train or remove it",
+                "chunks.test",
+                Refusal.FORBIDDEN,
+            ),
+            rule(
+                "self.output.dense || (self.mode == 'Up' && "
+                "!(self.operation in ['InfluenceFactors', 'SelfInfluence']))",
+                "expected true: factors, self-influences and perturbations have no top k, so nothing would "
+                "be stored",
                 "output.dense",
             ),
         )
@@ -240,7 +255,8 @@ class InfluenceJobSpec(SpecModel):
     task: TaskSpec = Field(description="The user's model and data.")
     operation: Operation = Field(
         Operation.INFLUENCES,
-        description="Influences | InfluenceFactors | InfluencesFromFactors. Default Influences.",
+        description="Influences | InfluenceFactors | InfluencesFromFactors | SelfInfluence. "
+        "Default Influences.",
     )
     mode: Mode = Field(Mode.UP, description="Up | Perturbation. Default Up.")
     method: MethodSpec = Field(description="How (H + λI)^-1 is applied: name and parameters.")
@@ -317,8 +333,16 @@ class InfluenceJobSpec(SpecModel):
                 "expected Up: factors are the same in both modes; Perturbation is for Influences and "
                 "InfluencesFromFactors",
             )
-        if not self.output.dense and (only_factors or self.mode is Mode.PERTURBATION):
-            what = "factors" if only_factors else "perturbations"
+        on_itself = self.operation is Operation.SELF_INFLUENCE
+        if on_itself and self.mode is Mode.PERTURBATION:
+            raise refuse("mode", "expected Up: an example's influence on itself has no perturbation")
+        if on_itself and self.chunks is not None and self.chunks.test is not None:
+            raise refuse(
+                "chunks.test",
+                "not for SelfInfluence, which has no test examples; set chunks.train or remove it",
+            )
+        if not self.output.dense and (only_factors or on_itself or self.mode is Mode.PERTURBATION):
+            what = "factors" if only_factors else "self-influences" if on_itself else "perturbations"
             raise refuse("output.dense", f"expected true: {what} have no top k, so nothing would be stored")
         return self
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
+from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
 from influence_job.spec.rules import Refusal, rule, rules
 
 
@@ -216,6 +217,7 @@ class LissaSpec(_SolverSpec):
 
 
 _COMPLEMENT = "self.name == 'Arnoldi' && !(has(self.complement) && !self.complement)"
+_POSITIVE = "!has(self.regularization) || self.regularization > 0.0"
 _NO_ZERO = "self.regularizationByBlock.all(block, self.regularizationByBlock[block] > 0.0)"
 ABOVE_ZERO = "expected more than 0"
 
@@ -226,7 +228,11 @@ class ArnoldiSpec(_SolverSpec):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_SOLVER_RULES,
-            rule(f"!({_COMPLEMENT}) || self.regularization > 0.0", ABOVE_ZERO, "regularization"),
+            rule(
+                f"!({_COMPLEMENT}) || {_POSITIVE}",
+                ABOVE_ZERO,
+                "regularization",
+            ),
             rule(
                 f"!({_COMPLEMENT}) || !has(self.regularizationByBlock) || {_NO_ZERO}",
                 ABOVE_ZERO,
@@ -274,7 +280,11 @@ class NystroemSketchSpec(_SolverSpec):
     model_config = ConfigDict(
         json_schema_extra=rules(
             *_SOLVER_RULES,
-            rule("self.name != 'NystroemSketch' || self.regularization > 0.0", ABOVE_ZERO, "regularization"),
+            rule(
+                f"self.name != 'NystroemSketch' || {_POSITIVE}",
+                ABOVE_ZERO,
+                "regularization",
+            ),
             rule(
                 f"self.name != 'NystroemSketch' || !has(self.regularizationByBlock) || {_NO_ZERO}",
                 ABOVE_ZERO,
@@ -300,7 +310,7 @@ class InverseHarmonicMeanSpec(_BlockwiseSpec):
         json_schema_extra=rules(
             *_SOLVER_RULES,
             rule(
-                "self.name != 'InverseHarmonicMean' || self.regularization > 0.0",
+                f"self.name != 'InverseHarmonicMean' || {_POSITIVE}",
                 ABOVE_ZERO,
                 "regularization",
             ),
@@ -333,7 +343,9 @@ class EkfacSpec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.name != 'Ekfac' || self.regularization > 0.0", "expected more than 0", "regularization"
+                f"self.name != 'Ekfac' || {_POSITIVE}",
+                "expected more than 0",
+                "regularization",
             )
         )
     )
@@ -361,6 +373,15 @@ class EkfacSpec(SpecModel):
 
 
 MethodSpec = Annotated[
-    DirectSpec | CgSpec | LissaSpec | InverseHarmonicMeanSpec | ArnoldiSpec | NystroemSketchSpec | EkfacSpec,
+    DirectSpec
+    | CgSpec
+    | LissaSpec
+    | InverseHarmonicMeanSpec
+    | ArnoldiSpec
+    | NystroemSketchSpec
+    | EkfacSpec
+    | GradDotSpec
+    | TracInSpec
+    | TrakSpec,
     Field(discriminator="name"),
 ]

@@ -63,7 +63,7 @@ class _Reader:
                 message = f"required, but absent{_about(model, path)}"
                 message += self._near_unknown(path, model)
             case "extra_forbidden":
-                message = f"unknown field; {self._unknown_field(str(path[-1]), model)}"
+                message = f"unknown field; {self._unknown_field(path, model)}"
             case "rule":
                 message = context["message"]
             case "enum" | "literal_error" | "union_tag_invalid":
@@ -111,14 +111,18 @@ class _Reader:
             model = next((m for m in members if named in _names(m)), members[0])
         return model
 
-    def _unknown_field(self, name: str, model: type[BaseModel] | None) -> str:
+    def _unknown_field(self, path: Path, model: type[BaseModel] | None) -> str:
+        name = str(path[-1])
         own = sorted(_aliases(model)) if model else []
         near = _nearest(name, own)
         if near:
             return f"did you mean {near}?"
-        homes = [_dotted(path) for path, alias in _all_fields(self._root, ()) if alias == name]
+        homes = [home for home, alias in _all_fields(self._root, ()) if alias == name]
+        if path[:-1] in homes:
+            # Of another member of the union.
+            return f"{self._value((*path[:-1], 'name'))} has none; remove it"
         if homes:
-            return f"it belongs under {homes[0]}"
+            return f"it belongs under {_dotted(homes[0])}"
         return f"expected one of {', '.join(own)}" if own else "remove it"
 
     def _near_unknown(self, path: Path, model: type[BaseModel] | None) -> str:

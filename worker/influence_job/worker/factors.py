@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.layout import Left
-from influence_calculator.maths.method import Solved, SolverStatus
-from influence_calculator.maths.objective import IndexedBatch, micro_batches
+from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
+from influence_calculator.maths.objective import IndexedBatch, Objective, micro_batches
 from influence_job.spec import InfluenceJobSpec, Mode, Operation
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
@@ -53,9 +53,9 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
         batch, inputs = own.read("test", start, stop)
         with blaming(own, own.test_objective, "test", start, stop):
             write_annotations(own, "test", index, batch)
-            gradients = _gradients(own, IndexedBatch(start, batch))
-        _require_finite(gradients, start)
-        solved = _solve(own, gradients)
+            gradients = gradients_of(own, own.test_objective, IndexedBatch(start, batch))
+        require_finite(gradients, "test", start)
+        solved = solve(own, gradients)
         del gradients
         digest = _store(own, index, solved)
         outcome.value = (*own.fitted.notes, *solved.report.notes)
@@ -65,7 +65,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
     return outcome
 
 
-def _solve(own: Session, gradients: Left) -> Solved:
+def solve(own: Session, gradients: Left) -> Solved:
     """Solves; a training example that makes the solve raise or end in NaN is named."""
     if not own.method.needs_data:
         return own.fitted.solve(gradients)
@@ -117,20 +117,25 @@ def _read_rows(own: Session, path: str, start: int, stop: int, into: Tensor) -> 
             into[first - start : first - start + len(rows), j * width : j * width + chunk.shape[1]] = rows
 
 
-def _gradients(own: Session, indexed: IndexedBatch) -> Left:
+def gradients_of(own: Session, objective: Objective, indexed: IndexedBatch) -> Left:
+    """Gradients of the examples, in the coordinates in which the method scores."""
     pieces = [
-        own.fitted.gradients(own.test_objective, piece.batch)
-        for piece in micro_batches(indexed, own.plan.micro_batch)
+        own.fitted.gradients(objective, piece.batch) for piece in micro_batches(indexed, own.plan.micro_batch)
     ]
     return {block: torch.cat([piece[block] for piece in pieces]) for block in own.layout.blocks}
 
 
-def _require_finite(gradients: Left, start: int) -> None:
+def require_finite(gradients: Left, side: str, start: int) -> None:
+    """Refuses an example without a finite gradient.
+
+    Raises:
+        PermanentError: names the first one, where the first row is example `start` of `side`.
+    """
     for gradient in gradients.values():
         bad = ~torch.isfinite(gradient).all(dim=1)
         if bad.any():
             index = start + int(bad.nonzero()[0])
-            raise not_finite("test", index)
+            raise not_finite(side, index)
 
 
 def _store(own: Session, index: int, solved: Solved) -> str:
@@ -143,7 +148,13 @@ def _store(own: Session, index: int, solved: Solved) -> str:
             piece = values[:, first : first + width]
             digest = arrays.write_chunk(own.store, factor_path(number), (index, column), piece)
             state.update(digest.encode())
-    report = solved.report
+    state.update(store_report(own, index, solved.report).encode())
+    return state.hexdigest()
+
+
+def store_report(own: Session, index: int, report: SolverReport) -> str:
+    """Writes how the solves of chunk `index` ended; the digest of it."""
+    state = hashlib.blake2b(digest_size=16)
     columns = {
         "solver_status": report.status,
         "solver_iterations": report.iterations,

@@ -39,7 +39,7 @@ class Loaded:
     model_digest: str
     train_identity: dict[str, Any]
     test_identity: dict[str, Any] | None
-    """None where the factors of another store take the place of test data."""
+    """None where there is none: factors of another store take its place, or training examples do."""
     environment: str
     units: dict[str, int]
     """Pass -> number of units."""
@@ -68,7 +68,7 @@ def save_model(context: WorkerContext) -> Outcome:
 
     def work() -> None:
         own = session(context)
-        outcome.value = model_state.save(own.store, own.task.model, context.identity)
+        outcome.value = model_state.save(own.store, own.states, context.identity)
 
     outcome.attempt(KIND, 0, "storing the model", work)
     return outcome
@@ -131,7 +131,7 @@ def measure_sizes(own: Session) -> Sizes:
         feature_shape=feature_shape,
         dtype=_dtype(own),
         blocks=own.layout.factor_widths,
-        test_example_bytes=_bytes(own.read("test", 0, 1)[0]) if test_side(own.spec) else 0,
+        test_example_bytes=_test_example_bytes(own, one),
     )
 
 
@@ -155,10 +155,18 @@ def measure_job(spec: InfluenceJobSpec) -> Sizes:
 
 def test_side(spec: InfluenceJobSpec) -> bool:
     """Whether the operation differentiates test examples."""
-    return spec.operation is not Operation.INFLUENCES_FROM_FACTORS
+    return spec.operation not in (Operation.INFLUENCES_FROM_FACTORS, Operation.SELF_INFLUENCE)
+
+
+def _test_example_bytes(own: Session, train_example: Any) -> int:
+    if own.spec.operation is Operation.SELF_INFLUENCE:
+        return _bytes(train_example)
+    return _bytes(own.read("test", 0, 1)[0]) if test_side(own.spec) else 0
 
 
 def _test_length(own: Session) -> int:
+    if own.spec.operation is Operation.SELF_INFLUENCE:
+        return len(own.task.train)
     if test_side(own.spec):
         return len(own.task.test)
     return int(arrays.array_info(own.factor_store, factor_path(0)).shape[0])

@@ -12,6 +12,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from influence_calculator.maths.objective import Objective
 from influence_job.data import tensor_bytes
 from influence_job.errors import PermanentError, Reason
 from influence_job.identity import JobIdentity
@@ -20,6 +21,13 @@ from influence_job.worker import tensor_file
 
 PATH = "fit/model"
 OWNER_PATH = "fit/model.json"
+
+
+def states_of(objective: Objective) -> nn.Module:
+    """What a job's numbers are computed from: the model, and the checkpoints where the objective has some."""
+    if objective.checkpoints is None:
+        return objective.model
+    return nn.ModuleDict({"model": objective.model, "checkpoints": objective.checkpoints})
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

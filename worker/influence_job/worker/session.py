@@ -73,6 +73,11 @@ class Session:
         return self._plan
 
     @property
+    def states(self) -> nn.Module:
+        """The model, with its checkpoints where the method sums over them: what the store keeps."""
+        return model_state.states_of(self.objective)
+
+    @property
     def test_objective(self) -> Objective:
         """The objective of the test side: the task's measurement if it has one."""
         measurement = self.task.measurement
@@ -182,14 +187,17 @@ def session(context: WorkerContext) -> Session:
             _sessions[key] = found
         elif context.plan is not None and found._plan is None:
             # This process called the entry point before the job had stored a model, maybe another process's.
-            model_state.adopt(found.store, found.task.model, context.identity)
+            model_state.adopt(found.store, found.states, context.identity)
         if context.plan is not None:
             found._plan = context.plan
     return found
 
 
 def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda _: None) -> Session:
-    """A session from the entry point's own call; `prepare` sees the model as it will compute."""
+    """A session from the entry point's own call.
+
+    `prepare` sees the model, with the checkpoints that the method sums over, as it will compute.
+    """
     device = _device(spec)
     environment.make_deterministic(tf32=spec.precision is Precision.TF32)
     task = entrypoint.build(spec.task.entrypoint, spec.task.arguments)
@@ -197,17 +205,21 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
     if spec.precision is Precision.BFLOAT16:
         task.model.to(torch.bfloat16)
     task.model.to(device)
-    prepare(task.model)
+    method, objective = method_of(spec), entrypoint.objective_of(task)
+    if method.sums_checkpoints:
+        objective = entrypoint.with_checkpoints(objective, task)
+    states = model_state.states_of(objective)
+    prepare(states)
     # What is imported and loaded stays to the end: no collection, the one at exit included, need visit it.
     gc.freeze()
     return Session(
         spec=spec,
         device=device,
         task=task,
-        objective=entrypoint.objective_of(task),
-        method=method_of(spec),
+        objective=objective,
+        method=method,
         environment=environment.describe(device),
-        model_digest=model_state.digest(task.model),
+        model_digest=model_state.digest(states),
     )
 
 

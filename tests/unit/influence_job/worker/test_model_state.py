@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from influence_calculator import Checkpoint
+from influence_calculator.maths.checkpoints import load_checkpoints
+from influence_calculator.maths.objective import xy_objective
 from influence_job.errors import PermanentError, Reason
 from influence_job.identity import JobIdentity
 from influence_job.storage.store import Store
@@ -125,3 +129,19 @@ def test_a_tensor_file_with_a_changed_byte_of_data_is_named() -> None:
         assert caught.value.reason is Reason.STORE_CORRUPT
     with pytest.raises(PermanentError, match="fit/model"):
         tensor_file.unpack(data[: len(data) // 2], "fit/model")
+
+
+def test_checkpoints_and_their_learning_rates_are_kept_with_the_model(store: Store) -> None:
+    """An entry point that trains gives others each time; a job computes with those of its first process."""
+
+    def states(seed: int, rate: float) -> nn.Module:
+        given = [Checkpoint(network(10 + seed).state_dict(), rate), Checkpoint(network(20).state_dict())]
+        loaded = load_checkpoints(network(seed), given)
+        return model_state.states_of(replace(xy_objective(network(seed), nn.MSELoss()), checkpoints=loaded))
+
+    first, later = states(1, 0.5), states(2, 0.25)
+    assert model_state.digest(states(1, 0.25)) != model_state.digest(first)
+    model_state.save(store, first, OURS)
+    model_state.adopt(store, later, OURS)
+    assert model_state.digest(later) == model_state.digest(first)
+    assert later["checkpoints"].learning_rates.tolist() == [0.5, 1.0]

@@ -1,0 +1,213 @@
+"""TRAK's estimate in a random projection: the empirical Fisher of projected gradients, inverted as it is.
+
+`φ = Sᵀg` with the S of `projection`, `[P, k]`; scores are `φ_test · ((1/N) Σ φ φᵀ + λI)^-1 φ_train`.
+After Park et al. 2023, with the loss's own gradients on both sides in place of their margin, and one model.
+Where k ≥ P it is the empirical Fisher method.
+
+Shapes: t test examples, n training examples, P parameters, k columns of the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from influence_calculator.maths.blocks import (
+    BlockMode,
+    Regularization,
+    block_layout,
+    block_regularization,
+    check_coverage,
+    checked_regularization,
+)
+from influence_calculator.maths.direct import DenseSolver
+from influence_calculator.maths.footprints import capture_bytes, row_bytes
+from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor, solve_by_block
+from influence_calculator.maths.gradients import accumulation_dtype, per_sample_gradients
+from influence_calculator.maths.layout import Layout, Left
+from influence_calculator.maths.method import (
+    FitPass,
+    FitState,
+    Fitted,
+    Footprint,
+    Method,
+    Part,
+    Solved,
+    SolverReport,
+    Sums,
+)
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData, batch_size
+from influence_calculator.maths.projection import Projection, projection_bytes
+from influence_calculator.maths.shapes import ModelShapes
+
+BLOCK = ""
+"""All parameters are projected together."""
+
+
+@dataclass(frozen=True)
+class Trak(Method):
+    """`S ((1/N) Σ φ φᵀ + λI)^-1 Sᵀ g`."""
+
+    regularization: Regularization | None
+    """λ ≥ 0, or `Relative(c)`. None is 0. The projection keeps the trace: λ means what it means elsewhere."""
+    rank: int
+    """k, at least 1."""
+    seed: int = 0
+    """Of the projection."""
+    projected: bool = False
+    """Both representations are coordinates, `[t, k]`; else factors and gradients by parameter, `[t, P]`. The
+    same scores."""
+
+    needs_data = False
+
+    def __post_init__(self) -> None:
+        checked_regularization(self.regularization)
+        if self.rank < 1:
+            raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}; 2048 is a start")
+
+    def narrow(self) -> Trak:
+        """The same in coordinates."""
+        return replace(self, projected=True)
+
+    @override
+    def layout(self, objective: Objective) -> Layout:
+        layout = block_layout(objective, BlockMode.FULL)
+        check_coverage(checked_regularization(self.regularization), layout.blocks)
+        return replace(layout, rank=self.rank) if self.projected else layout
+
+    @override
+    def passes(self) -> tuple[FitPass, ...]:
+        return (ProjectedPass(self.rank, self.seed),)
+
+    @override
+    def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
+        layout = self.layout(objective)
+        projection = _projection(objective, layout, self.rank, self.seed)
+        k = projection.rank
+        matrix = fitted_tensor(state, ProjectedPass.name, BLOCK, "matrix", (k, k)).to(objective.device)
+        regularization = checked_regularization(self.regularization)
+        λ = block_regularization(regularization, BLOCK, float(matrix.diagonal().sum()), k)
+        solver = DenseSolver(BLOCK, matrix, λ)
+        if self.projected:
+            return _ProjectedFitted(layout, objective, projection, solver)
+        return BlockwiseFitted(layout, objective, {BLOCK: _Unprojected(projection, solver)})
+
+    @override
+    def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
+        k = min(self.rank, shapes.width)
+        item = max(4, shapes.itemsize)
+        row, narrow, matrix = row_bytes(shapes, shapes.width), row_bytes(shapes, k), k * k * item
+        projection = projection_bytes(shapes.width, self.rank, item)
+        capture = capture_bytes(shapes, micro_batch) + micro_batch * narrow
+        factor_row = narrow if self.projected else row
+        return Footprint(
+            # The sum and one batch's part of it.
+            fit=2 * matrix + projection + capture,
+            # The matrix, its factor and a copy while that is made; the gradients, beside them the last
+            # micro-batch or the factors, with the coordinates between.
+            factors=3 * matrix + projection + rows * (factor_row + narrow) + max(rows * factor_row, capture),
+            capture=capture if self.projected else capture_bytes(shapes, micro_batch),
+            factor_row=factor_row,
+            resident=2 * matrix + projection,
+            stored=matrix,
+        )
+
+
+@dataclass(frozen=True)
+class ProjectedPass(FitPass):
+    """The mean over examples of `φ φᵀ`: `matrix`, `[k, k]`."""
+
+    rank: int
+    seed: int
+
+    name = "projected"
+
+    @override
+    def units(self, objective: Objective) -> tuple[str, ...]:
+        return (BLOCK,)
+
+    @override
+    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+        layout = block_layout(objective, BlockMode.FULL)
+        projection = _projection(objective, layout, self.rank, self.seed)
+        total = _like(objective).new_zeros(projection.rank, projection.rank)
+        for _, batch in batches:
+            coordinates = _coordinates(objective, batch, layout, projection)
+            total.addmm_(coordinates.T, coordinates)
+        return {BLOCK: {"matrix": total}}
+
+    @override
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        return {"matrix": sums["matrix"].div_(length)}
+
+
+@dataclass(frozen=True)
+class _Unprojected:
+    """Solves rows by parameter: into coordinates, there, and back."""
+
+    projection: Projection
+    solver: DenseSolver
+
+    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
+        solved, report = self.solver.solve(self.projection.project(right_hand_sides))
+        return self.projection.back(solved).to(right_hand_sides.dtype), report
+
+
+class _ProjectedFitted(Fitted):
+    """Both representations by coordinates."""
+
+    def __init__(
+        self, layout: Layout, objective: Objective, projection: Projection, solver: DenseSolver
+    ) -> None:
+        self.layout = layout
+        self._objective = objective
+        self._projection = projection
+        self._solver = solver
+        self._gram: Tensor | None = None
+
+    @override
+    def gradients(self, objective: Objective, batch: Batch) -> Left:
+        return {BLOCK: _coordinates(objective, batch, self.layout, self._projection)}
+
+    @override
+    def solve(self, gradients: Left) -> Solved:
+        return solve_by_block({BLOCK: self._solver}, gradients)
+
+    @override
+    def right(self, batch: Batch) -> Iterator[Part]:
+        yield Part(BLOCK, 0, _coordinates(self._objective, batch, self.layout, self._projection))
+
+    @override
+    def factors(self, left: Left) -> Left:
+        return {BLOCK: self._projection.back(left[BLOCK])}
+
+    @override
+    def left(self, factors: Left) -> Left:
+        """`(SᵀS)^-1 Sᵀ z` of factors `z`, which lie in the space of S."""
+        if self._gram is None:
+            self._gram = self._projection.gram()
+        turned = self._projection.project(factors[BLOCK])
+        return {BLOCK: torch.linalg.solve(self._gram, turned.T).T}
+
+
+def _projection(objective: Objective, layout: Layout, rank: int, seed: int) -> Projection:
+    return Projection(layout.width, rank, seed, _like(objective))
+
+
+def _like(objective: Objective) -> Tensor:
+    """Of the dtype in which projected gradients are summed, where the model is."""
+    return torch.zeros((), dtype=accumulation_dtype(objective.dtype), device=objective.device)
+
+
+def _coordinates(objective: Objective, batch: Batch, layout: Layout, projection: Projection) -> Tensor:
+    """`φ` of each example, `[n, k]`; no gradient is held as a whole."""
+    coordinates = _like(objective).new_zeros(batch_size(batch), projection.rank)
+    for part in per_sample_gradients(objective, batch, layout):
+        projection.add(coordinates, part.start, part.values)
+    return coordinates

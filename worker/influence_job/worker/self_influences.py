@@ -1,0 +1,40 @@
+"""Operation SelfInfluence on a worker: each training example of a chunk against itself, into the store."""
+
+from __future__ import annotations
+
+from influence_calculator.maths import region
+from influence_calculator.maths.objective import IndexedBatch
+from influence_job.storage import arrays
+from influence_job.storage.ledger import Row
+from influence_job.worker.annotations import write_annotations
+from influence_job.worker.blame import blaming
+from influence_job.worker.factors import as_array, gradients_of, require_finite, solve, store_report
+from influence_job.worker.outcome import Outcome
+from influence_job.worker.session import WorkerContext, session
+
+KIND = "self"
+SELF_INFLUENCES = "self_influences"
+"""The array's name."""
+
+
+def compute_self_influences(context: WorkerContext, index: int) -> Outcome:
+    """Solves one training chunk for its own gradients and stores `z_i · g_i`, coordinates and the report."""
+    outcome = Outcome()
+
+    def work() -> None:
+        own = session(context)
+        start, stop = own.plan.train_range(index)
+        batch, inputs = own.read("train", start, stop)
+        with blaming(own, own.objective, "train", start, stop):
+            write_annotations(own, "train", index, batch)
+            gradients = gradients_of(own, own.objective, IndexedBatch(start, batch))
+        require_finite(gradients, "train", start)
+        solved = solve(own, gradients)
+        store_report(own, index, solved.report)
+        values = as_array(region.self_influences(solved.left, gradients))
+        digest = arrays.write_chunk(own.store, SELF_INFLUENCES, (index,), values)
+        outcome.value = (*own.fitted.notes, *solved.report.notes)
+        outcome.report(Row(KIND, index, digest, inputs, own.environment))
+
+    outcome.attempt(KIND, index, f"self-influences of training chunk {index}", work)
+    return outcome
