@@ -40,7 +40,7 @@ class ModelCase:
     penalty: float = 3e-3
     """Weight decay during training only: keeps separable data from infinite weights."""
     captured: bool = True
-    """Whether every layer is one that hooks capture (Linear, Conv2d)."""
+    """Whether every layer is one that hooks capture (Linear, convolutions)."""
     vocabulary: int | None = None
     """Number of token ids, for inputs that are token ids."""
 
@@ -159,9 +159,9 @@ MLP_REGRESSION = ModelCase(
     targets=2,
 )
 FROZEN = ModelCase("mlp with a frozen layer", _frozen_mlp, F.cross_entropy, (4,), 3)
-CONV1D = ModelCase("conv1d", _conv1d, F.cross_entropy, (2, 7), 3, captured=False)
+CONV1D = ModelCase("conv1d", _conv1d, F.cross_entropy, (2, 7), 3)
 CONV2D = ModelCase("conv2d", _conv2d, F.cross_entropy, (2, 6, 6), 3)
-CONV3D = ModelCase("conv3d", _conv3d, F.cross_entropy, (1, 3, 3, 3), 3, captured=False)
+CONV3D = ModelCase("conv3d", _conv3d, F.cross_entropy, (1, 3, 3, 3), 3)
 TRANSFORMER = ModelCase(
     "transformer", _Transformer, F.cross_entropy, (4,), 3, steps=1000, captured=False, vocabulary=5
 )

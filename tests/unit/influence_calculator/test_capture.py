@@ -42,8 +42,8 @@ class Frames(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(1, 2))
-        self.same = nn.Conv2d(3, 2, (2, 3), padding="same", dilation=2)
+        self.conv = nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(1, 2))
+        self.same = nn.Conv2d(4, 2, (2, 3), padding="same", dilation=2, groups=2)
         self.head = nn.Linear(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,6 +86,18 @@ def _double(build: Callable[[], nn.Module]) -> nn.Module:
 MODELS = {
     "sequences": (Sequences, (6, 4)),
     "frames": (Frames, (2, 2, 5, 6)),
+    "circular": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular"), nn.Flatten(), nn.Linear(45, 3)
+        ),
+        (2, 3, 3),
+    ),
+    "channels last": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 2, groups=2), nn.Conv2d(4, 4, 2, groups=4), nn.Flatten(), nn.Linear(8, 3)
+        ).to(memory_format=torch.channels_last),
+        (4, 3, 4),
+    ),
     "inplace": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), (4,)),
     "sometimes called": (SometimesCalled, (4,)),
     "detached": (Detached, (4,)),
@@ -232,11 +244,7 @@ UNCAPTURED = {
         ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"],
     ),
     "a subclass with a forward of its own": (lambda: nn.Sequential(_Own(2, 2)), ["0.weight", "0.bias"]),
-    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), ["0.weight", "0.bias"]),
-    "circular padding": (
-        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")),
-        ["0.weight", "0.bias"],
-    ),
+    "a transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 2)), ["0.weight", "0.bias"]),
     "a layer norm": (lambda: nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), ["0.weight", "0.bias"]),
     "a parametrized weight": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),

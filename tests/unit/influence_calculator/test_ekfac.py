@@ -20,7 +20,7 @@ import dense_ekfac
 import measured_footprint
 import oracle
 from dense_ekfac import DenseLayer, PseudoGradients, dense_layer
-from ekfac_cases import EKFAC_CASES, MLP_CASE, TOKENS_MEAN, EkfacCase
+from ekfac_cases import EKFAC_CASES, GROUPS_CASE, MLP_CASE, TOKENS_MEAN, EkfacCase
 from influence_calculator.maths import kronecker, region
 from influence_calculator.maths.blocks import Relative
 from influence_calculator.maths.capture import CapturedLayer, measure
@@ -62,7 +62,8 @@ def _definition(case: EkfacCase, expectation: str) -> PseudoGradients:
 
 
 @cache
-def _dense(case: EkfacCase, expectation: str) -> dict[str, DenseLayer]:
+def _dense(case: EkfacCase, expectation: str) -> dict[tuple[str, int], DenseLayer]:
+    """(layer, group) -> its curvature."""
     model = case.model()
     x, y = case.data(N, 1)
     names = [
@@ -70,7 +71,19 @@ def _dense(case: EkfacCase, expectation: str) -> dict[str, DenseLayer]:
         for name, module in model.named_modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
-    return {name: dense_layer(model, name, x, y, _definition(case, expectation)) for name in names}
+    return {
+        (name, group): dense_layer(model, name, x, y, _definition(case, expectation), group)
+        for name in names
+        for group in range(dense_ekfac.groups_of(model.get_submodule(name)))
+    }
+
+
+def _unit(case: EkfacCase, expectation: str, name: str, group: int) -> dict[str, Tensor]:
+    """What the covariance pass left of one group of a layer."""
+    unit = _fitted_state(case, expectation)["covariance"][name]
+    if dense_ekfac.groups_of(case.model().get_submodule(name)) == 1:
+        return dict(unit)
+    return {key: tensor[group] for key, tensor in unit.items()}
 
 
 def _influences(fitted: Fitted, case: EkfacCase) -> Tensor:
@@ -80,8 +93,8 @@ def _influences(fitted: Fitted, case: EkfacCase) -> Tensor:
 
 def _dense_curvature(case: EkfacCase, expectation: str, corrected: bool) -> Tensor:
     layers = {}
-    for name, dense in _dense(case, expectation).items():
-        unit = _fitted_state(case, expectation)["covariance"][name]
+    for (name, group), dense in _dense(case, expectation).items():
+        unit = _unit(case, expectation, name, group)
         Q_A, Q_G = unit["input_vectors"], unit["output_vectors"]
         if corrected:
             eigenvalues = dense.eigenvalues(Q_A, Q_G)
@@ -89,7 +102,7 @@ def _dense_curvature(case: EkfacCase, expectation: str, corrected: bool) -> Tens
             λ_A = (Q_A.T @ dense.activations @ Q_A).diagonal()
             λ_G = (Q_G.T @ dense.gradients @ Q_G).diagonal()
             eigenvalues = torch.outer(λ_G, λ_A)
-        layers[name] = (dense, Q_A, Q_G, eigenvalues)
+        layers[name, group] = (dense, Q_A, Q_G, eigenvalues)
     return dense_ekfac.curvature(case.model(), layers)
 
 
@@ -100,8 +113,8 @@ EVERY_CASE = pytest.mark.parametrize("case", EKFAC_CASES, ids=repr)
 @EVERY_CASE
 @EVERY_EXPECTATION
 def test_the_bases_are_eigenvectors_of_the_defined_covariances(case: EkfacCase, expectation: str) -> None:
-    for name, dense in _dense(case, expectation).items():
-        unit = _fitted_state(case, expectation)["covariance"][name]
+    for (name, group), dense in _dense(case, expectation).items():
+        unit = _unit(case, expectation, name, group)
         for matrix, side in ((dense.activations, "input"), (dense.gradients, "output")):
             Q, values = unit[f"{side}_vectors"], unit[f"{side}_values"]
             identity = torch.eye(len(Q), dtype=torch.float64)
@@ -207,7 +220,7 @@ def test_one_example_at_a_time_scores_as_many_together() -> None:
     torch.testing.assert_close(singly, _influences(fitted, case)[:1])
 
 
-@pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN], ids=repr)
+@pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN, GROUPS_CASE], ids=repr)
 def test_examples_that_are_scored_piece_by_piece_score_as_together(
     case: EkfacCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +339,18 @@ def test_turned_gradients_are_the_gradients_in_the_basis(
     for tokens_are_turned in (True, False):
         monkeypatch.setattr(kronecker, "turns_tokens", lambda *_, way=tokens_are_turned: way)
         torch.testing.assert_close(kronecker.turned_gradients(layer, basis), expected)
+
+
+@pytest.mark.parametrize("tokens_are_turned", [True, False])
+def test_gradients_of_groups_are_turned_either_way(
+    monkeypatch: pytest.MonkeyPatch, tokens_are_turned: bool
+) -> None:
+    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: tokens_are_turned)
+    case = GROUPS_CASE
+    fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
+    found = _influences(fitted, case)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, _influences(fitted, case), rtol=1e-9, atol=1e-12)
 
 
 def test_a_fit_leaves_the_model_as_it_was() -> None:
@@ -503,6 +528,17 @@ def test_compact_rows_expand_to_the_left_representation(case: EkfacCase) -> None
     torch.testing.assert_close(fitted.expanded(compact.rows), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_groups_of_one_token_have_no_compact_rows() -> None:
+    """They stand where examples stand, so that their numbers could be taken for those of others."""
+    model = nn.Sequential(nn.Conv1d(6, 6, 2, groups=3), nn.Flatten(), nn.Linear(6, 3)).double()
+    objective = xy_objective(model, F.cross_entropy)
+    x, y = torch.randn(N, 6, 2, dtype=torch.float64), MLP_CASE.data(N, 1)[1]
+    method = Ekfac(regularization=0.1)
+    fitted = method.fitted(objective, fit(method, objective, TrainingSet((x, y), 4)), None)
+    assert fitted.compact_width is None
+    assert fitted.compact(objective, (x, y)) is None
+
+
 def test_a_compact_row_that_is_not_finite_is_told_and_expands_to_nothing_else() -> None:
     case = MLP_CASE
     fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
@@ -551,10 +587,12 @@ def test_a_footprint_counts_the_sums_the_factors_and_the_micro_batch() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no resettable peak")
-def test_a_footprint_is_what_a_process_takes() -> None:
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_footprint_is_what_a_process_takes(groups: int) -> None:
     """Within 20 % and 200 MiB of the peak above an idle process, for convolutions on large images."""
     script = Path(measured_footprint.__file__)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(script), str(groups)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     slack = 200 * 2**20
     for stage, (taken, planned) in json.loads(done.stdout).items():
         assert abs(taken - planned) <= 0.2 * planned + slack, f"{stage}: took {taken}, planned {planned}"
