@@ -158,6 +158,20 @@ class _Pooled(nn.Module):
         return self.head(self.shared(self.shared(x).tanh()).tanh().mean(1))
 
 
+class _SelfAttention(nn.Module):
+    """One layer of a transformer whose projections are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(3, 3, bias=False) for _ in range(3))
+        self.out = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        answer: Tensor = x + self.out(seen)
+        return answer
+
+
 def _conv() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(1, 2), bias=False),
@@ -233,6 +247,7 @@ EKFAC_CASES = (
         (4, 3),
         _some_ignored,
     ),
+    EkfacCase("attention", _SelfAttention, per_token("mean"), SOFTMAX, (4, 3), _classes(4)),
     EkfacCase("called twice", _Pooled, F.cross_entropy, SOFTMAX, (4, 3), _classes()),
     EkfacCase("conv", _conv, F.cross_entropy, SOFTMAX, (2, 4, 6), _classes()),
     EkfacCase("conv1d", _conv1d, F.cross_entropy, SOFTMAX, (2, 6), _classes()),

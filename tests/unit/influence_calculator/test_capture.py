@@ -63,6 +63,19 @@ class SometimesCalled(nn.Module):
         return self.always(x)
 
 
+class TwoNames(nn.Module):
+    """One module under two names, called by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(2, 2, 2, padding="same")
+        self.again = self.first
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.first(x).tanh()).tanh().flatten(1))
+
+
 class Detached(nn.Module):
     """A layer whose second call passes no gradient."""
 
@@ -99,6 +112,7 @@ MODELS = {
         (4, 3, 4),
     ),
     "inplace": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), (4,)),
+    "two names": (TwoNames, (2, 3)),
     "sometimes called": (SometimesCalled, (4,)),
     "detached": (Detached, (4,)),
 }
@@ -168,6 +182,14 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert model[4].weight.grad is None
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_module_with_two_names_keeps_its_parameters() -> None:
+    """Torch's `functional_call` leaves such a module the tensors that it was called with."""
+    model = _double(TwoNames)
+    before = dict(model.named_parameters())
+    assert xy_objective(model, F.cross_entropy).outputs((_data((2, 3))[0],)).shape == (5, 3)
+    assert all(p is before[name] for name, p in model.named_parameters())
 
 
 def test_hooks_are_gone_after_an_error() -> None:

@@ -25,6 +25,7 @@ from influence_calculator.maths import kronecker, region
 from influence_calculator.maths.blocks import Relative
 from influence_calculator.maths.capture import CapturedLayer, measure
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.errors import (
     NotFiniteError,
     SingularCurvatureError,
@@ -35,6 +36,8 @@ from influence_calculator.maths.expectation import Expectation, OutputExpectatio
 from influence_calculator.maths.layers import LinearLayer
 from influence_calculator.maths.method import FitState, Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import IndexedBatch, slice_batch, xy_objective
+from model_cases import ATTENTION, SHARED, ModelCase
+from references import reference
 from training_sets import TrainingSet
 
 N, T = 11, 3
@@ -437,6 +440,31 @@ def test_a_diagonal_takes_the_place_of_what_cannot_be_treated(expectation: str, 
     gradients = oracle.example_gradients(model, F.cross_entropy, *MLP_CASE.data(T, 2))
     left = fitted.factors(fitted.solve(fitted.gradients(objective, MLP_CASE.data(T, 2))).left)
     torch.testing.assert_close(left["norm"], gradients[:, places] / (diagonal + 0.1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [ATTENTION, SHARED], ids=repr)
+def test_every_kind_of_module_has_a_diagonal(case: ModelCase) -> None:
+    """Embedding, norms, attention's own weights, a bias alone, shared weights."""
+    objective = xy_objective(case.model(), case.loss)
+    method = Ekfac(regularization=0.1, expectation="exact", unsupported="diagonal")
+    fitted = method.fitted(objective, fit(method, objective, TrainingSet(case.train(), 5)), None)
+    left = fitted.factors(fitted.solve(fitted.gradients(objective, case.test())).left)
+    diagonal = reference(case, "generalized_gauss_newton").curvature.diagonal()
+    blocks = uncaptured_blocks(objective)
+    assert blocks.keys() < set(fitted.layout.blocks)
+    for block, names in blocks.items():
+        places = oracle.columns_of(objective.model, names)
+        expected = reference(case, "generalized_gauss_newton").test[:, places] / (diagonal[places] + 0.1)
+        torch.testing.assert_close(left[block], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_modules_that_share_a_weight_are_refused_naming_each_other() -> None:
+    objective = xy_objective(SHARED.model(), SHARED.loss)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Ekfac().layout(objective)
+    assert "first.weight (Linear, shared with 'second'), first.bias" in str(caught.value)
+    assert "second.bias (Linear, shared with 'first');" in str(caught.value)
+    assert "head" not in str(caught.value)
 
 
 def _sampled_fisher(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -135,9 +135,17 @@ class Objective:
 
         Parameters that are not tracked take no gradient.
         """
-        values = {f"model.{k}": v.detach() for k, v in self.model.named_parameters()}
-        values |= {f"model.{k}": v for k, v in (parameters or {}).items()}
-        return functional_call(self._module, values, (batch,))
+        own = dict(self.model.named_parameters())
+        given = {id(own[name]): value for name, value in (parameters or {}).items()}
+        # Every module once and every parameter of it: `functional_call`, left to tie weights itself, does not
+        # give a module that has two names its parameters back.
+        values = {
+            f"{prefix}.{name}": given.get(id(p), p.detach())
+            for prefix, module in self.model.named_modules(prefix="model")
+            for name, p in module._parameters.items()
+            if p is not None
+        }
+        return functional_call(self._module, values, (batch,), tie_weights=False)
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Per-example losses `[n]` of outputs that came from `batch`."""
