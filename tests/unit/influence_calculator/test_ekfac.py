@@ -247,6 +247,30 @@ def test_a_layer_without_bias_keeps_the_order_of_its_weight() -> None:
     oracle.assert_close(factors * 1e9, gradients, 1e-6)
 
 
+class _WithOthers(nn.Module):
+    """Outputs beside the logits that are no tensors, as a language model's cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = MLP_CASE.model()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"cache": object(), "logits": self.net(x), "hidden": None}
+
+
+@EVERY_EXPECTATION
+def test_outputs_that_are_no_tensors_change_nothing(expectation: str) -> None:
+    """The closed form of the loss is found beside them: other draws would give another state."""
+    objective = xy_objective(_WithOthers().eval(), lambda outputs, y: F.cross_entropy(outputs["logits"], y))
+    method = Ekfac(expectation=expectation, seed=SEED)
+    found = fit(method, objective, TrainingSet(MLP_CASE.data(N, 1), 4))
+    expected = _fitted_state(MLP_CASE, expectation)
+    for step, units in expected.items():
+        for name, unit in units.items():
+            for key, tensor in unit.items():
+                assert torch.equal(found[step][f"net.{name}"][key], tensor)
+
+
 def test_more_samples_are_averaged() -> None:
     """The mean over draws of `(...)²`, not the square of their mean."""
     expectation = OutputExpectation(samples=3, seed=SEED)
