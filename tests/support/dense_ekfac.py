@@ -5,11 +5,14 @@ patches of convolutions cut out one by one. Only the eigenvectors are taken from
 check that they are eigenvectors of the covariances found here: eigenvalues may coincide, and then
 any basis satisfies the definition while Λ depends on which.
 
-Shapes: d output elements of one example, o outputs, j inputs (one more with a bias) of a layer.
+A convolution with groups is as many layers, each of its own channels and of its own rows of the weight.
+
+Shapes: d output elements of one example, o outputs, j inputs (one more with a bias) of a layer or group.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from oracle import columns_of, output_hessian
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PseudoGradients = Callable[[int, Tensor, Tensor], list[Tensor]]
 """(example's index, outputs of a batch of one, its label) -> v's with `Σ v vᵀ` in place of `∇²_f ℓ`."""
 
@@ -54,7 +58,7 @@ class TokenPairs:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One layer's curvature."""
+    """The curvature of one layer, or of one group of it."""
 
     activations: Tensor
     """A, `[j, j]`."""
@@ -75,10 +79,15 @@ class DenseLayer:
         return total / len(self.pairs)
 
 
+def groups_of(module: nn.Module) -> int:
+    """Into how many parts a layer falls."""
+    return module.groups if isinstance(module, CONVOLUTIONS) else 1
+
+
 def dense_layer(
-    model: nn.Module, name: str, x: Tensor, y: Tensor, pseudo_gradients: PseudoGradients
+    model: nn.Module, name: str, x: Tensor, y: Tensor, pseudo_gradients: PseudoGradients, group: int = 0
 ) -> DenseLayer:
-    """A, G and the token pairs of one layer over a training set."""
+    """A, G and the token pairs of one layer, or of one group of it, over a training set."""
     module = model.get_submodule(name)
     pairs = []
     for index in range(x.shape[0]):
@@ -89,8 +98,8 @@ def dense_layer(
         per_direction = []
         for v in pseudo_gradients(index, outputs.detach(), y[index : index + 1]):
             found = torch.autograd.grad(outputs, [out for _, out in calls], v, retain_graph=True)
-            per_direction.append([g for piece in found for g in _output_tokens(module, piece)])
-        inputs = [a for given, _ in calls for a in _input_tokens(module, given.detach())]
+            per_direction.append([g for piece in found for g in _output_tokens(module, piece, group)])
+        inputs = [a for given, out in calls for a in _input_tokens(module, given.detach(), out, group)]
         pairs.append(TokenPairs([_extended(module, a) for a in inputs], per_direction))
     every_input = [a for example in pairs for a in example.inputs]
     every_gradient = [g for example in pairs for gs in example.gradients for g in gs]
@@ -108,55 +117,75 @@ def _extended(module: nn.Module, a: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _input_tokens(module: nn.Module, inputs: Tensor) -> list[Tensor]:
+def _input_tokens(module: nn.Module, inputs: Tensor, outputs: Tensor, group: int) -> list[Tensor]:
     if isinstance(module, nn.Linear):
         return list(inputs.reshape(-1, inputs.shape[-1]))
-    padded = _padded(module, inputs[0])
-    (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-    height = (padded.shape[1] - dh * (kh - 1) - 1) // sh + 1
-    width = (padded.shape[2] - dw * (kw - 1) - 1) // sw + 1
-    return [
-        padded[:, r * sh : r * sh + dh * (kh - 1) + 1 : dh, c * sw : c * sw + dw * (kw - 1) + 1 : dw].reshape(
-            -1
-        )
-        for r in range(height)
-        for c in range(width)
-    ]
+    width = module.weight.shape[1]
+    channels = inputs[0, group * width : (group + 1) * width]
+    return [_patch(module, channels, place) for place in _positions(outputs)]
 
 
-def _padded(module: nn.Conv2d, image: Tensor) -> Tensor:
-    if module.padding == "same":
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    else:
-        total = [2 * p for p in module.padding]
-    channels, height, width = image.shape
-    wide = torch.zeros(channels, height + total[0], width + total[1], dtype=image.dtype)
-    top, left = total[0] // 2, total[1] // 2
-    wide[:, top : top + height, left : left + width] = image
-    return wide
+def _positions(outputs: Tensor) -> list[tuple[int, ...]]:
+    return list(itertools.product(*(range(extent) for extent in outputs.shape[2:])))
 
 
-def _output_tokens(module: nn.Module, gradients: Tensor) -> list[Tensor]:
+def _patch(module: nn.Module, channels: Tensor, place: tuple[int, ...]) -> Tensor:
+    """What the kernel sees at one output position, number by number."""
+    patch = torch.zeros(channels.shape[0], *module.kernel_size, dtype=channels.dtype)
+    for offset in itertools.product(*(range(size) for size in module.kernel_size)):
+        found = []
+        for axis, extent in enumerate(channels.shape[1:]):
+            if module.padding == "same":
+                before = module.dilation[axis] * (module.kernel_size[axis] - 1) // 2
+            else:
+                before = module.padding[axis]
+            at = place[axis] * module.stride[axis] + offset[axis] * module.dilation[axis] - before
+            found.append(_inside(at, extent, module.padding_mode))
+        if None not in found:
+            patch[(slice(None), *offset)] = channels[(slice(None), *found)]
+    return patch.reshape(-1)
+
+
+def _inside(at: int, extent: int, mode: str) -> int | None:
+    """Which element stands at a place that may be outside; None is a zero."""
+    match mode:
+        case "circular":
+            return at % extent
+        case "replicate":
+            return min(max(at, 0), extent - 1)
+        case "reflect":
+            mirrored = abs(at)
+            return mirrored if mirrored < extent else 2 * (extent - 1) - mirrored
+        case _:
+            return at if 0 <= at < extent else None
+
+
+def _output_tokens(module: nn.Module, gradients: Tensor, group: int) -> list[Tensor]:
     if isinstance(module, nn.Linear):
         return list(gradients.reshape(-1, gradients.shape[-1]))
-    _, height, width = gradients[0].shape
-    return [gradients[0, :, r, c] for r in range(height) for c in range(width)]
+    rows = gradients.shape[1] // module.groups
+    own = gradients[0, group * rows : (group + 1) * rows]
+    return [own[(slice(None), *place)] for place in _positions(gradients)]
 
 
-def curvature(model: nn.Module, layers: Mapping[str, tuple[DenseLayer, Tensor, Tensor, Tensor]]) -> Tensor:
-    """`[P, P]` from each layer's `(·, Q_A, Q_G, Λ)`: blocks of explicit Kronecker products, zero between."""
+def curvature(
+    model: nn.Module, layers: Mapping[tuple[str, int], tuple[DenseLayer, Tensor, Tensor, Tensor]]
+) -> Tensor:
+    """`[P, P]` from the `(·, Q_A, Q_G, Λ)` of each layer's groups: blocks of explicit Kronecker products,
+    zero between.
+    """
     width = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.zeros(width, width, dtype=torch.float64)
-    for name, (_, Q_A, Q_G, eigenvalues) in layers.items():
+    for (name, group), (_, Q_A, Q_G, eigenvalues) in layers.items():
         basis = torch.kron(Q_G, Q_A)
         block = basis @ torch.diag(eigenvalues.reshape(-1)) @ basis.T
-        places = _places(model, name)
+        places = _places(model, name, group)
         total[places[:, None], places] = block
     return total
 
 
-def _places(model: nn.Module, name: str) -> Tensor:
-    """Flat columns of a layer's `[o, j]` matrix, row by row."""
+def _places(model: nn.Module, name: str, group: int) -> Tensor:
+    """Flat columns of a group's rows of the layer's `[o, j]` matrix, row by row."""
     module = model.get_submodule(name)
     prefix = f"{name}." if name else ""
     o = module.weight.shape[0]
@@ -165,4 +194,5 @@ def _places(model: nn.Module, name: str) -> Tensor:
         for key in ("weight", "bias")
         if getattr(module, key) is not None and getattr(module, key).requires_grad
     ]
-    return torch.cat(parts, dim=1).reshape(-1)
+    rows = o // groups_of(module)
+    return torch.cat(parts, dim=1)[group * rows : (group + 1) * rows].reshape(-1)

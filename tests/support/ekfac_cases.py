@@ -158,6 +158,20 @@ class _Pooled(nn.Module):
         return self.head(self.shared(self.shared(x).tanh()).tanh().mean(1))
 
 
+class _SelfAttention(nn.Module):
+    """One layer of a transformer whose projections are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(3, 3, bias=False) for _ in range(3))
+        self.out = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        answer: Tensor = x + self.out(seen)
+        return answer
+
+
 def _conv() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(1, 2), bias=False),
@@ -169,10 +183,45 @@ def _conv() -> nn.Module:
     )
 
 
+def _conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 3, 3, stride=2, padding=1, padding_mode="circular"),
+        nn.Tanh(),
+        nn.Conv1d(3, 2, 2, padding="same", padding_mode="reflect", bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
+def _conv3d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(1, 2, (2, 2, 1), stride=(1, 2, 1), padding=(0, 1, 0), padding_mode="replicate"),
+        nn.Tanh(),
+        nn.Conv3d(2, 2, (1, 2, 2), dilation=(1, 1, 2)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(2, 3),
+    )
+
+
+def _groups() -> nn.Module:
+    """Two groups of several positions; a group per channel of several; three groups of one position."""
+    return nn.Sequential(
+        nn.Conv2d(4, 6, 2, groups=2),
+        nn.Tanh(),
+        nn.Conv2d(6, 6, 2, padding=(1, 0), groups=6, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(6, 3, (3, 1), groups=3),
+        nn.Flatten(),
+    )
+
+
 SOFTMAX = softmax_sampler(mean=True)
 
 MLP_CASE = EkfacCase("mlp", _mlp(3), F.cross_entropy, SOFTMAX, (4,), _classes())
 TOKENS_MEAN = EkfacCase("tokens, mean", _tokens, per_token("mean"), SOFTMAX, (4, 3), _classes(4))
+GROUPS_CASE = EkfacCase("groups", _groups, F.cross_entropy, SOFTMAX, (4, 3, 3), _classes())
 
 EKFAC_CASES = (
     MLP_CASE,
@@ -198,8 +247,21 @@ EKFAC_CASES = (
         (4, 3),
         _some_ignored,
     ),
+    EkfacCase("attention", _SelfAttention, per_token("mean"), SOFTMAX, (4, 3), _classes(4)),
     EkfacCase("called twice", _Pooled, F.cross_entropy, SOFTMAX, (4, 3), _classes()),
     EkfacCase("conv", _conv, F.cross_entropy, SOFTMAX, (2, 4, 6), _classes()),
+    EkfacCase("conv1d", _conv1d, F.cross_entropy, SOFTMAX, (2, 6), _classes()),
+    EkfacCase("conv3d", _conv3d, F.cross_entropy, SOFTMAX, (1, 2, 2, 3), _classes()),
+    GROUPS_CASE,
+    EkfacCase(
+        "groups, frozen parts",
+        _groups,
+        F.cross_entropy,
+        SOFTMAX,
+        (4, 3, 3),
+        _classes(),
+        ("0.bias", "4.weight"),
+    ),
     EkfacCase(
         "frozen parts",
         _mlp(3),

@@ -1,5 +1,7 @@
 """Measures EK-FAC's memory in a process of its own and prints what was planned beside it, as JSON.
 
+Argument: the number of groups of the second convolution.
+
 Run as a script: the largest resident size since a mark can be read once the mark is set through
 /proc/self/clear_refs, and only a process that did nothing else before starts from an idle heap.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -50,9 +53,11 @@ def _warm_up(method: Ekfac) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    groups = int(sys.argv[1])
     model = nn.Sequential(
-        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 16, 3, padding=1, stride=2), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 16 * groups, 3, padding=1, stride=2, groups=groups), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16 * groups, 10)),
     )
     x, y = torch.randn(MICRO_BATCH, *IMAGES), torch.randint(10, (MICRO_BATCH,))
     objective, method = xy_objective(model, F.cross_entropy), Ekfac(regularization=0.1)

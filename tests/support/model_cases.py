@@ -40,7 +40,7 @@ class ModelCase:
     penalty: float = 3e-3
     """Weight decay during training only: keeps separable data from infinite weights."""
     captured: bool = True
-    """Whether every layer is one that hooks capture (Linear, Conv2d)."""
+    """Whether every layer is one that hooks capture (Linear, convolutions)."""
     vocabulary: int | None = None
     """Number of token ids, for inputs that are token ids."""
 
@@ -101,10 +101,20 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3))
 
 
-def _frozen_mlp() -> nn.Module:
-    model = _mlp()
-    model[0].requires_grad_(False)
-    return model
+class _Shared(nn.Module):
+    """A frozen layer; two layers with one weight, of which the second is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.second(self.first(self.frozen(x).tanh()).tanh())
+        answer: Tensor = self.head(self.second(hidden.tanh()).tanh())
+        return answer
 
 
 def _conv1d() -> nn.Module:
@@ -147,6 +157,29 @@ class _Transformer(nn.Module):
         return answer
 
 
+class _Attention(nn.Module):
+    """Modules of which hooks see nothing or only a part, and a parameter of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4, padding_idx=0)
+        self.place = nn.Parameter(torch.randn(4, 4) / 2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.layer_norm = nn.LayerNorm(4)
+        self.batch_norm = nn.BatchNorm1d(4)
+        self.batch_norm.running_mean = torch.randn(4) / 4
+        self.batch_norm.running_var = 0.5 + torch.rand(4)
+        self.shift = nn.Conv1d(4, 4, 1, groups=4)
+        self.shift.weight.requires_grad_(False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        own = self.embedding(tokens) + self.place
+        seen = self.layer_norm(own + self.attention(own, own, own, need_weights=False)[0])
+        answer: Tensor = self.head(self.batch_norm(self.shift(seen.mT).tanh().mean(2)))
+        return answer
+
+
 LINEAR = ModelCase("linear regression", lambda: nn.Linear(4, 2), F.mse_loss, (4,), None, targets=2)
 LOGISTIC = ModelCase("logistic regression", lambda: nn.Linear(4, 3), F.cross_entropy, (4,), 3)
 MLP = ModelCase("mlp", _mlp, F.cross_entropy, (4,), 3)
@@ -158,16 +191,27 @@ MLP_REGRESSION = ModelCase(
     None,
     targets=2,
 )
-FROZEN = ModelCase("mlp with a frozen layer", _frozen_mlp, F.cross_entropy, (4,), 3)
-CONV1D = ModelCase("conv1d", _conv1d, F.cross_entropy, (2, 7), 3, captured=False)
+SHARED = ModelCase("mlp with frozen and shared parameters", _Shared, F.cross_entropy, (4,), 3, captured=False)
+CONV1D = ModelCase("conv1d", _conv1d, F.cross_entropy, (2, 7), 3)
 CONV2D = ModelCase("conv2d", _conv2d, F.cross_entropy, (2, 6, 6), 3)
-CONV3D = ModelCase("conv3d", _conv3d, F.cross_entropy, (1, 3, 3, 3), 3, captured=False)
+CONV3D = ModelCase("conv3d", _conv3d, F.cross_entropy, (1, 3, 3, 3), 3)
 TRANSFORMER = ModelCase(
     "transformer", _Transformer, F.cross_entropy, (4,), 3, steps=1000, captured=False, vocabulary=5
 )
 """Not among CASES, whose inputs can be perturbed."""
+ATTENTION = ModelCase(
+    "attention",
+    lambda: _Attention().eval(),
+    F.cross_entropy,
+    (4,),
+    3,
+    steps=1000,
+    captured=False,
+    vocabulary=5,
+)
+"""As TRANSFORMER."""
 
-CASES = (LINEAR, LOGISTIC, MLP, MLP_REGRESSION, FROZEN, CONV1D, CONV2D, CONV3D)
+CASES = (LINEAR, LOGISTIC, MLP, MLP_REGRESSION, SHARED, CONV1D, CONV2D, CONV3D)
 CAPTURED_CASES = tuple(case for case in CASES if case.captured)
 
 

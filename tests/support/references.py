@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 import oracle
-from model_cases import ModelCase
+from influence_calculator.maths.curvature import SecondOrderMode
+from model_cases import ATTENTION, CASES, TRANSFORMER, ModelCase
 
 REGULARIZATIONS = (1e-2, 1e-1, 1.0)
 """Small enough that `(H + λI)^-1` is not `I/λ`: at λ = 1000 a solver that does nothing passes."""
+
+CASES_AND_MODES = [
+    (case, SecondOrderMode(mode))
+    for case in (*CASES, TRANSFORMER, ATTENTION)
+    for mode in oracle.CURVATURES
+    if (case, mode) != (ATTENTION, "hessian")
+]
+"""ATTENTION's Hessian is too indefinite to compare solves with it."""
 
 
 @dataclass(frozen=True)

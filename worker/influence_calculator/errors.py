@@ -111,7 +111,8 @@ class NotImplementedLayerRepresentationException(ValueError):  # noqa: N818  pyD
 
     def __init__(self, module_id: str) -> None:
         super().__init__(
-            f"layer {module_id}: expected Linear or Conv2d, got another layer whose parameters require grad; "
+            f"layer {module_id}: expected Linear, Conv1d, Conv2d or Conv3d with parameters of its own, got "
+            "another layer whose parameters require grad; "
             f"freeze it, or choose what is done with it (unsupported='diagonal' or 'exclude')"
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from influence_calculator.array import LazyChunkSequence, NestedLazyChunkSequence
 from influence_calculator.base_influence_function_model import InfluenceFunctionModel
@@ -173,7 +174,7 @@ class SequentialInfluenceCalculator:
 
     def _bytes_of(self, item: Any, train: Readable[Any], mode: InfluenceMode) -> int:
         """Factors of one test item, and its rows of the result as far as the training data is counted."""
-        x = item[0] if isinstance(item, list | tuple) else item
+        x = pytree.tree_leaves(item)[0]
         features = math.prod(x.shape[1:]) if mode is InfluenceMode.Perturbation else 1
         columns = self.influence_function_model.n_parameters + (train.examples or 0) * features
         return int(x.shape[0] * columns * self.influence_function_model.factor_dtype.itemsize)

@@ -42,8 +42,8 @@ class Frames(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 3, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(1, 2))
-        self.same = nn.Conv2d(3, 2, (2, 3), padding="same", dilation=2)
+        self.conv = nn.Conv2d(2, 4, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(1, 2))
+        self.same = nn.Conv2d(4, 2, (2, 3), padding="same", dilation=2, groups=2)
         self.head = nn.Linear(2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,6 +61,19 @@ class SometimesCalled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.always(x)
+
+
+class TwoNames(nn.Module):
+    """One module under two names, called by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(2, 2, 2, padding="same")
+        self.again = self.first
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.again(self.first(x).tanh()).tanh().flatten(1))
 
 
 class Detached(nn.Module):
@@ -86,7 +99,20 @@ def _double(build: Callable[[], nn.Module]) -> nn.Module:
 MODELS = {
     "sequences": (Sequences, (6, 4)),
     "frames": (Frames, (2, 2, 5, 6)),
+    "circular": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular"), nn.Flatten(), nn.Linear(45, 3)
+        ),
+        (2, 3, 3),
+    ),
+    "channels last": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 2, groups=2), nn.Conv2d(4, 4, 2, groups=4), nn.Flatten(), nn.Linear(8, 3)
+        ).to(memory_format=torch.channels_last),
+        (4, 3, 4),
+    ),
     "inplace": (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), (4,)),
+    "two names": (TwoNames, (2, 3)),
     "sometimes called": (SometimesCalled, (4,)),
     "detached": (Detached, (4,)),
 }
@@ -156,6 +182,14 @@ def test_the_model_is_left_as_it_was() -> None:
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert model[4].weight.grad is None
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_module_with_two_names_keeps_its_parameters() -> None:
+    """Torch's `functional_call` leaves such a module the tensors that it was called with."""
+    model = _double(TwoNames)
+    before = dict(model.named_parameters())
+    assert xy_objective(model, F.cross_entropy).outputs((_data((2, 3))[0],)).shape == (5, 3)
+    assert all(p is before[name] for name, p in model.named_parameters())
 
 
 def test_hooks_are_gone_after_an_error() -> None:
@@ -232,11 +266,7 @@ UNCAPTURED = {
         ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"],
     ),
     "a subclass with a forward of its own": (lambda: nn.Sequential(_Own(2, 2)), ["0.weight", "0.bias"]),
-    "groups": (lambda: nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), ["0.weight", "0.bias"]),
-    "circular padding": (
-        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")),
-        ["0.weight", "0.bias"],
-    ),
+    "a transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 2)), ["0.weight", "0.bias"]),
     "a layer norm": (lambda: nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), ["0.weight", "0.bias"]),
     "a parametrized weight": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))),

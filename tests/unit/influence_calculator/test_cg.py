@@ -21,8 +21,8 @@ from influence_calculator.maths.method import Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import IndexedBatch, xy_objective
 from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
 from influence_calculator.maths.training_batches import joined
-from model_cases import CASES, LOGISTIC, MLP, ModelCase
-from references import REGULARIZATIONS, reference
+from model_cases import LOGISTIC, MLP, ModelCase
+from references import CASES_AND_MODES, REGULARIZATIONS, reference
 from training_sets import TrainingSet
 
 MODES = list(SecondOrderMode)
@@ -39,8 +39,7 @@ def _gradients(fitted: Fitted, case: ModelCase) -> dict[str, Tensor]:
     return fitted.gradients(xy_objective(case.model(), case.loss), case.test())
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("case", "mode"), CASES_AND_MODES, ids=str)
 @pytest.mark.parametrize("λ", REGULARIZATIONS)
 def test_factors_and_influences_are_those_of_the_explicit_matrix(
     case: ModelCase, mode: SecondOrderMode, λ: float

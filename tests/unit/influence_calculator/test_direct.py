@@ -19,17 +19,16 @@ from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.errors import NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.method import FitState, Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import IndexedBatch, micro_batches, xy_objective
-from model_cases import CASES, LINEAR, LOGISTIC, MLP, ModelCase, linear_regression_curvature
-from references import REGULARIZATIONS, reference
+from model_cases import LINEAR, LOGISTIC, MLP, ModelCase, linear_regression_curvature
+from references import CASES_AND_MODES, REGULARIZATIONS, reference
 from training_sets import TrainingSet
 
 MODES = list(SecondOrderMode)
 
 
 def _fit(case: ModelCase, method: Direct, size: int = 5, dtype: torch.dtype = torch.float64) -> FitState:
-    x, y = case.train()
-    y = y.to(dtype) if y.is_floating_point() else y
-    return fit(method, xy_objective(case.model(dtype), case.loss), TrainingSet((x.to(dtype), y), size))
+    x, y = (values.to(dtype) if values.is_floating_point() else values for values in case.train())
+    return fit(method, xy_objective(case.model(dtype), case.loss), TrainingSet((x, y), size))
 
 
 def _fitted(case: ModelCase, method: Direct, size: int = 5) -> Fitted:
@@ -41,8 +40,7 @@ def _flat_factors(fitted: Fitted, case: ModelCase) -> Tensor:
     return fitted.layout.flatten(fitted.solve(gradients).left)
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("case", "mode"), CASES_AND_MODES, ids=str)
 def test_factors_and_influences_are_those_of_the_explicit_matrix(
     case: ModelCase, mode: SecondOrderMode
 ) -> None:

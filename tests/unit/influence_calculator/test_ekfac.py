@@ -20,11 +20,12 @@ import dense_ekfac
 import measured_footprint
 import oracle
 from dense_ekfac import DenseLayer, PseudoGradients, dense_layer
-from ekfac_cases import EKFAC_CASES, MLP_CASE, TOKENS_MEAN, EkfacCase
+from ekfac_cases import EKFAC_CASES, GROUPS_CASE, MLP_CASE, TOKENS_MEAN, EkfacCase
 from influence_calculator.maths import kronecker, region
 from influence_calculator.maths.blocks import Relative
 from influence_calculator.maths.capture import CapturedLayer, measure
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.errors import (
     NotFiniteError,
     SingularCurvatureError,
@@ -35,6 +36,8 @@ from influence_calculator.maths.expectation import Expectation, OutputExpectatio
 from influence_calculator.maths.layers import LinearLayer
 from influence_calculator.maths.method import FitState, Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import IndexedBatch, slice_batch, xy_objective
+from model_cases import ATTENTION, SHARED, ModelCase
+from references import reference
 from training_sets import TrainingSet
 
 N, T = 11, 3
@@ -62,7 +65,8 @@ def _definition(case: EkfacCase, expectation: str) -> PseudoGradients:
 
 
 @cache
-def _dense(case: EkfacCase, expectation: str) -> dict[str, DenseLayer]:
+def _dense(case: EkfacCase, expectation: str) -> dict[tuple[str, int], DenseLayer]:
+    """(layer, group) -> its curvature."""
     model = case.model()
     x, y = case.data(N, 1)
     names = [
@@ -70,7 +74,19 @@ def _dense(case: EkfacCase, expectation: str) -> dict[str, DenseLayer]:
         for name, module in model.named_modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
     ]
-    return {name: dense_layer(model, name, x, y, _definition(case, expectation)) for name in names}
+    return {
+        (name, group): dense_layer(model, name, x, y, _definition(case, expectation), group)
+        for name in names
+        for group in range(dense_ekfac.groups_of(model.get_submodule(name)))
+    }
+
+
+def _unit(case: EkfacCase, expectation: str, name: str, group: int) -> dict[str, Tensor]:
+    """What the covariance pass left of one group of a layer."""
+    unit = _fitted_state(case, expectation)["covariance"][name]
+    if dense_ekfac.groups_of(case.model().get_submodule(name)) == 1:
+        return dict(unit)
+    return {key: tensor[group] for key, tensor in unit.items()}
 
 
 def _influences(fitted: Fitted, case: EkfacCase) -> Tensor:
@@ -80,8 +96,8 @@ def _influences(fitted: Fitted, case: EkfacCase) -> Tensor:
 
 def _dense_curvature(case: EkfacCase, expectation: str, corrected: bool) -> Tensor:
     layers = {}
-    for name, dense in _dense(case, expectation).items():
-        unit = _fitted_state(case, expectation)["covariance"][name]
+    for (name, group), dense in _dense(case, expectation).items():
+        unit = _unit(case, expectation, name, group)
         Q_A, Q_G = unit["input_vectors"], unit["output_vectors"]
         if corrected:
             eigenvalues = dense.eigenvalues(Q_A, Q_G)
@@ -89,7 +105,7 @@ def _dense_curvature(case: EkfacCase, expectation: str, corrected: bool) -> Tens
             λ_A = (Q_A.T @ dense.activations @ Q_A).diagonal()
             λ_G = (Q_G.T @ dense.gradients @ Q_G).diagonal()
             eigenvalues = torch.outer(λ_G, λ_A)
-        layers[name] = (dense, Q_A, Q_G, eigenvalues)
+        layers[name, group] = (dense, Q_A, Q_G, eigenvalues)
     return dense_ekfac.curvature(case.model(), layers)
 
 
@@ -100,8 +116,8 @@ EVERY_CASE = pytest.mark.parametrize("case", EKFAC_CASES, ids=repr)
 @EVERY_CASE
 @EVERY_EXPECTATION
 def test_the_bases_are_eigenvectors_of_the_defined_covariances(case: EkfacCase, expectation: str) -> None:
-    for name, dense in _dense(case, expectation).items():
-        unit = _fitted_state(case, expectation)["covariance"][name]
+    for (name, group), dense in _dense(case, expectation).items():
+        unit = _unit(case, expectation, name, group)
         for matrix, side in ((dense.activations, "input"), (dense.gradients, "output")):
             Q, values = unit[f"{side}_vectors"], unit[f"{side}_values"]
             identity = torch.eye(len(Q), dtype=torch.float64)
@@ -207,7 +223,7 @@ def test_one_example_at_a_time_scores_as_many_together() -> None:
     torch.testing.assert_close(singly, _influences(fitted, case)[:1])
 
 
-@pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN], ids=repr)
+@pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN, GROUPS_CASE], ids=repr)
 def test_examples_that_are_scored_piece_by_piece_score_as_together(
     case: EkfacCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +245,30 @@ def test_a_layer_without_bias_keeps_the_order_of_its_weight() -> None:
     factors = fitted.layout.flatten(fitted.factors(fitted.solve(fitted.gradients(objective, batch)).left))
     gradients = oracle.example_gradients(model, F.cross_entropy, *batch)
     oracle.assert_close(factors * 1e9, gradients, 1e-6)
+
+
+class _WithOthers(nn.Module):
+    """Outputs beside the logits that are no tensors, as a language model's cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = MLP_CASE.model()
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"cache": object(), "logits": self.net(x), "hidden": None}
+
+
+@EVERY_EXPECTATION
+def test_outputs_that_are_no_tensors_change_nothing(expectation: str) -> None:
+    """The closed form of the loss is found beside them: other draws would give another state."""
+    objective = xy_objective(_WithOthers().eval(), lambda outputs, y: F.cross_entropy(outputs["logits"], y))
+    method = Ekfac(expectation=expectation, seed=SEED)
+    found = fit(method, objective, TrainingSet(MLP_CASE.data(N, 1), 4))
+    expected = _fitted_state(MLP_CASE, expectation)
+    for step, units in expected.items():
+        for name, unit in units.items():
+            for key, tensor in unit.items():
+                assert torch.equal(found[step][f"net.{name}"][key], tensor)
 
 
 def test_more_samples_are_averaged() -> None:
@@ -328,6 +368,18 @@ def test_turned_gradients_are_the_gradients_in_the_basis(
         torch.testing.assert_close(kronecker.turned_gradients(layer, basis), expected)
 
 
+@pytest.mark.parametrize("tokens_are_turned", [True, False])
+def test_gradients_of_groups_are_turned_either_way(
+    monkeypatch: pytest.MonkeyPatch, tokens_are_turned: bool
+) -> None:
+    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: tokens_are_turned)
+    case = GROUPS_CASE
+    fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
+    found = _influences(fitted, case)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, _influences(fitted, case), rtol=1e-9, atol=1e-12)
+
+
 def test_a_fit_leaves_the_model_as_it_was() -> None:
     """Mistake 4: `.grad` is neither filled nor added to."""
     objective = _objective(MLP_CASE)
@@ -412,6 +464,31 @@ def test_a_diagonal_takes_the_place_of_what_cannot_be_treated(expectation: str, 
     gradients = oracle.example_gradients(model, F.cross_entropy, *MLP_CASE.data(T, 2))
     left = fitted.factors(fitted.solve(fitted.gradients(objective, MLP_CASE.data(T, 2))).left)
     torch.testing.assert_close(left["norm"], gradients[:, places] / (diagonal + 0.1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [ATTENTION, SHARED], ids=repr)
+def test_every_kind_of_module_has_a_diagonal(case: ModelCase) -> None:
+    """Embedding, norms, attention's own weights, a bias alone, shared weights."""
+    objective = xy_objective(case.model(), case.loss)
+    method = Ekfac(regularization=0.1, expectation="exact", unsupported="diagonal")
+    fitted = method.fitted(objective, fit(method, objective, TrainingSet(case.train(), 5)), None)
+    left = fitted.factors(fitted.solve(fitted.gradients(objective, case.test())).left)
+    diagonal = reference(case, "generalized_gauss_newton").curvature.diagonal()
+    blocks = uncaptured_blocks(objective)
+    assert blocks.keys() < set(fitted.layout.blocks)
+    for block, names in blocks.items():
+        places = oracle.columns_of(objective.model, names)
+        expected = reference(case, "generalized_gauss_newton").test[:, places] / (diagonal[places] + 0.1)
+        torch.testing.assert_close(left[block], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_modules_that_share_a_weight_are_refused_naming_each_other() -> None:
+    objective = xy_objective(SHARED.model(), SHARED.loss)
+    with pytest.raises(UnsupportedModelError) as caught:
+        Ekfac().layout(objective)
+    assert "first.weight (Linear, shared with 'second'), first.bias" in str(caught.value)
+    assert "second.bias (Linear, shared with 'first');" in str(caught.value)
+    assert "head" not in str(caught.value)
 
 
 def _sampled_fisher(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -503,6 +580,17 @@ def test_compact_rows_expand_to_the_left_representation(case: EkfacCase) -> None
     torch.testing.assert_close(fitted.expanded(compact.rows), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_groups_of_one_token_have_no_compact_rows() -> None:
+    """They stand where examples stand, so that their numbers could be taken for those of others."""
+    model = nn.Sequential(nn.Conv1d(6, 6, 2, groups=3), nn.Flatten(), nn.Linear(6, 3)).double()
+    objective = xy_objective(model, F.cross_entropy)
+    x, y = torch.randn(N, 6, 2, dtype=torch.float64), MLP_CASE.data(N, 1)[1]
+    method = Ekfac(regularization=0.1)
+    fitted = method.fitted(objective, fit(method, objective, TrainingSet((x, y), 4)), None)
+    assert fitted.compact_width is None
+    assert fitted.compact(objective, (x, y)) is None
+
+
 def test_a_compact_row_that_is_not_finite_is_told_and_expands_to_nothing_else() -> None:
     case = MLP_CASE
     fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
@@ -551,10 +639,12 @@ def test_a_footprint_counts_the_sums_the_factors_and_the_micro_batch() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel keeps no resettable peak")
-def test_a_footprint_is_what_a_process_takes() -> None:
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_footprint_is_what_a_process_takes(groups: int) -> None:
     """Within 20 % and 200 MiB of the peak above an idle process, for convolutions on large images."""
     script = Path(measured_footprint.__file__)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(script), str(groups)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     slack = 200 * 2**20
     for stage, (taken, planned) in json.loads(done.stdout).items():
         assert abs(taken - planned) <= 0.2 * planned + slack, f"{stage}: took {taken}, planned {planned}"

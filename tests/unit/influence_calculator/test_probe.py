@@ -170,14 +170,14 @@ class RandomOutputs(nn.Module):
 
 def test_outputs_that_differ_from_pass_to_pass_are_refused() -> None:
     torch.manual_seed(0)  # two passes may drop the same outputs by chance
-    with pytest.raises(TrainingModeError, match="two passes of one example"):
+    with pytest.raises(TrainingModeError, match="two passes of the same examples"):
         probe(_objective(RandomOutputs().eval()), _batch(4))
 
 
 def test_an_example_that_is_not_finite_is_no_mismatch() -> None:
     """What becomes of it is said where its index is known: in the fit, and in its row."""
     x, y = _batch(4)
-    x[1] = torch.nan
+    x[0] = torch.nan
     probe(_objective(nn.Linear(4, 3)), (x, y))
 
 

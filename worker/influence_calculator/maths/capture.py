@@ -5,7 +5,8 @@ the graph at the outputs of the first of them, so that autograd forms no weight 
 differentiates nothing below. One backward pass then gives every layer's output gradients, from which
 per-sample gradients are formed layer by layer.
 
-Shapes: n examples, S tokens per example (summed over calls of a layer), i inputs, o outputs.
+Shapes: n examples, k groups of a convolution (else 1), S tokens per example (summed over calls of a
+layer), i inputs of a group, o outputs.
 """
 
 from __future__ import annotations
@@ -43,16 +44,17 @@ class CapturedLayer:
 
     spec: LayerSpec
     activations: Tensor
-    """`[n, S, i]`."""
+    """`[n·k, S, i]`."""
     gradients: Tensor
-    """`[n, S, o]`."""
+    """`[n·k, S, o/k]`."""
 
     def per_sample(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients `[n, numel]` of the tracked parameters: `Σ_s g_s a_sᵀ` and `Σ_s g_s`."""
+        n = self.gradients.shape[0] // self.spec.groups
         if self.spec.weight is not None:
-            yield self.spec.weight, per_sample_products(self.gradients, self.activations).flatten(1)
+            yield self.spec.weight, per_sample_products(self.gradients, self.activations).reshape(n, -1)
         if self.spec.bias is not None:
-            yield self.spec.bias, self.gradients.sum(1)
+            yield self.spec.bias, self.gradients.sum(1).reshape(n, -1)
 
 
 def per_sample_products(g: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -147,7 +149,10 @@ class Recording:
 def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
     weight = module.get_parameter("weight")
     outputs, inputs = weight.flatten(1).shape
-    return CapturedLayer(layer, weight.new_zeros(rows, 1, inputs), weight.new_zeros(rows, 1, outputs))
+    k = layer.groups
+    return CapturedLayer(
+        layer, weight.new_zeros(rows * k, 1, inputs), weight.new_zeros(rows * k, 1, outputs // k)
+    )
 
 
 def record(objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | None = None) -> Recording:
@@ -261,6 +266,7 @@ def _layer_shape(model: nn.Module, recording: Recording, layer: LayerSpec) -> La
         outputs=outputs,
         tokens=recording.tokens(layer),
         bias=layer.bias is not None,
+        groups=layer.groups,
     )
 
 

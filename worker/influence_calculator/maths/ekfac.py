@@ -7,6 +7,9 @@
 Two passes over the training data: `covariance` leaves the eigenvectors and eigenvalues of A and G,
 `correction` the eigenvalues Λ. Without the second, `Λ = λ_G λ_Aᵀ` (KFAC).
 
+A convolution with k groups is k layers side by side, each with an A and a G of its own: the curvature is
+block-diagonal over them, as the groups share neither inputs nor rows of the weight.
+
 Shapes: N training examples, S tokens per example, i inputs, o outputs, j = i + 1 with a bias.
 """
 
@@ -15,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,13 +37,14 @@ from influence_calculator.maths.ekfac_passes import (
     CovariancePass,
     basis_of,
     matrix_shape,
+    side_shapes,
     uncaptured_blocks,
 )
 from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.expectation import Expectation, OutputExpectation
 from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.kronecker import DiagonalSolver, LayerRows
-from influence_calculator.maths.layers import LayerSpec
+from influence_calculator.maths.layers import LayerSpec, described
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Objective, TrainingData
@@ -99,8 +102,8 @@ class Ekfac(Method):
                 structure[block_of[name]] = (*structure.get(block_of[name], ()), name)
         if not structure:
             raise UnsupportedModelError(
-                "model: expected at least one tracked Linear or Conv2d layer, got none; unfreeze one, "
-                "or take another method"
+                "model: expected at least one tracked Linear or convolutional layer that shares its "
+                "parameters with no other, got none; unfreeze one, or take another method"
             )
         check_coverage(checked_regularization(self.regularization), tuple(structure))
         shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
@@ -133,9 +136,10 @@ class Ekfac(Method):
         o, j = matrix_shape(objective, layer)
         if self.update_diagonal:
             return fitted_tensor(state, CORRECTION, layer.name, "eigenvalues", (o, j))
-        λ_A = fitted_tensor(state, COVARIANCE, layer.name, "input_values", (j,))
-        λ_G = fitted_tensor(state, COVARIANCE, layer.name, "output_values", (o,))
-        return torch.outer(λ_G, λ_A)
+        A, G = side_shapes(objective, layer)
+        λ_A = fitted_tensor(state, COVARIANCE, layer.name, "input_values", A)
+        λ_G = fitted_tensor(state, COVARIANCE, layer.name, "output_values", G)
+        return (λ_G.unsqueeze(-1) * λ_A.unsqueeze(-2)).view(o, j)
 
     def _λ(self, block: str, eigenvalues: Tensor) -> float:
         trace = float(eigenvalues.sum())
@@ -149,14 +153,14 @@ class Ekfac(Method):
 
 def _refused(objective: Objective) -> UnsupportedModelError:
     named = [
-        f"{name} ({type(objective.model.get_submodule(block)).__name__})"
+        f"{name} ({described(objective.model, block)})"
         for block, names in uncaptured_blocks(objective).items()
         for name in names
     ]
     return UnsupportedModelError(
-        f"model: EK-FAC treats Linear and Conv2d layers (groups=1, zero padding) whose parameters no other "
-        f"module shares, got {', '.join(named)}; take unsupported='diagonal' or 'exclude', or freeze them "
-        "(requires_grad_(False))"
+        "model: EK-FAC treats Linear, Conv1d, Conv2d and Conv3d layers that are called as modules and whose "
+        f"parameters no other module shares, got {', '.join(named)}; take unsupported='diagonal' or "
+        "'exclude', or freeze them (requires_grad_(False))"
     )
 
 

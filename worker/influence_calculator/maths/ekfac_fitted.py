@@ -80,7 +80,8 @@ class EkfacFitted(CompactFitted):
         """Output gradients and activations side by side, where that is less than their products."""
         width = sum(sum(_sides(rows)) for rows in self._layers.values())
         narrower = width < self.layout.width and not self._others and self.layout.blocks_are_whole
-        return width if narrower else None
+        grouped = any(rows.basis.groups > 1 for rows in self._layers.values())
+        return width if narrower and not grouped else None
 
     @override
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:
@@ -124,7 +125,7 @@ class EkfacFitted(CompactFitted):
 
 def _sides(rows: LayerRows) -> tuple[int, int]:
     """`(o, j)`."""
-    return rows.basis.outputs.shape[0], rows.basis.inputs.shape[0]
+    return rows.basis.matrix_shape
 
 
 def _joined(parts: list[Part]) -> Tensor:

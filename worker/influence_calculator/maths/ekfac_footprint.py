@@ -1,6 +1,7 @@
 """How many bytes EK-FAC takes on the device: formulas from plain sizes, named after what is alive.
 
-Shapes: n examples of a micro-batch, S tokens per example, o outputs, j inputs (with a bias one more).
+Shapes: n examples of a micro-batch, S tokens per example, k groups, o outputs, j inputs of a group (with
+a bias one more).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def ekfac_footprint(
     captured = sum(_width(layer) for layer in shapes.layers)
     others = shapes.width - captured if diagonal else 0
     row = item * (captured + others)
-    bases = item * sum(_inputs(layer) ** 2 + layer.outputs**2 for layer in shapes.layers)
+    bases = item * sum(_sides(layer) for layer in shapes.layers)
     eigenvalues = row
     largest_layer = item * max((_width(layer) for layer in shapes.layers), default=0)
     by_functions = 2 * item * micro_batch * others
@@ -53,8 +54,18 @@ def _inputs(layer: LayerShape) -> int:
     return layer.inputs + int(layer.bias)
 
 
+def _all_inputs(layer: LayerShape) -> int:
+    """Of all groups."""
+    return layer.groups * _inputs(layer)
+
+
 def _width(layer: LayerShape) -> int:
     return _inputs(layer) * layer.outputs
+
+
+def _sides(layer: LayerShape) -> int:
+    """Elements of A and G."""
+    return layer.groups * (_inputs(layer) ** 2 + layer.group_outputs**2)
 
 
 def _graph(shapes: ModelShapes, micro_batch: int) -> int:
@@ -72,24 +83,29 @@ def _per_sample(shapes: ModelShapes, micro_batch: int) -> int:
 
 def _turning(layer: LayerShape) -> int:
     """Elements per example, by the cheaper way of `kronecker.turned_gradients`."""
-    inputs = _inputs(layer)
-    unfolded = layer.tokens * layer.inputs
-    if turns_tokens(layer.tokens, layer.outputs, inputs):
-        return 2 * unfolded + layer.tokens * (inputs + layer.outputs) + _width(layer)
+    k, inputs = layer.groups, _inputs(layer)
+    unfolded = layer.tokens * k * layer.inputs
+    if turns_tokens(layer.tokens, layer.group_outputs, inputs):
+        return 2 * unfolded + layer.tokens * (k * inputs + layer.outputs) + _width(layer)
     return unfolded + 2 * _width(layer)
 
 
 def _covariance(shapes: ModelShapes, micro_batch: int) -> int:
     """The unfolded inputs of a layer, the copy with ones, and the output gradients as rows."""
     item = max(4, shapes.itemsize)
-    tokens = [layer.tokens * (2 * _inputs(layer) + layer.outputs) for layer in shapes.layers]
-    return item * micro_batch * max(tokens, default=0)
+    return item * micro_batch * max((_covering(layer) for layer in shapes.layers), default=0)
+
+
+def _covering(layer: LayerShape) -> int:
+    """Elements per example; the examples of each group are put side by side, which takes a copy."""
+    copies = 1 if layer.groups == 1 else 2
+    return layer.tokens * ((1 + copies) * _all_inputs(layer) + copies * layer.outputs)
 
 
 def _eigen(shapes: ModelShapes, bases: int) -> int:
     """The state beside the sums, and the largest eigenproblem."""
-    sides = [max(_inputs(layer), layer.outputs) for layer in shapes.layers]
-    return bases + EIGENPROBLEM_COPIES * 8 * max(sides, default=0) ** 2
+    sides = [layer.groups * max(_inputs(layer), layer.group_outputs) ** 2 for layer in shapes.layers]
+    return bases + EIGENPROBLEM_COPIES * 8 * max(sides, default=0)
 
 
 def _correction(shapes: ModelShapes, micro_batch: int) -> int:
@@ -99,8 +115,8 @@ def _correction(shapes: ModelShapes, micro_batch: int) -> int:
 
 
 def _rotated(layer: LayerShape, micro_batch: int) -> int:
-    rotated = micro_batch * layer.tokens * (3 * _inputs(layer) + 2 * layer.outputs)
-    if layer.tokens == 1:
+    rotated = micro_batch * layer.tokens * (3 * _all_inputs(layer) + 2 * layer.outputs)
+    if layer.tokens == layer.groups == 1:
         return rotated + micro_batch * (_inputs(layer) + layer.outputs)
     products = min(micro_batch, math.ceil(PRODUCT_ELEMENTS / _width(layer))) * _width(layer)
     return rotated + products

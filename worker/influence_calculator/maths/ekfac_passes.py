@@ -3,7 +3,8 @@
 Each batch costs one forward pass and, per pseudo-gradient, one backward pass that forms no weight
 gradient. The sums stay on the model's device, in float32 for half precision.
 
-Shapes: N training examples, n of a batch, S tokens per example, o outputs, j = i + 1 with a bias.
+Shapes: N training examples, n of a batch, S tokens per example, k groups of a convolution, o outputs,
+j = i + 1 with a bias.
 """
 
 from __future__ import annotations
@@ -134,11 +135,18 @@ def matrix_shape(objective: Objective, layer: LayerSpec) -> tuple[int, int]:
     return o, (i if layer.weight is not None else 0) + (1 if layer.bias is not None else 0)
 
 
+def side_shapes(objective: Objective, layer: LayerSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A's and G's eigenvalues: `(j,)` and `(o,)`, or `(k, j)` and `(k, o/k)` with k groups."""
+    o, j = matrix_shape(objective, layer)
+    k = layer.groups
+    return ((j,), (o,)) if k == 1 else ((k, j), (k, o // k))
+
+
 def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:
     """A layer's eigenvectors, from the state of the covariance pass."""
-    o, j = matrix_shape(objective, layer)
-    inputs = fitted_tensor(state, COVARIANCE, layer.name, "input_vectors", (j, j))
-    outputs = fitted_tensor(state, COVARIANCE, layer.name, "output_vectors", (o, o))
+    A, G = side_shapes(objective, layer)
+    inputs = fitted_tensor(state, COVARIANCE, layer.name, "input_vectors", (*A, A[-1]))
+    outputs = fitted_tensor(state, COVARIANCE, layer.name, "output_vectors", (*G, G[-1]))
     return Basis(inputs.to(objective.device), outputs.to(objective.device))
 
 
@@ -193,10 +201,10 @@ def _refuse_not_finite(seen: list[tuple[int, Tensor]]) -> None:
 
 
 def _zero_covariances(objective: Objective, layer: LayerSpec) -> dict[str, Tensor]:
-    o, j = matrix_shape(objective, layer)
+    A, G = side_shapes(objective, layer)
     return {
-        "activations": _zeros(objective, j, j),
-        "gradients": _zeros(objective, o, o),
+        "activations": _zeros(objective, *A, A[-1]),
+        "gradients": _zeros(objective, *G, G[-1]),
         "tokens": torch.zeros((), dtype=torch.float64),
     }
 
@@ -211,7 +219,7 @@ def _zeros(objective: Objective, *shape: int) -> Tensor:
 
 
 def _zero_squares(basis: Basis) -> Tensor:
-    return basis.inputs.new_zeros(basis.outputs.shape[0], basis.inputs.shape[0])
+    return basis.inputs.new_zeros(basis.matrix_shape)
 
 
 def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool) -> None:
@@ -220,7 +228,7 @@ def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool)
     if first:
         a = extended_activations(layer, dtype)
         add_products(sums["activations"], a)
-        sums["tokens"] += a.shape[0] * a.shape[1]
+        sums["tokens"] += a.shape[0] // layer.spec.groups * a.shape[1]
 
 
 def _add_squares(sums: Sums, blocks: DiagonalBlocks, objective: Objective, backward: BackwardPass) -> None:

@@ -20,7 +20,13 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.capture import float_leaves
 from influence_calculator.maths.draws import normals, uniforms
-from influence_calculator.maths.objective import IndexedBatch, Objective, batch_size, unsqueezed
+from influence_calculator.maths.objective import (
+    IndexedBatch,
+    Objective,
+    batch_size,
+    only_tensors,
+    unsqueezed,
+)
 from influence_calculator.maths.output_curvature import output_eigenpairs
 from influence_calculator.maths.recognised_losses import pseudo_loss
 
@@ -57,7 +63,7 @@ class OutputExpectation:
 
     def pseudo_gradients(self, objective: Objective, outputs: Any, indexed: IndexedBatch) -> PseudoGradients:
         """Those of a batch whose outputs are given."""
-        outputs = pytree.tree_map(lambda leaf: leaf.detach(), outputs)
+        outputs = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach(), outputs)
         match self.kind:
             case Expectation.EMPIRICAL:
                 return PseudoGradients(1, lambda _: _label_gradients(objective, outputs, indexed))
@@ -90,13 +96,13 @@ class OutputExpectation:
     def _closed_form(
         self, objective: Objective, outputs: Any, indexed: IndexedBatch, indices: Tensor, k: int
     ) -> list[Tensor] | None:
-        leaves, structure = pytree.tree_flatten(outputs)
+        leaves, rebuilt = only_tensors(outputs)
         leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
 
         def one(own: list[Tensor], example: Any, index: Tensor) -> Tensor:
             own = [leaf.unsqueeze(0) for leaf in own]
             found = pseudo_loss(
-                lambda: objective.loss(pytree.tree_unflatten(own, structure), unsqueezed(example)),
+                lambda: objective.loss(rebuilt(own), unsqueezed(example)),
                 [leaf for leaf in own if leaf.is_floating_point()],
                 lambda count: uniforms(self.seed, index, count, k),
                 lambda count: normals(self.seed, index, count, k),

@@ -32,7 +32,7 @@ def capture_bytes(shapes: ModelShapes, micro_batch: int) -> int:
     output gradients by tokens and the per-sample gradients; those of all other parameters at once.
     """
     layers = [
-        layer.inputs * layer.outputs + layer.tokens * (layer.inputs + layer.outputs)
+        layer.inputs * layer.outputs + layer.tokens * (layer.groups * layer.inputs + layer.outputs)
         for layer in shapes.layers
     ]
     captured = sum((layer.inputs + layer.bias) * layer.outputs for layer in shapes.layers)

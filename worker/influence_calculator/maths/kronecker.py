@@ -32,7 +32,7 @@ PIECE = 64
 
 
 def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
-    """`ã = [a, 1]`, `[n, S, j]`: only the part whose parameters are tracked."""
+    """`ã = [a, 1]`, `[n·k, S, j]`: only the part whose parameters are tracked."""
     a = layer.activations.to(dtype)
     if layer.spec.bias is None:
         return a
@@ -41,19 +41,25 @@ def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
 
 
 def add_products(total: Tensor, tokens: Tensor) -> None:
-    """`total += Σ_n Σ_s u uᵀ` over the tokens u of `[n, S, k]`."""
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    total.addmm_(rows.T, rows)
+    """`total += Σ_n Σ_s u uᵀ` over the tokens u of `[n·k, S, w]`, for each group of `[k, w, w]`."""
+    if total.dim() == 2:
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        total.addmm_(rows.T, rows)
+        return
+    k, w = total.shape[:2]
+    rows = tokens.unflatten(0, (-1, k)).transpose(0, 1).reshape(k, -1, w)
+    total.baddbmm_(rows.mT, rows)
 
 
 def add_squared_products(total: Tensor, g: Tensor, a: Tensor) -> None:
     """`total += Σ_n (Σ_s g aᵀ)²` elementwise, `[o, j]`: tokens are summed before squaring."""
-    if g.shape[1] == 1:
+    k = total.shape[0] // g.shape[2]
+    if g.shape[1] == 1 and k == 1:
         total.addmm_(g[:, 0].square().T, a[:, 0].square())
         return
-    at_once = max(1, PRODUCT_ELEMENTS // total.numel())
+    at_once = k * max(1, PRODUCT_ELEMENTS // total.numel())
     for g_piece, a_piece in zip(g.split(at_once), a.split(at_once), strict=True):
-        total.add_(per_sample_products(g_piece, a_piece).square_().sum(0))
+        total.add_(per_sample_products(g_piece, a_piece).view(-1, *total.shape).square_().sum(0))
 
 
 def eigenbasis(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ def eigenbasis(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
             "look for training examples whose loss or outputs are not finite"
         )
     wide = matrix.to(torch.float64)
-    eigenvalues, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+    eigenvalues, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
     return eigenvalues.clamp(min=0).to(matrix.dtype), vectors.to(matrix.dtype)
 
 
@@ -77,29 +83,48 @@ class Basis:
     """Where a layer's curvature is diagonal."""
 
     inputs: Tensor
-    """`Q_A`, `[j, j]`, eigenvectors in columns."""
+    """`Q_A`, `[k, j, j]`, eigenvectors in columns."""
     outputs: Tensor
-    """`Q_G`, `[o, o]`."""
+    """`Q_G`, `[k, o/k, o/k]`."""
+
+    @property
+    def groups(self) -> int:
+        """How many matrices stand one below the other."""
+        return self.inputs.shape[0] if self.inputs.dim() == 3 else 1
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(o, j)`."""
+        return self.groups * self.outputs.shape[-1], self.inputs.shape[-1]
 
 
 def turned_tokens(layer: CapturedLayer, basis: Basis) -> tuple[Tensor, Tensor]:
-    """`Q_Gᵀ g` and `Q_Aᵀ ã` of every token, `[n, S, o]` and `[n, S, j]`."""
+    """`Q_Gᵀ g` and `Q_Aᵀ ã` of every token, `[n·k, S, o/k]` and `[n·k, S, j]`."""
     Q_A, Q_G = basis.inputs, basis.outputs
-    g = layer.gradients.to(Q_G.dtype) @ Q_G
-    if layer.spec.weight is None or layer.spec.bias is None:
-        return g, extended_activations(layer, Q_A.dtype) @ Q_A
+    g = _times(layer.gradients.to(Q_G.dtype), Q_G)
+    if layer.spec.weight is None or layer.spec.bias is None or basis.groups > 1:
+        return g, _times(extended_activations(layer, Q_A.dtype), Q_A)
     a = layer.activations.to(Q_A.dtype)
     # The 1 of ã picks the last row of Q_A: no copy of the activations with ones is made.
     turned = torch.addmm(Q_A[-1], a.flatten(0, 1), Q_A[:-1])
     return g, turned.view(*a.shape[:2], -1)
 
 
+def _times(tokens: Tensor, Q: Tensor) -> Tensor:
+    """`[n·k, S, w]` times `[k, w, w]`, each group its own matrix."""
+    if Q.dim() == 2:
+        return tokens @ Q
+    by_group = tokens.unflatten(0, (-1, Q.shape[0]))
+    return torch.einsum("nksw,kwv->nksv", by_group, Q).flatten(0, 1)
+
+
 def turned_gradients(layer: CapturedLayer, basis: Basis) -> Tensor:
     """`Q_Gᵀ (Σ_s g ãᵀ) Q_A` of each example as a row, `[n, P_b]`."""
-    o, j = basis.outputs.shape[0], basis.inputs.shape[0]
-    if turns_tokens(layer.activations.shape[1], o, j):
-        return per_sample_products(*turned_tokens(layer, basis)).flatten(1)
-    return _turned(_gradient_matrices(layer, basis.inputs.dtype), basis).flatten(1)
+    n = layer.gradients.shape[0] // basis.groups
+    if turns_tokens(layer.activations.shape[1], basis.outputs.shape[-1], basis.inputs.shape[-1]):
+        return per_sample_products(*turned_tokens(layer, basis)).reshape(n, -1)
+    V = _gradient_matrices(layer, basis.inputs.dtype)
+    return _turned(V, basis, out=V).reshape(n, -1)
 
 
 def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[tuple[int, Tensor]]:
@@ -109,8 +134,9 @@ def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[tuple[int, 
     memory that is fresh at every use costs as much as the arithmetic.
     """
     n, S = layer.activations.shape[:2]
-    o, j = basis.outputs.shape[0], basis.inputs.shape[0]
-    if layer.activations.device.type != "cpu" or n <= PIECE or not turns_tokens(S, o, j):
+    o, j = basis.matrix_shape
+    on_processor = layer.activations.device.type == "cpu"
+    if not on_processor or n <= PIECE or basis.groups > 1 or not turns_tokens(S, o, j):
         yield 0, turned_gradients(layer, basis)
         return
     g, a = turned_tokens(layer, basis)
@@ -122,7 +148,7 @@ def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[tuple[int, 
 
 
 def _gradient_matrices(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
-    """`Σ_s g ãᵀ` of each example, `[n, o, j]`; tokens, of which there are many, are not copied."""
+    """`Σ_s g ãᵀ` of each example, `[n·k, o/k, j]`; tokens, of which there are many, are not copied."""
     g = layer.gradients.to(dtype)
     columns = []
     if layer.spec.weight is not None:
@@ -137,10 +163,13 @@ def turns_tokens(S: int, o: int, j: int) -> bool:
     return S * (o * o + j * j) <= o * j * (o + j)
 
 
-def _turned(V: Tensor, basis: Basis) -> Tensor:
-    """`Q_Gᵀ V Q_A` of `[n, o, j]`, which is overwritten."""
-    # Two buffers serve both products: fresh memory costs as much as the arithmetic.
-    return torch.matmul(basis.outputs.T, V @ basis.inputs, out=V)
+def _turned(V: Tensor, basis: Basis, out: Tensor | None = None) -> Tensor:
+    """`Q_Gᵀ V Q_A` of `[n·k, o/k, j]`; `out`, which may be V, is memory for it."""
+    if basis.groups == 1:
+        # Two buffers serve both products: fresh memory costs as much as the arithmetic.
+        return torch.matmul(basis.outputs.T, V @ basis.inputs, out=out)
+    by_group = V.unflatten(0, (-1, basis.groups))
+    return torch.einsum("kop,nkoj,kjl->nkpl", basis.outputs, by_group, basis.inputs)
 
 
 class LayerRows:
@@ -152,17 +181,23 @@ class LayerRows:
 
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""
-        return _turned(self._matrices(columns.to(self.basis.inputs.dtype)), self.basis).flatten(1)
+        V = self._matrices(columns.to(self.basis.inputs.dtype)).view(-1, *self._group_shape)
+        return _turned(V, self.basis, out=V).reshape(len(columns), -1)
 
     def turned_back(self, rows: Tensor) -> Tensor:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""
-        Q_A, Q_G = self.basis.inputs, self.basis.outputs
-        V = rows.to(Q_A.dtype).view(-1, Q_G.shape[0], Q_A.shape[0])
-        return self._columns(torch.matmul(Q_G, V @ Q_A.T))
+        back = Basis(self.basis.inputs.mT, self.basis.outputs.mT)
+        V = rows.to(back.inputs.dtype).view(-1, *self._group_shape)
+        return self._columns(_turned(V, back).reshape(-1, *self.basis.matrix_shape))
+
+    @property
+    def _group_shape(self) -> tuple[int, int]:
+        """`(o/k, j)`."""
+        return self.basis.outputs.shape[-1], self.basis.inputs.shape[-1]
 
     def _matrices(self, columns: Tensor) -> Tensor:
         """`[t, P_b]` as `[t, o, j]`, in memory of its own."""
-        o, j = self.basis.outputs.shape[0], self.basis.inputs.shape[0]
+        o, j = self.basis.matrix_shape
         t = columns.shape[0]
         if self.layer.weight is None or self.layer.bias is None:
             return columns.reshape(t, o, j).clone()

@@ -2,19 +2,23 @@
 
 A layer of this kind computes `f = W ã` for every token (position) of every example, so that the
 gradient by W is `Σ_s g_s ã_sᵀ`. Here stands which modules are such layers, and how their tensors
-become `[n, S, ·]`; `capture` records the tensors.
+become `[n, S, ·]`; `capture` records the tensors. A convolution with k groups is k such layers side
+by side, of which each has `o / k` rows of the weight: its groups stand where examples stand.
 
-Shapes: n examples, S tokens per example, i inputs (kernel included), o outputs.
+Shapes: n examples, k groups (1 for most layers), S tokens per example, i inputs of a group (kernel
+included), o outputs.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from influence_calculator.maths.objective import Objective
 
@@ -29,6 +33,8 @@ class LayerSpec(ABC):
     """Name of the weight if it is tracked."""
     bias: str | None
     """Name of the bias if there is one that is tracked."""
+    groups: int = 1
+    """k: parts of the outputs of which each sees its own part of the inputs, as of grouped convolutions."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -37,11 +43,11 @@ class LayerSpec(ABC):
 
     @abstractmethod
     def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:
-        """The inputs of one call as `[n, S, i]`."""
+        """The inputs of one call as `[n·k, S, i]`, the groups of an example side by side."""
 
     @abstractmethod
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
-        """The gradients by the outputs of one call as `[n, S, o]`."""
+        """The gradients by the outputs of one call as `[n·k, S, o/k]`."""
 
 
 class LinearLayer(LayerSpec):
@@ -54,49 +60,66 @@ class LinearLayer(LayerSpec):
         return gradients.reshape(n, -1, gradients.shape[-1])
 
 
-class Conv2dLayer(LayerSpec):
-    """`nn.Conv2d` with one group and zero padding: tokens are output pixels, inputs the patch under each."""
+class ConvLayer(LayerSpec):
+    """`nn.Conv1d`, `2d`, `3d`: tokens are output positions, inputs the patch under each, kernel included."""
 
     def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:
-        assert isinstance(module, nn.Conv2d)
-        padded = F.pad(inputs, _padding(module))
-        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-        # Several images per example (frames, crops) are further tokens.
-        images = patches.shape[0] // n
-        if images == 1:
-            return patches.mT
-        return patches.mT.reshape(n, images * patches.shape[2], patches.shape[1])
+        assert isinstance(module, _ConvNd)
+        patches = _padded(module, inputs)
+        for axis, (k, s, d) in enumerate(
+            zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        ):
+            patches = patches.unfold(axis + 2, d * (k - 1) + 1, s)[..., ::d]
+        # [images, channels, *positions, *kernel], until here a view.
+        axes = len(module.kernel_size)
+        patches = patches.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
+        columns = self.groups * module.weight.shape[1] * math.prod(module.kernel_size)
+        return self._tokens(patches.reshape(patches.shape[0], columns, -1), n)
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
-        flat = gradients.flatten(2)
-        images = flat.shape[0] // n
+        return self._tokens(gradients.flatten(2), n)
+
+    def _tokens(self, columns: Tensor, n: int) -> Tensor:
+        """`[images, k·u, positions]` as `[n·k, S, u]`; several images per example are further tokens."""
+        images = columns.shape[0] // n
         if images == 1:
-            return flat.mT
-        return flat.mT.reshape(n, images * flat.shape[2], flat.shape[1])
+            return columns.reshape(n * self.groups, -1, columns.shape[2]).mT
+        u = columns.shape[1] // self.groups
+        by_group = columns.unflatten(1, (self.groups, u)).unflatten(0, (n, images))
+        return by_group.permute(0, 2, 1, 4, 3).reshape(n * self.groups, -1, u)
 
 
-def _padding(module: nn.Conv2d) -> list[int]:
-    """What `F.pad` takes: left, right, top, bottom."""
-    if isinstance(module.padding, tuple):
-        height, width = module.padding
-        return [width, width, height, height]
-    if module.padding == "valid":
-        return [0, 0, 0, 0]
-    height, width = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    return [width // 2, width - width // 2, height // 2, height - height // 2]
+def _padded(module: _ConvNd, inputs: Tensor) -> Tensor:
+    """The inputs as the kernel meets them."""
+    match module.padding:
+        case "valid":
+            return inputs
+        case "same":
+            total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+            sides = [(both // 2, both - both // 2) for both in total]
+        case _:
+            sides = [(int(side), int(side)) for side in module.padding]
+    # `F.pad` begins with the last dimension.
+    amounts = [amount for pair in reversed(sides) for amount in pair]
+    if not any(amounts):
+        return inputs
+    return F.pad(inputs, amounts, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+
+
+_CAPTURED: tuple[tuple[type[nn.Module], type[LayerSpec]], ...] = (
+    (nn.Linear, LinearLayer),
+    (nn.Conv1d, ConvLayer),
+    (nn.Conv2d, ConvLayer),
+    (nn.Conv3d, ConvLayer),
+)
+"""Modules that are captured, and how."""
 
 
 def _kind(module: nn.Module) -> type[LayerSpec] | None:
     """How a module is captured; a subclass with a forward of its own may do anything, so it is not."""
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return LinearLayer
-    if (
-        isinstance(module, nn.Conv2d)
-        and type(module).forward is nn.Conv2d.forward
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-    ):
-        return Conv2dLayer
+    for known, kind in _CAPTURED:
+        if isinstance(module, known) and type(module).forward is known.forward:
+            return kind
     return None
 
 
@@ -119,8 +142,20 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
             continue
         weight, bias = (own[key] if own.get(key) in tracked else None for key in ("weight", "bias"))
         if weight or bias:
-            layers.append(kind(name, weight, bias))
+            layers.append(kind(name, weight, bias, getattr(module, "groups", 1)))
     return tuple(layers)
+
+
+def described(model: nn.Module, name: str) -> str:
+    """A module's kind, and the modules that it shares parameters with."""
+    own = {id(p) for p in model.get_submodule(name).parameters(recurse=False)}
+    others = [
+        repr(other)
+        for other, module in model.named_modules()
+        if other != name and own & {id(p) for p in module.parameters(recurse=False)}
+    ]
+    kind = type(model.get_submodule(name)).__name__
+    return f"{kind}, shared with {' and '.join(others)}" if others else kind
 
 
 def _inside_attention(model: nn.Module, name: str) -> bool:

@@ -8,7 +8,7 @@ Shapes: n examples in a batch, P tracked parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ Loss = Callable[[Any, Batch], Tensor]
 """`loss(outputs, batch)`: a scalar, reduced over a batch in any way."""
 
 Forward = Callable[[nn.Module, Batch], Any]
-"""`forward(model, batch) -> outputs`: a pytree of tensors, leading dimension n."""
+"""`forward(model, batch) -> outputs`: a pytree whose tensors have the leading dimension n."""
 
 
 class IndexedBatch(NamedTuple):
@@ -92,7 +92,24 @@ class _Forward(nn.Module):
 
 def unsqueezed(tree: Any) -> Any:
     """One example's tensors as those of a batch of one."""
-    return pytree.tree_map(lambda leaf: leaf.unsqueeze(0), tree)
+    return pytree.tree_map_only(Tensor, lambda leaf: leaf.unsqueeze(0), tree)
+
+
+def only_tensors(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors of a model's outputs, and what makes outputs of others in their place.
+
+    Whatever else the outputs hold (None, numbers, a language model's cache) stays in its place.
+    """
+    leaves, structure = pytree.tree_flatten(outputs)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuilt(tensors: Sequence[Tensor]) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return pytree.tree_unflatten(filled, structure)
+
+    return [leaves[place] for place in places], rebuilt
 
 
 @dataclass(frozen=True)
@@ -143,24 +160,34 @@ class Objective:
 
         Parameters that are not tracked take no gradient.
         """
-        values = {f"model.{k}": v.detach() for k, v in self.model.named_parameters()}
-        values |= {f"model.{k}": v for k, v in (parameters or {}).items()}
-        return functional_call(self._module, values, (batch,))
+        own = dict(self.model.named_parameters())
+        given = {id(own[name]): value for name, value in (parameters or {}).items()}
+        # Every module once and every parameter of it: `functional_call`, left to tie weights itself, does not
+        # give a module that has two names its parameters back.
+        values = {
+            f"{prefix}.{name}": given.get(id(p), p.detach())
+            for prefix, module in self.model.named_modules(prefix="model")
+            for name, p in module._parameters.items()
+            if p is not None
+        }
+        return functional_call(self._module, values, (batch,), tie_weights=False)
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Per-example losses `[n]` of outputs that came from `batch`."""
+        tensors, rebuilt = only_tensors(outputs)
+
+        def one(own: list[Tensor], example: Batch) -> Tensor:
+            return self._one_loss(rebuilt(own), example)
+
         try:
-            return vmap(self._one_loss)(outputs, batch)
+            return vmap(one)(tensors, batch)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError):
             # A loss with data-dependent control flow (`.item()`, `if`) cannot be vmapped.
             n = batch_size(batch)
             rows = [
-                self._one_loss(
-                    pytree.tree_map(lambda leaf, i=i: leaf[i], outputs),
-                    pytree.tree_map(lambda leaf, i=i: leaf[i], batch),
-                )
+                one([tensor[i] for tensor in tensors], pytree.tree_map(lambda leaf, i=i: leaf[i], batch))
                 for i in range(n)
             ]
             return torch.stack(rows)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
-from influence_calculator.maths.objective import Batch, Objective, batch_size, unsqueezed
+from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors, unsqueezed
 
 MOST_OUTPUTS = 4096
 """Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
@@ -82,12 +82,15 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
 
 
 def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
-    def loss(values: Tensor, output: Any, example: Batch) -> Tensor:
-        return objective.loss(unsqueezed(_with_floats(output, values)), unsqueezed(example)).sum()
+    tensors, rebuilt = only_tensors(outputs)
+
+    def loss(values: Tensor, output: list[Tensor], example: Batch) -> Tensor:
+        replaced = rebuilt(_with_floats(output, values))
+        return objective.loss(unsqueezed(replaced), unsqueezed(example)).sum()
 
     try:
         # Reverse over reverse: forward mode loads decompositions for seconds, and fewer losses have it.
-        return vmap(jacrev(jacrev(loss)))(flat, outputs, batch)
+        return vmap(jacrev(jacrev(loss)))(flat, tensors, batch)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
@@ -95,24 +98,23 @@ def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch:
         return torch.stack(
             [
                 torch.autograd.functional.hessian(
-                    lambda f, i=i: loss(f, _at(outputs, i), _at(batch, i)), flat[i].detach()
+                    lambda f, i=i: loss(f, _at(tensors, i), _at(batch, i)), flat[i].detach()
                 )
                 for i in range(batch_size(batch))
             ]
         )
 
 
-def _with_floats(output: Any, values: Tensor) -> Any:
+def _with_floats(output: list[Tensor], values: Tensor) -> list[Tensor]:
     """One example's output with its floating-point elements replaced by `values`, `[d]`."""
-    leaves, structure = pytree.tree_flatten(output)
     start, replaced = 0, []
-    for leaf in leaves:
+    for leaf in output:
         if _is_float(leaf):
             replaced.append(values[start : start + leaf.numel()].reshape(leaf.shape))
             start += leaf.numel()
         else:
             replaced.append(leaf)
-    return pytree.tree_unflatten(replaced, structure)
+    return replaced
 
 
 def _is_float(leaf: Any) -> bool:

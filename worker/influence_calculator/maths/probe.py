@@ -36,9 +36,9 @@ def probe(objective: Objective, batch: Batch) -> None:
     """Refuses a model whose batched per-sample gradients differ from those of batches of one.
 
     Raises:
-        TrainingModeError: dropout or batch statistics are on, or two forwards of one example disagree.
+        TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
         CaptureMismatchError: gradients differ; names the parameters and the usual cause.
-        UnsupportedModelError: no parameter is tracked.
+        UnsupportedModelError: no parameter is tracked, or outputs are no entries of examples.
     """
     if not objective.names:
         raise UnsupportedModelError(
@@ -47,7 +47,7 @@ def probe(objective: Objective, batch: Batch) -> None:
         )
     _refuse_training_mode(objective.model)
     few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
-    _refuse_random_outputs(objective, slice_batch(few, 0, 1))
+    _refuse_random_outputs(objective, few)
     _refuse_other_gradients(objective, few)
 
 
@@ -83,17 +83,23 @@ def _uses_batch(module: _NormBase) -> bool:
     return module.training or module.running_mean is None
 
 
-def _refuse_random_outputs(objective: Objective, example: Batch) -> None:
+def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
+    n = batch_size(few)
     with torch.no_grad():
-        first, second = (pytree.tree_leaves(objective.outputs(example)) for _ in range(2))
+        first, second = (pytree.tree_leaves(objective.outputs(few)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
+        if isinstance(a, Tensor) and a.shape[:1] != (n,):
+            raise UnsupportedModelError(
+                f"forward: expected outputs with an entry for each of {n} examples, got a tensor of shape "
+                f"{list(a.shape)}; return what the loss needs of each example, such as logits without a loss "
+                "that was averaged over the batch (pass no labels to the model)"
+            )
         if isinstance(a, Tensor) and a.is_floating_point():
             tolerance = _tolerance(a.dtype)
-            if not torch.allclose(
-                a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()), equal_nan=True
-            ):
+            largest = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
+            if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True):
                 raise TrainingModeError(
-                    "forward: expected two passes of one example to agree, got different outputs; "
+                    "forward: expected two passes of the same examples to agree, got different outputs; "
                     "call model.eval(), and take random numbers out of forward (functional dropout takes "
                     "training=)"
                 )

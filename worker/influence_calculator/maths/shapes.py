@@ -11,18 +11,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer with a weight that hooks capture: activations `[n, S, i]`, output gradients `[n, S, o]`."""
+    """One layer that hooks capture: activations `[n·k, S, i]`, output gradients `[n·k, S, o/k]`."""
 
     name: str
     inputs: int
-    """i: columns of the weight as a matrix (kernel included for convolutions), without the bias; 0 if the
-    weight is not tracked."""
+    """i: columns of the weight as a matrix (of a convolution a group's channels × kernel), without the bias;
+    0 if the weight is not tracked."""
     outputs: int
     """o."""
     tokens: int
-    """S: positions per example over all calls (1 for a plain Linear, output pixels for Conv2d)."""
+    """S: positions per example over all calls (1 for a plain Linear, output positions for convolutions)."""
     bias: bool
     """Whether a bias is tracked."""
+    groups: int = 1
+    """k: of a grouped convolution."""
+
+    @property
+    def group_outputs(self) -> int:
+        """Rows of the weight in one group, `o / k`."""
+        return self.outputs // self.groups
 
 
 @dataclass(frozen=True)

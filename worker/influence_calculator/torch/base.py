@@ -351,8 +351,10 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         rows = solve(x_test, y_test).left
         return rows, self._batch(x_test, y_test) if x is None or y is None else self._batch(x, y)
 
-    def _batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x.to(self.model_device), y.to(self.model_device)
+    def _batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """The examples on the model's device; x is whatever pytree `model(x)` takes."""
+        moved: tuple[Any, Any] = pytree.tree_map(lambda leaf: leaf.to(self.model_device), (x, y))
+        return moved
 
     def _micro_batch(self, batch: tuple[Tensor, Tensor]) -> int:
         """Examples differentiated at once: all, unless one parameter's gradients would exceed the limit."""

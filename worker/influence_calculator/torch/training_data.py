@@ -11,16 +11,16 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from influence_calculator.errors import OneShotIterableError
 from influence_calculator.iterables import Readable, pair_of
-from influence_calculator.maths.objective import IndexedBatch
+from influence_calculator.maths.objective import IndexedBatch, batch_size
 
 
 class IterableTrainingData:
-    """Training data of anything that iterates over (x, y), on the model's device."""
+    """Training data of anything that iterates over (x, y), on the model's device; x may be a pytree."""
 
     def __init__(self, items: Iterable[Any], device: torch.device, passes: int) -> None:
         """`passes` is how often the method reads the data.
@@ -39,10 +39,10 @@ class IterableTrainingData:
     def length(self) -> int:
         """Number of examples, counted once."""
         if self._length is None:
-            self._length = sum(int(x.shape[0]) for x, _ in map(self._pair, self._read()))
+            self._length = sum(batch_size(x) for x, _ in map(self._pair, self._read()))
         return self._length
 
-    def first(self) -> tuple[Tensor, Tensor]:
+    def first(self) -> tuple[Any, Any]:
         """The first batch; a later pass sees it too.
 
         Raises:
@@ -62,7 +62,7 @@ class IterableTrainingData:
         for item in self._read():
             x, y = self._on_device(item)
             yield IndexedBatch(start, (x, y))
-            start += int(x.shape[0])
+            start += batch_size(x)
         self._length = start
 
     def _read(self) -> Iterator[Any]:
@@ -74,9 +74,9 @@ class IterableTrainingData:
     def _pair(self, item: Any) -> tuple[Any, Any]:
         return pair_of("data", item)
 
-    def _on_device(self, item: Any) -> tuple[Tensor, Tensor]:
-        x, y = self._pair(item)
-        return x.to(self.device), y.to(self.device)
+    def _on_device(self, item: Any) -> tuple[Any, Any]:
+        x, y = pytree.tree_map(lambda leaf: leaf.to(self.device), self._pair(item))
+        return x, y
 
 
 class _LoaderInOneOrder:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from influence_calculator.maths.nystroem_sketch import PROBE
-from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.shapes import LayerShape, ModelShapes
 from influence_job.plan.document import Plan, Sizes
 from influence_job.spec import (
     ArnoldiSpec,
@@ -88,12 +88,17 @@ def _gradient(shapes: ModelShapes) -> float:
 
 def _fit_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
     shapes = sizes.shapes
-    rotation = sum(2 * layer.tokens * (layer.inputs**2 + layer.outputs**2) for layer in shapes.layers)
+    rotation = sum(2 * layer.tokens * _per_group(layer, 2) for layer in shapes.layers)
     example = _capture(shapes) + rotation
     if spec.update_diagonal:
         example += _capture(shapes) + rotation + _gradient(shapes)
-    eigenproblems = sum(10 * (layer.inputs**3 + layer.outputs**3) for layer in shapes.layers)
+    eigenproblems = sum(10 * _per_group(layer, 3) for layer in shapes.layers)
     return sizes.train * example + eigenproblems
+
+
+def _per_group(layer: LayerShape, power: int) -> int:
+    """Over the groups of a layer, both sides of each to a power."""
+    return layer.groups * (layer.inputs**power + layer.group_outputs**power)
 
 
 def _fit_direct(spec: DirectSpec, sizes: Sizes) -> float:
@@ -121,7 +126,7 @@ def _solve_low_rank(spec: ArnoldiSpec | NystroemSketchSpec, sizes: Sizes) -> flo
 
 def _solve_ekfac(_: EkfacSpec, sizes: Sizes) -> float:
     layers = sizes.shapes.layers
-    return sizes.test * float(sum(4 * s.inputs * s.outputs * (s.inputs + s.outputs) for s in layers))
+    return sizes.test * float(sum(4 * s.inputs * s.outputs * (s.inputs + s.group_outputs) for s in layers))
 
 
 def _solve_direct(_: DirectSpec, sizes: Sizes) -> float:
