@@ -249,6 +249,9 @@ def test_influences_from_stored_factors_equal_those_computed_at_once(
     scale = np.abs(theirs["influences"][:]).max()
     for name in ("influences", "most_harmful_score", "score_mean"):
         np.testing.assert_allclose(ours[name][:], theirs[name][:], rtol=1e-4, atol=1e-5 * scale)
+    for name in ("test_label", "test_confidence"):
+        np.testing.assert_array_equal(ours[name][:], theirs[name][:])
+    assert "test_label" in xarray.open_zarr(path)["influences"].coords
     by_parameter = zarr.open_group(factors, mode="r")["factors/0"]
     assert by_parameter.shape[0] == traced_task.TEST
     assert "block" in by_parameter.attrs

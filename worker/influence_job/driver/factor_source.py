@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from influence_job.errors import PermanentError, Reason
 from influence_job.spec import InfluenceJobSpec
-from influence_job.storage.arrays import OURS, read_attributes
+from influence_job.storage.arrays import OURS, read_array, read_attributes
 from influence_job.storage.fingerprint import differences
 from influence_job.storage.store import Store
 
@@ -41,6 +43,19 @@ def read_record(spec: InfluenceJobSpec) -> dict[str, Any] | None:
 def digest_of(record: dict[str, Any] | None) -> str | None:
     """Identifies the factors, wherever their store lies."""
     return None if record is None else str(record["result"]["digest"])
+
+
+def coordinates(spec: InfluenceJobSpec, record: dict[str, Any] | None) -> dict[str, np.ndarray[Any, Any]]:
+    """What the factors' job noted of its test examples, `test_<name>` -> one value per example.
+
+    Raises:
+        PermanentError: a byte of them was changed.
+    """
+    if record is None or spec.factors is None:
+        return {}
+    names = [name for name in record.get("annotations", []) if name.startswith("test_")]
+    with Store.open(spec.factors.url, spec.output.storage_options) as store:
+        return {name: read_array(store, name) for name in names}
 
 
 def refuse_other(spec: InfluenceJobSpec, record: dict[str, Any] | None, fingerprint: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,20 @@ def create(
     plan: Plan,
     loaded: Loaded,
     fingerprint: dict[str, Any],
+    noted: Mapping[str, np.ndarray[Any, Any]],
 ) -> None:
-    """Creates every array, filled with NaN, then notes the job: that note is what makes it begun."""
+    """Creates every array, filled with NaN, then notes the job: that note is what makes it begun.
+
+    `noted` is known of the test examples before: coordinates that came with stored factors.
+    """
     for name, dtype in loaded.annotations.items():
         side = name.split("_", 1)[0]
         length, chunk = (plan.test, plan.test_chunk) if side == "test" else (plan.train, plan.train_chunk)
         _create_vector(store, name, length, chunk, np.dtype(dtype), side)
-    coordinates = {"coordinates": " ".join(sorted(loaded.annotations))}
+    for name, values in noted.items():
+        arrays.write_array(store, name, values, ("test",))
+    annotations = sorted({*loaded.annotations, *noted})
+    coordinates = {"coordinates": " ".join(annotations)}
     if plan.on_itself:
         arrays.create_array(
             store,
@@ -72,7 +80,7 @@ def create(
                 "spec": job.spec.model_dump(mode="json", by_alias=True, exclude_unset=True),
                 "fingerprint": fingerprint,
                 "plan": plan.to_json(),
-                "annotations": sorted(loaded.annotations),
+                "annotations": annotations,
                 "provenance": provenance(loaded.environment),
             }
         },

@@ -106,7 +106,8 @@ def _compute(
         delete_previous(opened.store, opened.epoch)
         # Any worker may be the one that stores its model, and each may have trained another.
         fingerprint["model"] = submitter.call(save_model, context)
-        layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint)
+        noted = factor_source.coordinates(job.spec, opened.factors)
+        layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, noted)
     context = replace(context, plan=plan)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
     tracker.finish(layout.complete(opened.store, opened.ledger, plan))
