@@ -234,7 +234,8 @@ def test_kubectl_shows_the_columns(crd: Cluster, namespace: str) -> None:
 def test_kubectl_explains_what_a_method_may_hold_and_when_changes_take_effect(crd: Cluster) -> None:
     explained = crd.kubectl("explain", "influencejob.spec.method")
     assert "How (H + λI)^-1 is applied" in explained
-    assert "regularization\t<number> -required-" in explained
+    assert "name\t<string> -required-" in explained
+    assert "λ, added to the diagonal of H. No default" in " ".join(explained.split())
     assert "Keys the draws" in explained
     for field in ("image", "driver", "scheduler", "workers", "podDefaults"):
         told = " ".join(crd.kubectl("explain", f"influencejob.spec.{field}").split())
