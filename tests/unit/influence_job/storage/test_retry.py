@@ -96,7 +96,7 @@ def test_what_does_not_pass_within_the_limit_asks_for_another_run() -> None:
     with pytest.raises(InfrastructureError, match=r"gs://b/x: writing o failed for 0.1 s: .*503") as raised:
         Retry("gs://b/x", 0.1).call("writing o", failing)
     assert raised.value.reason is Reason.STORE_UNREACHABLE
-    assert failing.calls > 2
+    assert failing.calls > 1
 
 
 @pytest.mark.parametrize(("error", "cure"), PERMANENT, ids=lambda value: repr(value))
