@@ -16,7 +16,7 @@ from influence_calculator.torch import functional
 from influence_calculator.torch.functional import LowRankProductRepresentation
 from influence_calculator.torch.operator import GaussNewtonOperator, HessianOperator, MatrixOperator
 from influence_calculator.torch.util import get_model_parameters
-from model_cases import FROZEN, MLP, MLP_REGRESSION, ModelCase
+from model_cases import MLP, MLP_REGRESSION, SHARED, ModelCase
 from references import reference
 
 X, Y = MLP.train()
@@ -119,7 +119,7 @@ def test_products_with_the_hessian_of_all_examples(precompute: bool) -> None:
     oracle.assert_close(product(ROWS[1]), expected[1], 1e-10)
 
 
-@pytest.mark.parametrize("case", [MLP, MLP_REGRESSION, FROZEN], ids=repr)
+@pytest.mark.parametrize("case", [MLP, MLP_REGRESSION, SHARED], ids=repr)
 @pytest.mark.parametrize("size", [23, 11])
 def test_matrices_count_every_example_the_same_whatever_the_batches(case: ModelCase, size: int) -> None:
     x, y = case.train()
@@ -204,8 +204,9 @@ def test_a_search_that_ends_early_or_meets_nan_says_so() -> None:
 
 
 def test_parameters_come_by_name_without_those_that_are_frozen() -> None:
-    model = FROZEN.model()
-    assert list(get_model_parameters(model)) == ["2.weight", "4.weight", "4.bias"]
+    model = SHARED.model()
+    tracked = ["first.weight", "first.bias", "second.bias", "head.weight", "head.bias"]
+    assert list(get_model_parameters(model)) == tracked
     every = get_model_parameters(model, detach=False, require_grad_only=False)
     assert list(every) == [name for name, _ in model.named_parameters()]
     assert all(value is own for value, own in zip(every.values(), model.parameters(), strict=True))

@@ -23,7 +23,7 @@ from influence_calculator.maths.method import Fitted, SolverStatus
 from influence_calculator.maths.objective import Objective, xy_objective
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.tracin import TracIn
-from model_cases import CASES, FROZEN, MLP, TRANSFORMER, ModelCase
+from model_cases import CASES, MLP, SHARED, TRANSFORMER, ModelCase
 
 RATES = (0.5, 0.125, 2.0)
 
@@ -134,13 +134,13 @@ def test_the_model_counts_if_its_own_state_is_a_checkpoint_and_only_then() -> No
 
 
 def test_factors_have_a_block_of_columns_per_checkpoint_and_score_as_the_examples_do() -> None:
-    model = TracInInfluence(FROZEN.model(), FROZEN.loss, checkpoints(FROZEN)).fit([FROZEN.train()])
+    model = TracInInfluence(SHARED.model(), SHARED.loss, checkpoints(SHARED)).fit([SHARED.train()])
     assert model.layout.blocks == ("checkpoint_0", "checkpoint_1", "checkpoint_2")
-    factors = model.influence_factors(*FROZEN.test())
-    expected = [r * gradients(FROZEN, s)[0] for s, r in zip(states(FROZEN), RATES, strict=True)]
+    factors = model.influence_factors(*SHARED.test())
+    expected = [r * gradients(SHARED, s)[0] for s, r in zip(states(SHARED), RATES, strict=True)]
     oracle.assert_close(factors, torch.cat(expected, 1), 1e-10)
     assert model.n_parameters == 3 * expected[0].shape[1]
-    oracle.assert_close(model.influences_from_factors(factors, *FROZEN.train()), summed(FROZEN), 1e-10)
+    oracle.assert_close(model.influences_from_factors(factors, *SHARED.train()), summed(SHARED), 1e-10)
 
 
 def test_the_training_side_is_differentiated_once_per_checkpoint_for_all_test_rows() -> None:

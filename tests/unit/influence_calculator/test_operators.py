@@ -37,7 +37,7 @@ from influence_calculator.torch.operator import (
     MatrixOperator,
 )
 from influence_calculator.torch.preconditioner import JacobiPreconditioner, NystroemPreconditioner
-from model_cases import CONV2D, FROZEN, MLP, ModelCase
+from model_cases import CONV2D, MLP, SHARED, ModelCase
 from references import REGULARIZATIONS, reference
 
 X, Y = MLP.train()
@@ -67,7 +67,7 @@ def second_order(request: pytest.FixtureRequest) -> str:
 
 
 class TestMatricesOfTheTrainingData:
-    @pytest.mark.parametrize("case", [MLP, FROZEN, CONV2D], ids=repr)
+    @pytest.mark.parametrize("case", [MLP, SHARED, CONV2D], ids=repr)
     @pytest.mark.parametrize("size", SIZES)
     def test_every_example_counts_the_same_whatever_the_batches(
         self, second_order: str, case: ModelCase, size: int
