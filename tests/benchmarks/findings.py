@@ -1,4 +1,4 @@
-"""What a benchmark found, and how it is printed. Used by `run` and `operator_scale`."""
+"""What a benchmark found, and how it is printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class Finding:
     """One figure; `target` is what it is held to, None where it only informs."""
 
     name: str
-    value: float
+    value: float | None
+    """None where what it is a figure of failed."""
     unit: str
     target: str | None = None
     reached: bool = True
@@ -21,7 +22,8 @@ def table(findings: list[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
-        line = f"{finding.name:<{width}}  {finding.value:>10.4g} {finding.unit:<3}"
+        value = "failed" if finding.value is None else f"{finding.value:.4g}"
+        line = f"{finding.name:<{width}}  {value:>10} {finding.unit:<3}"
         if finding.target:
             line += f"  {finding.target:>8}  {'reached' if finding.reached else 'MISSED'}"
         lines.append(line.rstrip())

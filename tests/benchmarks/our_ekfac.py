@@ -1,4 +1,4 @@
-"""Our side of W1 with EK-FAC: the same calls as pyDVL's side, with the imports changed."""
+"""Our side with EK-FAC: the same calls as pyDVL's side, with the imports changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def compute(client: Client, inputs: side.Inputs, expectation: str = "sampled") -
     model = EkfacInfluence(
         inputs.model,
         update_diagonal=True,
-        hessian_regularization=workload.REGULARIZATION,
+        hessian_regularization=inputs.workload.regularization,
+        loss=workload.loss,
         expectation=expectation,
     ).fit(inputs.loader)
     calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
@@ -27,5 +28,4 @@ def compute(client: Client, inputs: side.Inputs, expectation: str = "sampled") -
 
 
 if __name__ == "__main__":
-    # Without draws, the numbers can be compared with those of another implementation.
     side.main("influence_calculator.torch", compute, partial(compute, expectation="exact"))

@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 Rate = Callable[[int, int, int, int], float]
 """`rate(batch, m, k, n)`: FLOP per second of `batch` products `[m, k] @ [k, n]` on all cores."""
@@ -25,6 +26,25 @@ class Layer(NamedTuple):
     """o"""
     tokens: int = 1
     """S"""
+
+
+def layers(model: nn.Module, x: Tensor) -> list[Layer]:
+    """The model's Linear and Conv2d layers in the order of their calls, for the one example `x`."""
+    found: list[Layer] = []
+
+    def record(module: nn.Module, inputs: object, outputs: Tensor) -> None:
+        weight = module.get_parameter("weight")
+        o = weight.shape[0]
+        inputs_and_bias = weight[0].numel() + (getattr(module, "bias", None) is not None)
+        found.append(Layer(inputs_and_bias, o, outputs.numel() // o))
+
+    hooked = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    handles = [module.register_forward_hook(record) for module in hooked]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def physical_bound(

@@ -1,12 +1,13 @@
-"""EK-FAC as one would write it for one network in memory: the reference for speed and for numbers.
+"""EK-FAC as one would write it in memory, with hooks: the reference for speed and for numbers.
 
-Uses nothing of the library. Linear layers with bias, cross-entropy, one token per example.
+Uses nothing of the library. Linear and Conv2d, each called once; cross-entropy summed over an example.
 
-Shapes: n examples, i inputs with the bias's 1, o outputs, K output directions, C classes.
+Shapes: n examples, S tokens, i inputs (with the bias's 1), o outputs, K output directions, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,81 +15,179 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Data = tuple[Tensor, Tensor]
+Directions = Callable[[Tensor], Tensor]
+"""From logits `[n, C, ...]` to `[K, n, C, ...]`, what is propagated back."""
 
 
 class Captured(NamedTuple):
     """One layer's activations and output gradients."""
 
     a: Tensor
-    """`[n, i]`"""
+    """`[n, S, i]`"""
     g: Tensor
-    """`[K, n, o]`"""
+    """`[K, n, S, o]`"""
 
 
-def plain_ekfac(model: nn.Sequential, train: Data, test: Data, regularization: float, exact: bool) -> Tensor:
+class Curvature(NamedTuple):
+    """Eigenbasis and eigenvalues of one layer."""
+
+    Q_A: Tensor
+    Q_G: Tensor
+    diagonal: Tensor
+    """`Λ [o, i]`"""
+
+
+def plain_ekfac(
+    model: nn.Module, train: Data, test: Data, regularization: float, draws: int | None, chunk: int | None
+) -> Tensor:
     """Influences `[T, N]` of every training example on every test example.
 
-    With `exact` the curvature sums over all outputs, else it draws one label per example.
+    The curvature takes `draws` labels per position, or sums over all outputs where it is None. `chunk`
+    examples are differentiated at once, all of them where it is None.
     """
-    layers = capture(model, train[0], lambda logits: curvature_directions(logits, exact))
-    left = capture(model, test[0], lambda logits: loss_directions(logits, test[1]))
-    right = capture(model, train[0], lambda logits: loss_directions(logits, train[1]))
-    scores = torch.zeros(len(test[0]), len(train[0]))
-    for curvature, tested, trained in zip(layers, left, right, strict=True):
-        factors = solve(curvature, gradients(tested), regularization)
-        scores += factors.flatten(1) @ gradients(trained).flatten(1).T
-    return scores
+    curvatures = fit(model, train, draws, chunk)
+    factors = [
+        solve(curvature, gradients(tested), regularization)
+        for curvature, tested in zip(curvatures, capture(model, test[0], by_labels(test[1])), strict=True)
+    ]
+    columns = []
+    for x, y in batches(train, chunk):
+        layers = capture(model, x, by_labels(y))
+        scores = torch.zeros(len(test[0]), len(x))
+        for z, layer in zip(factors, layers, strict=True):
+            scores += z.flatten(1) @ gradients(layer).flatten(1).T
+        columns.append(scores)
+    return torch.cat(columns, dim=1)
 
 
-def capture(model: nn.Sequential, x: Tensor, directions: object) -> list[Captured]:
-    """Activations and output gradients of each Linear for `directions(logits) -> [K, n, C]`."""
+def fit(model: nn.Module, train: Data, draws: int | None, chunk: int | None) -> list[Curvature]:
+    """Every layer's curvature, in two passes over the captures, which are kept where they are one chunk."""
+    generator = torch.Generator()
+
+    def captures() -> Iterable[list[Captured]]:
+        generator.manual_seed(0)
+        return (capture(model, x, by_curvature(draws, generator)) for x, _ in batches(train, chunk))
+
+    kept = list(captures()) if chunk is None else None
+    covariances: list[tuple[Tensor, Tensor]] = []
+    for layers in kept or captures():
+        found = [(gram(layer.a), gram(layer.g)) for layer in layers]
+        covariances = [
+            (A + more_A, G + more_G)
+            for (A, G), (more_A, more_G) in zip(covariances or found, found, strict=True)
+        ]
+    bases = [(eigenvectors(A), eigenvectors(G)) for A, G in covariances]
+    diagonals = [torch.zeros(len(Q_G), len(Q_A)) for Q_A, Q_G in bases]
+    for layers in kept or captures():
+        for diagonal, layer, basis in zip(diagonals, layers, bases, strict=True):
+            diagonal += squares(layer, *basis) / len(train[0])
+    return [Curvature(*basis, diagonal) for basis, diagonal in zip(bases, diagonals, strict=True)]
+
+
+def capture(model: nn.Module, x: Tensor, directions: Directions) -> list[Captured]:
+    """Activations and output gradients of each layer, in the order of the calls."""
     activations: list[Tensor] = []
     outputs: list[Tensor] = []
-    hidden = x
+
+    def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        activations.append(patches(module, inputs[0].detach()))
+        outputs.append(output if output.requires_grad else output.requires_grad_())
+
     model.requires_grad_(False)
-    for module in model:
-        if isinstance(module, nn.Linear):
-            activations.append(F.pad(hidden.detach(), (0, 1), value=1.0))
-            hidden = module(hidden)
-            outputs.append(hidden if hidden.requires_grad else hidden.requires_grad_())
-        else:
-            hidden = module(hidden)
-    assert callable(directions)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    logits = model(x)
+    for handle in handles:
+        handle.remove()
     rows = [
-        torch.autograd.grad(hidden, outputs, direction, retain_graph=True)
-        for direction in directions(hidden.detach())
+        torch.autograd.grad(logits, outputs, direction, retain_graph=True)
+        for direction in directions(logits.detach())
     ]
-    return [Captured(a, torch.stack(g)) for a, g in zip(activations, zip(*rows, strict=True), strict=True)]
+    return [
+        Captured(a, torch.stack([tokens(each) for each in g]))
+        for a, g in zip(activations, zip(*rows, strict=True), strict=True)
+    ]
 
 
-def loss_directions(logits: Tensor, y: Tensor) -> Tensor:
-    """`p − e_y`, `[1, n, C]`: the loss's gradient in the outputs."""
-    return (logits.softmax(1) - F.one_hot(y, logits.shape[1]))[None]
+def patches(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What the weight is multiplied with, `[n, S, i]`."""
+    if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        inputs = F.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride).mT
+    rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    return rows if module.bias is None else F.pad(rows, (0, 1), value=1.0)
 
 
-def curvature_directions(logits: Tensor, exact: bool) -> Tensor:
-    """V with `E[v vᵀ] = diag(p) − p pᵀ`: `√p_k (p − e_k)` for every k, or `p − e_k` of one k drawn from p."""
-    p = logits.softmax(1)
-    if not exact:
-        drawn = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(0))[:, 0]
-        return loss_directions(logits, drawn)
-    every = p[None] - torch.eye(p.shape[1])[:, None, :]
-    return every * p.T.sqrt()[:, :, None]
+def tokens(gradient: Tensor) -> Tensor:
+    """`[n, S, o]` of a gradient by `[n, o, height, width]` or by `[n, ..., o]`."""
+    if gradient.dim() == 4:
+        return gradient.flatten(2).mT
+    return gradient.reshape(len(gradient), -1, gradient.shape[-1])
 
 
-def gradients(captured: Captured) -> Tensor:
+def by_labels(y: Tensor) -> Directions:
+    """`p − e_y`, the loss's gradient in the outputs."""
+
+    def directions(logits: Tensor) -> Tensor:
+        hot = F.one_hot(y, logits.shape[1]).movedim(-1, 1)
+        return (logits.softmax(1) - hot)[None]
+
+    return directions
+
+
+def by_curvature(draws: int | None, generator: torch.Generator) -> Directions:
+    """V with `E[v vᵀ] = diag(p) − p pᵀ`: `√p_k (p − e_k)` for every k, or `p − e_k` of k drawn from p."""
+
+    def directions(logits: Tensor) -> Tensor:
+        p = logits.softmax(1)
+        if draws is None:
+            assert logits.dim() == 2, "summing over the outputs of all tokens takes too long: ask for draws"
+            every: Tensor = p[None] - torch.eye(p.shape[1])[:, None, :]
+            return every * p.T.sqrt()[:, :, None]
+        flat = p.movedim(1, -1).flatten(0, -2)
+        drawn = torch.multinomial(flat, draws, replacement=True, generator=generator).T
+        labels = [row.view(len(p), *p.shape[2:]) for row in drawn]
+        return torch.cat([by_labels(y)(logits) for y in labels]) / draws**0.5
+
+    return directions
+
+
+def gram(rows: Tensor) -> Tensor:
+    """`Σ r rᵀ` over all rows."""
+    flat = rows.flatten(0, -2)
+    return flat.T @ flat
+
+
+def eigenvectors(matrix: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.eigh(matrix.double())[1].float()
+    return found
+
+
+def squares(layer: Captured, Q_A: Tensor, Q_G: Tensor) -> Tensor:
+    """`Σ (Q_Gᵀ (Σ_s g ãᵀ) Q_A)²` over examples and directions, `[o, i]`; a product for one token."""
+    a, g = layer.a @ Q_A, layer.g @ Q_G
+    if a.shape[1] == 1:
+        found: Tensor = (g[:, :, 0] ** 2).sum(0).T @ a[:, 0] ** 2
+        return found
+    return torch.stack([((each.mT @ a) ** 2).sum(0) for each in g]).sum(0)
+
+
+def gradients(layer: Captured) -> Tensor:
     """Per-example gradients `[n, o, i]` of the one direction captured."""
-    return captured.g[0][:, :, None] * captured.a[:, None, :]
+    if layer.a.shape[1] == 1:
+        return layer.g[0].mT * layer.a
+    return layer.g[0].mT @ layer.a
 
 
-def solve(curvature: Captured, gradient: Tensor, regularization: float) -> Tensor:
-    """`Q_G ((Q_Gᵀ g Q_A) / (Λ + λ)) Q_Aᵀ`, with `Λ = E[(Q_Gᵀ g ãᵀ Q_A)²]`, a product for one token."""
-    a, g = curvature
-    n = len(a)
-    Q_A = torch.linalg.eigh((a.T @ a / n).double())[1].float()
-    flat = g.flatten(0, 1)
-    Q_G = torch.linalg.eigh((flat.T @ flat / n).double())[1].float()
-    turned = ((g @ Q_G) ** 2).sum(0)
-    diagonal = turned.T @ (a @ Q_A) ** 2 / n
+def solve(curvature: Curvature, gradient: Tensor, regularization: float) -> Tensor:
+    """`Q_G ((Q_Gᵀ g Q_A) / (Λ + λ)) Q_Aᵀ`."""
+    Q_A, Q_G, diagonal = curvature
     solved: Tensor = Q_G @ ((Q_G.T @ gradient @ Q_A) / (diagonal + regularization)) @ Q_A.T
     return solved
+
+
+def batches(data: Data, chunk: int | None) -> Iterable[Data]:
+    """Examples `chunk` at a time."""
+    x, y = data
+    size = chunk or len(x)
+    return zip(x.split(size), y.split(size), strict=True)

@@ -1,9 +1,8 @@
-"""pyDVL's side of W1: EK-FAC, run in pyDVL's own virtual environment."""
+"""pyDVL's side: EK-FAC, run in pyDVL's own virtual environment."""
 
 from __future__ import annotations
 
 import side
-import workload
 from distributed import Client
 from numpy import ndarray
 from pydvl.influence import DaskInfluenceCalculator  # type: ignore[import-not-found]  # not installed here
@@ -13,7 +12,7 @@ from pydvl.influence.torch.util import TorchNumpyConverter  # type: ignore[impor
 
 def compute(client: Client, inputs: side.Inputs) -> ndarray:
     model = EkfacInfluence(
-        inputs.model, update_diagonal=True, hessian_regularization=workload.REGULARIZATION
+        inputs.model, update_diagonal=True, hessian_regularization=inputs.workload.regularization
     ).fit(inputs.loader)
     calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
     influences: ndarray = calculator.influences(*inputs.arrays).compute()

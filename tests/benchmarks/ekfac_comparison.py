@@ -1,0 +1,135 @@
+"""EK-FAC on one workload: ours, the peers', a plain implementation and the physical bound.
+
+Every side fits and scores in one go; correlations with the exact expectation stand beside the times, so
+that speed is compared at equal quality.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import physical_bound
+import plain_ekfac
+import torch
+from findings import Finding
+from peer_environment import KRONFLUENCE, PYDVL, Peer
+from programs import CORES, Array, Effort, Side, correlation, median_seconds, relative_error
+from workload import DIGITS, Loaded, Workload
+
+PROGRAMS = {PYDVL: "pydvl_ekfac.py", KRONFLUENCE: "kronfluence_ekfac.py"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A workload, and what its figures are held to."""
+
+    label: str
+    """What its figures begin with."""
+    workload: Workload
+    faster: Mapping[Peer, float]
+    """Peers, and how many times faster than each ours has to be."""
+    plain_chunk: int | None = None
+    """Examples that the plain implementation differentiates at once; None: all, which it then does once."""
+
+    def run(self, folder: Path, effort: Effort) -> list[Finding]:
+        """Measures everything; the sides alternate."""
+        self.workload.prepare(folder)
+        ours = Side("our_ekfac.py", self.workload, folder)
+        peers = {peer: Side(PROGRAMS[peer], self.workload, folder, peer.ensured()) for peer in self.faster}
+        rounds: list[list[float]] = []
+        peer_seconds: dict[Peer, list[float]] = {peer: [] for peer in peers}
+        for number in range(effort.rounds):
+            rounds.append(ours.seconds(effort.repeats))
+            if number < effort.peer_rounds:
+                for peer, side in peers.items():
+                    peer_seconds[peer] += _seconds_of_peer(peer, side, effort.peer_repeats)
+        seconds = statistics.median(chain.from_iterable(rounds))
+        first = statistics.median(repeats[0] for repeats in rounds)
+        loaded = self.workload.load(folder)
+        plain, expected = self._plain(loaded)
+        bound = self._bound(loaded)
+        findings = [
+            self._finding("ours", seconds, "s"),
+            self._finding("ours, first use in a process", first, "s"),
+        ]
+        for peer, found in peer_seconds.items():
+            findings += self._times(peer, found, seconds, first)
+        findings += [
+            self._finding("plain implementation in memory, 2 threads", plain, "s"),
+            self._finding("physical bound, 2 cores", bound, "s"),
+            self._finding("ours / plain", seconds / plain, "×"),
+            self._finding("ours / bound", seconds / bound, "×"),
+        ]
+        findings += self._quality(ours, expected)
+        for peer, side in peers.items():
+            value = correlation(side.influences(), expected) if peer_seconds[peer] else None
+            findings.append(self._finding(f"correlation of {peer.name} with exact", value, ""))
+        return findings
+
+    def _times(self, peer: Peer, found: list[float], seconds: float, first: float) -> list[Finding]:
+        """A peer's time, None where it failed: then no ratio is told, and its target is not reached."""
+        least = self.faster[peer]
+        fastest = min(found) if found else None
+        ratio = fastest / seconds if fastest else None
+        return [
+            self._finding(peer.name, fastest, "s"),
+            self._finding(
+                f"{peer.name} / ours", ratio, "×", f"≥ {least:g}", ratio is not None and ratio >= least
+            ),
+            self._finding(f"{peer.name} / ours, first use", fastest / first if fastest else None, "×"),
+        ]
+
+    def _plain(self, loaded: Loaded) -> tuple[float, Array]:
+        """Seconds of the plain implementation, and its influences with the exact expectation."""
+
+        def influences(draws: int | None) -> torch.Tensor:
+            return plain_ekfac.plain_ekfac(*loaded, self.workload.regularization, draws, self.plain_chunk)
+
+        return median_seconds(lambda: influences(1)), influences(None).numpy()
+
+    def _bound(self, loaded: Loaded) -> float:
+        workload = self.workload
+        return physical_bound.physical_bound(
+            physical_bound.layers(loaded.model, loaded.train[0][:1]),
+            workload.train,
+            workload.test,
+            workload.chunk,
+            physical_bound.measured_rate(CORES),
+            physical_bound.measured_bandwidth(),
+        )
+
+    def _quality(self, ours: Side, expected: Array) -> list[Finding]:
+        """What our numbers are held to."""
+        sampled = correlation(ours.influences(), expected)
+        ours.seconds(1, "--exact")
+        error = relative_error(ours.influences("--exact"), expected)
+        return [
+            self._finding("error of ours, exact expectation", error, "", "≤ 1e-3", error <= 1e-3),
+            self._finding("correlation of ours, sampled, with exact", sampled, "", "≥ 0.95", sampled >= 0.95),
+        ]
+
+    def _finding(
+        self, name: str, value: float | None, unit: str, target: str | None = None, reached: bool = True
+    ) -> Finding:
+        return Finding(f"{self.label}: {name}", value, unit, target, reached)
+
+
+COMPARISONS = {
+    "ekfac": Comparison("EK-FAC", DIGITS, faster={PYDVL: 25, KRONFLUENCE: 8}),
+}
+"""By the names that the command line knows them by."""
+
+
+def _seconds_of_peer(peer: Peer, side: Side, repeats: int) -> list[float]:
+    """Of each repeat in one process; none where it failed, which its own words on standard error explain."""
+    try:
+        return side.seconds(repeats)
+    except subprocess.CalledProcessError as failure:
+        print(f"{peer.name} failed on {side.workload.name}: {failure}", file=sys.stderr)
+        return []
