@@ -109,9 +109,8 @@ class Cluster:
         return config.new_client_from_config(str(self.kubeconfig))
 
     def token_of(self, account: str, namespace: str) -> str:
-        """A new token of a ServiceAccount, which a namespace has a moment after itself."""
-        command = ("create", "token", account, "--namespace", namespace)
-        return self.wait_until(lambda: self.kubectl(*command).strip(), f"{namespace}/{account}", 30)
+        """A new token of a ServiceAccount."""
+        return self.kubectl("create", "token", account, "--namespace", namespace).strip()
 
     def api_as(self, account: str, namespace: str) -> client.ApiClient:
         """The same for a ServiceAccount, by a token of its own: what it may do, not what we may."""
@@ -156,10 +155,16 @@ class Cluster:
         self.kubectl("apply", "--server-side", "--force-conflicts", "--filename", "-", *where, stdin=stdin)
 
     def make_namespace(self, name: str = "") -> str:
-        """A namespace that enforces the restricted Pod Security Standard; by default a new one."""
+        """A namespace that enforces the restricted Pod Security Standard; by default a new one.
+
+        It takes pods: they need the ServiceAccount that the controller manager makes a moment later, and
+        half a minute later when that was away.
+        """
         name = name or f"test-{uuid.uuid4().hex[:8]}"
         labels = {OWN_LABEL: "true", "pod-security.kubernetes.io/enforce": "restricted"}
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+        what = f"the ServiceAccount of namespace {name}"
+        self.wait_until(lambda: self.get("serviceaccount", "default", name), what, 60)
         return name
 
     def provide_gpus(self, count: int) -> None:
