@@ -78,7 +78,7 @@ class EkfacFitted(CompactFitted):
     @override
     def compact_width(self) -> int | None:
         """Output gradients and activations side by side, where that is less than their products."""
-        width = sum(sum(_sides(rows)) for rows in self._layers.values())
+        width = sum(sum(rows.basis.matrix_shape) for rows in self._layers.values())
         narrower = width < self.layout.width and not self._others and self.layout.blocks_are_whole
         grouped = any(rows.basis.groups > 1 for rows in self._layers.values())
         return width if narrower and not grouped else None
@@ -95,13 +95,13 @@ class EkfacFitted(CompactFitted):
             g, a = turned_tokens(layer, self._layers[block].basis)
             sides[block] = g[:, 0], a[:, 0]
         rows = torch.cat([side for block in self.layout.blocks for side in sides[block]], dim=1)
-        report = direct_report(rows)
-        rows[~torch.isfinite(rows).all(dim=1)] = torch.nan
-        return Compact(rows, report)
+        finite = torch.isfinite(rows).all(dim=1)
+        rows[~finite] = torch.nan
+        return Compact(rows, direct_report(finite))
 
     @override
     def expanded(self, rows: Tensor) -> Tensor:
-        widths = [side for block in self.layout.blocks for side in _sides(self._layers[block])]
+        widths = [side for block in self.layout.blocks for side in self._layers[block].basis.matrix_shape]
         sides = iter(rows.split(widths, dim=1))
         left = rows.new_empty(rows.shape[0], self.layout.width)
         for block, columns in self.layout.split(left).items():
@@ -121,11 +121,6 @@ class EkfacFitted(CompactFitted):
             block: self._layers[block].turned(rows) if block in self._layers else rows
             for block, rows in factors.items()
         }
-
-
-def _sides(rows: LayerRows) -> tuple[int, int]:
-    """`(o, j)`."""
-    return rows.basis.matrix_shape
 
 
 def _joined(parts: list[Part]) -> Tensor:

@@ -99,12 +99,12 @@ def solve_finite_rows(solver: BlockSolver, rows: Tensor) -> tuple[Tensor, Solver
     return left, report
 
 
-def direct_report(rows: Tensor) -> SolverReport:
-    """Of right-hand sides that are solved exactly, but for those whose row is not finite."""
-    report, none = SolverReport.exact(rows.shape[0]), not_finite(rows.shape[0])
-    finite = torch.isfinite(rows).all(dim=1).cpu()
-    report.status[~finite] = none.status[~finite]
-    report.residual[~finite] = none.residual[~finite]
+def direct_report(finite: Tensor) -> SolverReport:
+    """Of right-hand sides that are solved exactly, but for those that `finite`, `[t]`, excludes."""
+    spoilt = ~finite.cpu()
+    report, none = SolverReport.exact(len(spoilt)), not_finite(len(spoilt))
+    report.status[spoilt] = none.status[spoilt]
+    report.residual[spoilt] = none.residual[spoilt]
     return report
 
 

@@ -52,7 +52,7 @@ from influence_calculator.torch.tensor_operator import (
     TorchOperatorType,
 )
 from influence_calculator.torch.training_data import IterableTrainingData
-from influence_calculator.torch.util import LossType
+from influence_calculator.torch.util import LossType, factor_dtype_of, require_factor_width
 from influence_calculator.types import InfluenceMode, as_mode
 
 __all__ = [
@@ -159,8 +159,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     @property
     def factor_dtype(self) -> np.dtype[Any]:
         """The parameters' dtype; float32 for half precision."""
-        kept = torch.promote_types(self.model_dtype, torch.float32)
-        return np.dtype(str(kept).removeprefix("torch."))
+        return factor_dtype_of(self.model_dtype)
 
     @denormals_flushed()
     def fit(self, data: Iterable[Any]) -> Self:
@@ -322,11 +321,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def _checked(self, z_test_factors: Tensor) -> Tensor:
         """Factors on the model's device, if they have one column per parameter."""
         width = self._require_fitted().layout.width
-        if z_test_factors.ndim != 2 or z_test_factors.shape[1] != width:
-            raise ValueError(
-                f"z_test_factors: expected shape [t, {width}] (one column per parameter), got "
-                f"{list(z_test_factors.shape)}; pass what influence_factors of this model returned"
-            )
+        require_factor_width(z_test_factors, width)
         return z_test_factors.detach().to(self.model_device)
 
     @denormals_flushed()

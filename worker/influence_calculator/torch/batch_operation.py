@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,12 @@ from influence_calculator.maths.gradients import collected
 from influence_calculator.maths.inverse_harmonic_mean import add_rank_one_parts, mean_of_inverses
 from influence_calculator.maths.objective import Batch
 from influence_calculator.torch.gradient_provider import TorchBatch
-from influence_calculator.torch.restricted_model import RestrictedModel, RestrictTo
+from influence_calculator.torch.restricted_model import RestrictedBlock, RestrictedModel, RestrictTo
 from influence_calculator.torch.tensor_operator import FlatDict
 from influence_calculator.torch.util import LossType
 
 
-class BatchOperation(ABC):
+class BatchOperation(RestrictedBlock, ABC):
     """`M(batch) v` for a matrix M that is a mean over the examples of a batch.
 
     Args:
@@ -44,21 +44,6 @@ class BatchOperation(ABC):
         self._restricted = RestrictedModel(model, loss, restrict_to)
 
     @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self._restricted.model
-
-    @property
-    def loss(self) -> LossType:
-        """The loss."""
-        return self._restricted.loss
-
-    @property
-    def params_to_restrict_to(self) -> dict[str, Tensor]:
-        """The parameters that the matrix is about, detached, in the order of the columns."""
-        return self._restricted.objective.parameters()
-
-    @property
     def input_dict_structure(self) -> dict[str, tuple[int, ...]]:
         """Parameter -> shape, in the order of the columns."""
         return self._restricted.structure
@@ -67,21 +52,6 @@ class BatchOperation(ABC):
     def input_size(self) -> int:
         """P."""
         return self._restricted.layout.width
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are, and where batches and vectors are moved."""
-        return self._restricted.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self._restricted.dtype
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the model to a device, and returns this operation."""
-        self._restricted.to(device)
-        return self
 
     def apply(self, batch: TorchBatch, tensor: Tensor) -> Tensor:
         """`M v` of a vector `[P]`, or of every row of `[q, P]`; the same shape.

@@ -29,12 +29,12 @@ from influence_calculator.maths.blocks import (
     model_layout,
 )
 from influence_calculator.maths.gradient_methods import worst
-from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
 from influence_calculator.torch.data_operators import InverseHarmonicMeanOperator
 from influence_calculator.torch.gradient_provider import TorchBatch
 from influence_calculator.torch.inverse_operators import InverseOperator
+from influence_calculator.torch.util import factor_dtype_of, require_factor_width
 from influence_calculator.types import InfluenceMode, as_mode
 
 
@@ -113,7 +113,7 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
     @property
     def factor_dtype(self) -> np.dtype[Any]:
         """The parameters' dtype; float32 for half precision."""
-        return np.dtype(str(accumulation_dtype(self.dtype)).removeprefix("torch."))
+        return factor_dtype_of(self.dtype)
 
     def fit(self, data: Iterable[Any]) -> Self:
         """Creates every block from training data: anything that iterates over (x, y)."""
@@ -199,11 +199,7 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
             NotFittedException: `fit` has not run.
             ValueError: factors of another width.
         """
-        if z_test_factors.ndim != 2 or z_test_factors.shape[1] != self.n_parameters:
-            raise ValueError(
-                f"z_test_factors: expected shape [t, {self.n_parameters}] (one column per parameter), got "
-                f"{list(z_test_factors.shape)}; pass what influence_factors of this model returned"
-            )
+        require_factor_width(z_test_factors, self.n_parameters)
         by_block = self.layout.split(z_test_factors)
         return _sum(self.influences_from_factors_by_block(by_block, x, y, mode))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.gradients import collected, projected
 from influence_calculator.maths.layout import tensors_of
 from influence_calculator.maths.perturbation import perturbations
-from influence_calculator.torch.restricted_model import RestrictedModel, RestrictTo
+from influence_calculator.torch.restricted_model import RestrictedBlock, RestrictedModel, RestrictTo
 from influence_calculator.torch.util import LossType
 from influence_calculator.types import Batch, GradientProvider
 
@@ -51,7 +50,7 @@ class TorchBatch(Batch[Tensor]):
         return TorchBatch(self.x.to(device), self.y.to(device))
 
 
-class TorchGradientProvider(GradientProvider[TorchBatch, Tensor]):
+class TorchGradientProvider(RestrictedBlock, GradientProvider[TorchBatch, Tensor]):
     """Gradients of one example each, `∇θ ℓ_i` with `ℓ_i = loss(model(x[i:i+1]), y[i:i+1])`.
 
     Args:
@@ -66,36 +65,6 @@ class TorchGradientProvider(GradientProvider[TorchBatch, Tensor]):
 
     def __init__(self, model: nn.Module, loss: LossType, restrict_to: RestrictTo | None) -> None:
         self._restricted = RestrictedModel(model, loss, restrict_to)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self._restricted.model
-
-    @property
-    def loss(self) -> LossType:
-        """The loss."""
-        return self._restricted.loss
-
-    @property
-    def params_to_restrict_to(self) -> dict[str, Tensor]:
-        """The parameters that gradients are taken by, detached, in the order of the columns."""
-        return self._restricted.objective.parameters()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are, and where batches are moved."""
-        return self._restricted.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self._restricted.dtype
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the model to a device, and returns this provider."""
-        self._restricted.to(device)
-        return self
 
     def grads(self, batch: TorchBatch) -> dict[str, Tensor]:
         """Parameter -> gradients `[n, *shape]`."""

@@ -8,6 +8,7 @@ Shapes: q rows, P parameters restricted to.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,42 @@ class RestrictedModel:
             probe(self.objective, pair)
             self._is_probed = True
         return pair
+
+
+class RestrictedBlock:
+    """What building blocks say of the model that they are about."""
+
+    _restricted: RestrictedModel
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._restricted.model
+
+    @property
+    def loss(self) -> LossType:
+        """The loss."""
+        return self._restricted.loss
+
+    @property
+    def params_to_restrict_to(self) -> dict[str, Tensor]:
+        """The parameters that this is about, detached, in the order of the columns."""
+        return self._restricted.objective.parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and where batches and vectors are moved."""
+        return self._restricted.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self._restricted.dtype
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the model to a device, and returns this block."""
+        self._restricted.to(device)
+        return self
 
 
 def _checked_names(model: nn.Module, restrict_to: RestrictTo) -> tuple[str, ...]:

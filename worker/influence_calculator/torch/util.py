@@ -5,11 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from influence_calculator.maths import curvature
 from influence_calculator.maths.blocks import BlockMode
+from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.torch.converter import (
     NestedTorchCatAggregator,
     TorchCatAggregator,
@@ -50,6 +54,24 @@ def second_order_of(mode: SecondOrderMode | curvature.SecondOrderMode | str) -> 
         )
         public = SecondOrderMode.EMPIRICAL_FISHER
     return curvature.SecondOrderMode(public.value)
+
+
+def factor_dtype_of(dtype: torch.dtype) -> np.dtype[Any]:
+    """What factors of parameters of `dtype` are in numpy: float32 for half precision, else the same."""
+    return np.dtype(str(accumulation_dtype(dtype)).removeprefix("torch."))
+
+
+def require_factor_width(z_test_factors: Tensor, width: int) -> None:
+    """Factors have one column per parameter.
+
+    Raises:
+        ValueError: they are not `[t, width]`.
+    """
+    if z_test_factors.ndim != 2 or z_test_factors.shape[1] != width:
+        raise ValueError(
+            f"z_test_factors: expected shape [t, {width}] (one column per parameter), got "
+            f"{list(z_test_factors.shape)}; pass what influence_factors of this model returned"
+        )
 
 
 def get_model_parameters(

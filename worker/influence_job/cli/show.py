@@ -163,12 +163,9 @@ def _headline(summary: Summary) -> list[str]:
 
 
 def _examples(plan: dict[str, Any]) -> str:
+    training = f"{plan['train']} training examples"
     on_itself = plan["operation"] == Operation.SELF_INFLUENCE
-    return (
-        f"{plan['train']} training examples"
-        if on_itself
-        else (f"{plan['test']} test × {plan['train']} training examples")
-    )
+    return training if on_itself else f"{plan['test']} test × {training}"
 
 
 def _stored(summary: Summary) -> str:
@@ -193,11 +190,9 @@ def _how_far(summary: Summary) -> str:
     fit = sum(count for kind, count in summary.done.items() if kind.startswith("fit/"))
     for kind, total in summary.total.items():
         done = summary.done.get(kind, 0)
-        if kind == "factors" and done == 0:
+        if kind in ("factors", "self") and done == 0:
             return f"fitting, {fit} steps done" if fit else "loading"
         if done < total:
-            if kind == "self" and done == 0:
-                return f"fitting, {fit} steps done" if fit else "loading"
             names = {"factors": "factors", "region": "regions", "self": "chunks"}
             return f"{done} of {total} {names[kind]}"
     if summary.record["plan"]["operation"] == Operation.INFLUENCE_FACTORS:

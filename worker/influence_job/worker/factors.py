@@ -49,12 +49,7 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
 
     def work() -> None:
         own = session(context)
-        start, stop = own.plan.test_range(index)
-        batch, inputs = own.read("test", start, stop)
-        with blaming(own, own.test_objective, "test", start, stop):
-            write_annotations(own, "test", index, batch)
-            gradients = gradients_of(own, own.test_objective, IndexedBatch(start, batch))
-        require_finite(gradients, "test", start)
+        gradients, inputs = differentiated(own, "test", index, own.plan.test_range(index))
         solved = solve(own, gradients)
         del gradients
         digest = _store(own, index, solved)
@@ -63,6 +58,23 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
 
     outcome.attempt(KIND, index, f"factors of test chunk {index}", work)
     return outcome
+
+
+def differentiated(own: Session, side: str, index: int, examples: tuple[int, int]) -> tuple[Left, str]:
+    """Gradients of a chunk's examples, in the coordinates in which the method scores, and the digest of what
+    was read; coordinates are stored.
+
+    Raises:
+        PermanentError: names the first example without a finite gradient.
+    """
+    start, stop = examples
+    objective = own.test_objective if side == "test" else own.objective
+    batch, inputs = own.read(side, start, stop)
+    with blaming(own, objective, side, start, stop):
+        write_annotations(own, side, index, batch)
+        gradients = _gradients(own, objective, IndexedBatch(start, batch))
+    _require_finite(gradients, side, start)
+    return gradients, inputs
 
 
 def solve(own: Session, gradients: Left) -> Solved:
@@ -117,20 +129,14 @@ def _read_rows(own: Session, path: str, start: int, stop: int, into: Tensor) -> 
             into[first - start : first - start + len(rows), j * width : j * width + chunk.shape[1]] = rows
 
 
-def gradients_of(own: Session, objective: Objective, indexed: IndexedBatch) -> Left:
-    """Gradients of the examples, in the coordinates in which the method scores."""
+def _gradients(own: Session, objective: Objective, indexed: IndexedBatch) -> Left:
     pieces = [
         own.fitted.gradients(objective, piece.batch) for piece in micro_batches(indexed, own.plan.micro_batch)
     ]
     return {block: torch.cat([piece[block] for piece in pieces]) for block in own.layout.blocks}
 
 
-def require_finite(gradients: Left, side: str, start: int) -> None:
-    """Refuses an example without a finite gradient.
-
-    Raises:
-        PermanentError: names the first one, where the first row is example `start` of `side`.
-    """
+def _require_finite(gradients: Left, side: str, start: int) -> None:
     for gradient in gradients.values():
         bad = ~torch.isfinite(gradient).all(dim=1)
         if bad.any():

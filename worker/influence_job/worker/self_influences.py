@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from influence_calculator.maths import region
-from influence_calculator.maths.objective import IndexedBatch
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
-from influence_job.worker.annotations import write_annotations
-from influence_job.worker.blame import blaming
-from influence_job.worker.factors import as_array, gradients_of, require_finite, solve, store_report
+from influence_job.worker.factors import as_array, differentiated, solve, store_report
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import WorkerContext, session
 
@@ -23,12 +20,7 @@ def compute_self_influences(context: WorkerContext, index: int) -> Outcome:
 
     def work() -> None:
         own = session(context)
-        start, stop = own.plan.train_range(index)
-        batch, inputs = own.read("train", start, stop)
-        with blaming(own, own.objective, "train", start, stop):
-            write_annotations(own, "train", index, batch)
-            gradients = gradients_of(own, own.objective, IndexedBatch(start, batch))
-        require_finite(gradients, "train", start)
+        gradients, inputs = differentiated(own, "train", index, own.plan.train_range(index))
         solved = solve(own, gradients)
         store_report(own, index, solved.report)
         values = as_array(region.self_influences(solved.left, gradients))
