@@ -24,6 +24,9 @@ from workload import DIGITS, Loaded, Workload
 
 PROGRAMS = {PYDVL: "pydvl_ekfac.py", KRONFLUENCE: "kronfluence_ekfac.py"}
 
+Rounds = list[list[float]]
+"""Seconds of each repeat, by process."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -42,15 +45,13 @@ class Comparison:
         self.workload.prepare(folder)
         ours = Side("our_ekfac.py", self.workload, folder)
         peers = {peer: Side(PROGRAMS[peer], self.workload, folder, peer.ensured()) for peer in self.faster}
-        rounds: list[list[float]] = []
-        peer_seconds: dict[Peer, list[float]] = {peer: [] for peer in peers}
-        for number in range(effort.rounds):
+        rounds: Rounds = []
+        of_peers: dict[Peer, Rounds] = {peer: [] for peer in peers}
+        for _ in range(effort.rounds):
             rounds.append(ours.seconds(effort.repeats))
-            if number < effort.peer_rounds:
-                for peer, side in peers.items():
-                    peer_seconds[peer] += _seconds_of_peer(peer, side, effort.peer_repeats)
-        seconds = statistics.median(chain.from_iterable(rounds))
-        first = statistics.median(repeats[0] for repeats in rounds)
+            for peer, side in peers.items():
+                of_peers[peer] += _rounds_of_peer(peer, side, effort.repeats)
+        seconds, first = _medians(rounds)
         loaded = self.workload.load(folder)
         plain, expected = self._plain(loaded)
         bound = self._bound(loaded)
@@ -58,7 +59,7 @@ class Comparison:
             self._finding("ours", seconds, "s"),
             self._finding("ours, first use in a process", first, "s"),
         ]
-        for peer, found in peer_seconds.items():
+        for peer, found in of_peers.items():
             findings += self._times(peer, found, seconds, first)
         findings += [
             self._finding("plain implementation in memory, 2 threads", plain, "s"),
@@ -68,21 +69,23 @@ class Comparison:
         ]
         findings += self._quality(ours, expected)
         for peer, side in peers.items():
-            value = correlation(side.influences(), expected) if peer_seconds[peer] else None
+            value = correlation(side.influences(), expected) if of_peers[peer] else None
             findings.append(self._finding(f"correlation of {peer.name} with exact", value, ""))
         return findings
 
-    def _times(self, peer: Peer, found: list[float], seconds: float, first: float) -> list[Finding]:
-        """A peer's time, None where it failed: then no ratio is told, and its target is not reached."""
+    def _times(self, peer: Peer, rounds: Rounds, seconds: float, first: float) -> list[Finding]:
+        """A peer's times, None where it failed: then no ratio is told, and its target is not reached."""
         least = self.faster[peer]
-        fastest = min(found) if found else None
-        ratio = fastest / seconds if fastest else None
+        theirs, their_first = _medians(rounds) if rounds else (None, None)
+        ratio = theirs / seconds if theirs else None
+        at_first = their_first / first if their_first else None
         return [
-            self._finding(peer.name, fastest, "s"),
+            self._finding(peer.name, theirs, "s"),
+            self._finding(f"{peer.name}, first use in a process", their_first, "s"),
             self._finding(
                 f"{peer.name} / ours", ratio, "×", f"≥ {least:g}", ratio is not None and ratio >= least
             ),
-            self._finding(f"{peer.name} / ours, first use", fastest / first if fastest else None, "×"),
+            self._finding(f"{peer.name} / ours, first use", at_first, "×"),
         ]
 
     def _plain(self, loaded: Loaded) -> tuple[float, Array]:
@@ -126,10 +129,15 @@ COMPARISONS = {
 """By the names that the command line knows them by."""
 
 
-def _seconds_of_peer(peer: Peer, side: Side, repeats: int) -> list[float]:
-    """Of each repeat in one process; none where it failed, which its own words on standard error explain."""
+def _medians(rounds: Rounds) -> tuple[float, float]:
+    """Of all repeats, and of the first in each process."""
+    return statistics.median(chain.from_iterable(rounds)), statistics.median(repeats[0] for repeats in rounds)
+
+
+def _rounds_of_peer(peer: Peer, side: Side, repeats: int) -> Rounds:
+    """One process; none where it failed, which its own words on standard error explain."""
     try:
-        return side.seconds(repeats)
+        return [side.seconds(repeats)]
     except subprocess.CalledProcessError as failure:
         print(f"{peer.name} failed on {side.workload.name}: {failure}", file=sys.stderr)
         return []

@@ -29,13 +29,9 @@ class Effort:
     """How much a run measures."""
 
     rounds: int
-    """Processes of our side of EK-FAC."""
-    peer_rounds: int
-    """Processes of each peer."""
-    peer_repeats: int
-    """Within each of a peer's processes."""
+    """Processes of each side."""
     repeats: int
-    """Within each of our processes."""
+    """Within each process."""
     regions: int
 
 

@@ -39,10 +39,10 @@ def main(imports: str, compute: Compute, exactly: Compute | None = None) -> None
     """Measures `compute`, or `exactly` where the command line asks for it, on a cluster that is up."""
     options = clock.options()
     chosen = exactly if options.exact and exactly else compute
-    torch.set_num_threads(1)
     os.environ.update(WORKER_ENVIRONMENT)
     with _cluster() as cluster, Client(cluster) as client:
-        clock.ready(imports, threads=1)
+        # The workers wait while this process fits, on all cores, as it does for anyone who sets nothing.
+        clock.ready(imports, threads=WORKERS)
         client.run(clock.ready, imports, threads=1)
         options.measure(lambda: _inputs(options), lambda inputs: chosen(client, inputs))
 

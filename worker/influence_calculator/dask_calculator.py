@@ -151,7 +151,7 @@ class DaskInfluenceCalculator:
         Up: `z_test · g_train`, `[T, N]`; positive: the training example helps, removing it raises the
         test loss by about score / N. Perturbation: `∇x (z_test · g_train(x))`, `[T, N, F...]`. Neither
         is negated or divided by N. Chunks are x's along its axis (short ones are joined while every worker
-        has four tasks), and whole groups of x_test's (see `group_bytes`) along the other; the dtype is the
+        has two tasks), and whole groups of x_test's (see `group_bytes`) along the other; the dtype is the
         factors'. A test chunk is solved once, a training
         chunk differentiated once per group.
 

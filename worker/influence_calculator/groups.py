@@ -19,7 +19,7 @@ REGION_BYTES = 2**27
 JOINED_BYTES = 2**23
 """8 MiB for the examples of several training chunks that one task takes, and their scores."""
 
-TASKS_PER_WORKER = 4
+TASKS_PER_WORKER = 2
 """Tasks that are left at least when training chunks are joined, so that workers end together."""
 
 

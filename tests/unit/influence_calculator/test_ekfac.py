@@ -21,7 +21,7 @@ import measured_footprint
 import oracle
 from dense_ekfac import DenseLayer, PseudoGradients, dense_layer
 from ekfac_cases import EKFAC_CASES, GROUPS_CASE, MLP_CASE, TOKENS_MEAN, EkfacCase
-from influence_calculator.maths import kronecker, region
+from influence_calculator.maths import ekfac, kronecker, region
 from influence_calculator.maths.blocks import Relative
 from influence_calculator.maths.capture import CapturedLayer, measure
 from influence_calculator.maths.ekfac import Ekfac
@@ -212,6 +212,27 @@ def test_ranges_that_are_summed_do_not_matter(expectation: str) -> None:
     found = _tensors(fit(method, _objective(case), TrainingSet(whole, N), pieces))
     for name, expected in _tensors(_fitted_state(case, expectation)).items():
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("limit", "computed"), [(0, 8), (2_000, 7), (1 << 20, 4)], ids=["none", "some", "all"]
+)
+def test_what_the_first_pass_captured_is_not_computed_again_while_it_fits(
+    limit: int, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ekfac, "KEPT_BYTES", limit)
+    case, method = MLP_CASE, Ekfac(samples=2, seed=SEED)
+    forwards: list[Any] = []
+    objective = _objective(case)
+    objective.model.register_forward_hook(lambda *call: forwards.append(call))
+    found = _tensors(fit(method, objective, TrainingSet(case.data(N, 1), 3)))
+    assert len(forwards) == computed  # of 4 batches in each of 2 passes
+    state: dict[str, Any] = {}
+    for step in method.passes():
+        sums = step.accumulate(objective, TrainingSet(case.data(N, 1), 3).batches(), state)
+        state[step.name] = {unit: step.finish(unit, sums[unit], N, state) for unit in step.units(objective)}
+    for name, expected in _tensors(state).items():
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=0)
 
 
 def test_one_example_at_a_time_scores_as_many_together() -> None:

@@ -35,6 +35,7 @@ from influence_calculator.maths.ekfac_passes import (
     COVARIANCE,
     CorrectionPass,
     CovariancePass,
+    KeptCaptures,
     basis_of,
     matrix_shape,
     side_shapes,
@@ -49,6 +50,9 @@ from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
+
+KEPT_BYTES = 64 << 20
+"""What the first pass captured and the second takes over, when both run in one process."""
 
 
 class Unsupported(StrEnum):
@@ -110,10 +114,18 @@ class Ekfac(Method):
         return Layout.of(shapes, structure)
 
     def passes(self) -> tuple[FitPass, ...]:
+        return self._passes(KeptCaptures(0))
+
+    @override
+    def passes_in_one_process(self) -> tuple[FitPass, ...]:
+        return self._passes(KeptCaptures(KEPT_BYTES))
+
+    def _passes(self, kept: KeptCaptures) -> tuple[FitPass, ...]:
         expectation = OutputExpectation(Expectation(self.expectation), self.samples, self.seed)
         diagonal = Unsupported(self.unsupported) is Unsupported.DIAGONAL
-        covariance = CovariancePass(expectation, diagonal)
-        return (covariance, CorrectionPass(expectation)) if self.update_diagonal else (covariance,)
+        if not self.update_diagonal:
+            return (CovariancePass(expectation, diagonal),)
+        return CovariancePass(expectation, diagonal, kept), CorrectionPass(expectation, kept)
 
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:

@@ -10,7 +10,7 @@ j = i + 1 with a bias.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class CovariancePass(FitPass):
     expectation: OutputExpectation
     diagonal: bool
     """Whether parameters outside of supported layers get a diagonal."""
+    kept: KeptCaptures = field(default_factory=lambda: KeptCaptures(0), compare=False)
+    """Where to leave for the correction pass what it would compute again."""
 
     name = COVARIANCE
 
@@ -65,8 +67,8 @@ class CovariancePass(FitPass):
         sums: Sums = {layer.name: _zero_covariances(objective, layer) for layer in layers}
         sums |= {block: {"squares": _zero_diagonal(objective, names)} for block, names in blocks.items()}
         for backward in backward_passes(objective, layers, batches, self.expectation):
-            for layer in backward.layers:
-                _add_covariances(sums[layer.spec.name], layer, backward.first)
+            for layer in self.kept.keep(backward):
+                _add_covariances(sums[layer.spec.name], layer, first=backward.number == 0)
             if blocks:
                 _add_squares(sums, blocks, objective, backward)
         return sums
@@ -94,6 +96,7 @@ class CorrectionPass(FitPass):
     """Leaves `Λ` of each layer in the basis of the covariance pass."""
 
     expectation: OutputExpectation
+    kept: KeptCaptures = field(default_factory=lambda: KeptCaptures(0), compare=False)
 
     name = CORRECTION
 
@@ -104,7 +107,7 @@ class CorrectionPass(FitPass):
         layers = supported_layers(objective)
         bases = {layer.name: basis_of(objective, layer, state) for layer in layers}
         sums = {name: {"squares": _zero_squares(basis)} for name, basis in bases.items()}
-        for backward in backward_passes(objective, layers, batches, self.expectation):
+        for backward in backward_passes(objective, layers, batches, self.expectation, self.kept):
             for layer in backward.layers:
                 basis = bases[layer.spec.name]
                 add_squared_products(sums[layer.spec.name]["squares"], *turned_tokens(layer, basis))
@@ -154,12 +157,40 @@ def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:
 class BackwardPass:
     """One backward pass from one pseudo-gradient of one batch."""
 
-    batch: Batch
-    first: bool
-    """Whether it is the batch's first: what depends on the forward pass alone is added once."""
+    indexed: IndexedBatch
+    number: int
+    """Among the batch's own: what depends on the forward pass alone is added at 0."""
     pseudo_gradients: list[Tensor]
-    layers: Iterator[CapturedLayer]
+    layers: Iterable[CapturedLayer]
     """To be read through before the next backward pass."""
+
+
+class KeptCaptures:
+    """What one pass captured, for the next one over the same batches in the same process, while it fits."""
+
+    def __init__(self, limit: int) -> None:
+        """`limit` in bytes; 0 keeps nothing."""
+        self._room = limit
+        self._kept: dict[int, list[tuple[CapturedLayer, ...]]] = {}
+
+    def keep(self, backward: BackwardPass) -> Iterator[CapturedLayer]:
+        """The layers of a backward pass; a batch is kept if those of all its passes fit."""
+        layers = []
+        for layer in backward.layers:
+            self._room -= layer.activations.nbytes + layer.gradients.nbytes
+            if self._room >= 0:
+                layers.append(layer)
+            yield layer
+        start = backward.indexed.start
+        if self._room >= 0:
+            self._kept.setdefault(start, []).append(tuple(layers))
+        else:
+            self._kept.pop(start, None)
+
+    def taken(self, indexed: IndexedBatch) -> list[BackwardPass]:
+        """A batch's backward passes, given away, with nothing but their layers; none if it was not kept."""
+        kept = self._kept.pop(indexed.start, [])
+        return [BackwardPass(indexed, number, [], layers) for number, layers in enumerate(kept)]
 
 
 def backward_passes(
@@ -167,8 +198,9 @@ def backward_passes(
     layers: tuple[LayerSpec, ...],
     batches: Iterable[IndexedBatch],
     expectation: OutputExpectation,
+    kept: KeptCaptures | None = None,
 ) -> Iterator[BackwardPass]:
-    """Backward passes over batches in order.
+    """Backward passes over batches in order, of which those that were `kept` are not computed again.
 
     Raises:
         NotFiniteError: naming the first training example whose outputs or loss are not finite; after
@@ -176,6 +208,9 @@ def backward_passes(
     """
     seen: list[tuple[int, Tensor]] = []
     for indexed in batches:
+        if kept is not None and (taken := kept.taken(indexed)):
+            yield from taken
+            continue
         recording = record(objective, indexed.batch, layers)
         pseudo = expectation.pseudo_gradients(objective, recording.outputs, indexed)
         leaves = float_leaves(recording.outputs)
@@ -185,7 +220,7 @@ def backward_passes(
                 finite = torch.stack([piece.flatten(1).isfinite().all(1) for piece in v]).all(0)
                 seen.append((indexed.start, finite))
             captured = recording.backward(leaves, v, keep=k + 1 < pseudo.count)
-            yield BackwardPass(indexed.batch, k == 0, v, captured)
+            yield BackwardPass(indexed, k, v, captured)
     _refuse_not_finite(seen)
 
 
@@ -234,7 +269,7 @@ def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool)
 def _add_squares(sums: Sums, blocks: DiagonalBlocks, objective: Objective, backward: BackwardPass) -> None:
     names = tuple(name for own in blocks.values() for name in own)
     linear = Objective(objective.model, _inner_product, _ForwardFirst(objective), names)
-    batch = (backward.batch, tuple(backward.pseudo_gradients))
+    batch = (backward.indexed.batch, tuple(backward.pseudo_gradients))
     gradients = dict(vmapped_gradients(linear, batch, names))
     for block, own in blocks.items():
         squares = torch.cat([gradients.pop(name).square().sum(0) for name in own])

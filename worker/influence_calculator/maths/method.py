@@ -229,6 +229,10 @@ class Method(ABC):
     def passes(self) -> tuple[FitPass, ...]:
         """The passes over the training data that fit it, in order; none if it needs no fit."""
 
+    def passes_in_one_process(self) -> tuple[FitPass, ...]:
+        """The same, for one process that runs all of them: they may hand over more than what they leave."""
+        return self.passes()
+
     @abstractmethod
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None) -> Fitted:
         """The fitted method from a fit's state. `data` is needed if `needs_data`."""
@@ -246,7 +250,7 @@ def fit(
     `ranges` are contiguous pieces of `data`, whose sums are added in order; default: one piece, all of it.
     """
     state: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for step in method.passes():
+    for step in method.passes_in_one_process():
         if not is_due(step, state):
             continue
         total: Sums | None = None

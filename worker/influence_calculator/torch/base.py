@@ -175,8 +175,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
         probe(self.objective, training.first())
-        kept = KeptBatches(training) if len(self.method.passes()) > 1 else training
-        self._state = fit(self.method, self.objective, JoinedBatches(self.objective, kept))
+        batches = JoinedBatches(self.objective, training)
+        kept = KeptBatches(batches) if len(self.method.passes()) > 1 else batches
+        self._state = fit(self.method, self.objective, kept)
         self._data = training if self.method.needs_data else None
         self._refresh()
         self._tell_notes()
