@@ -32,6 +32,8 @@ class Effort:
     """Processes of each side."""
     repeats: int
     """Within each process."""
+    plain_repeats: int
+    """Of the plain implementation, after one that does not count."""
     regions: int
 
 
@@ -83,7 +85,7 @@ def correlation(found: Array, expected: Array) -> float:
     return float(np.corrcoef(found.ravel(), expected.ravel())[0, 1])
 
 
-def median_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """The median on `CORES` threads, after one call that does not count."""
     torch.set_num_threads(CORES)
     work()

@@ -26,8 +26,8 @@ from workload import CG_REGULARIZATION, CG_RTOL, DIGITS
 
 MIB = 2**20
 
-FULL = Effort(rounds=3, repeats=5, regions=100_000)
-QUICK = Effort(rounds=1, repeats=3, regions=2_000)
+FULL = Effort(rounds=3, repeats=5, plain_repeats=3, regions=100_000)
+QUICK = Effort(rounds=1, repeats=3, plain_repeats=1, regions=2_000)
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+VOCABULARY, TOKENS = 64, 64
+
 CG_REGULARIZATION = 0.1
 CG_RTOL = 1e-4
 
@@ -102,6 +104,62 @@ def mlp() -> nn.Module:
     return initialised(nn.Sequential(*chain.from_iterable(layers))[:-1])
 
 
+def conv_net() -> nn.Module:
+    """Four 3×3 convolutions from 3×32×32 to 10 classes, 242 122 parameters."""
+    layers: list[nn.Module] = []
+    for (inputs, outputs), stride in zip(pairwise((3, 32, 64, 128, 128)), (1, 2, 2, 2), strict=True):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1), nn.ReLU()]
+    return initialised(nn.Sequential(*layers, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)))
+
+
+class Block(nn.Module):
+    """A layer with normalisation first: causal attention of 4 heads, then an MLP 4 times as wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = 4
+        self.normalise = nn.LayerNorm(width, elementwise_affine=False)
+        self.attend = nn.Linear(width, 3 * width)
+        self.merge = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`[n, S, width]` to the same."""
+        n, S, width = h.shape
+        each = self.attend(self.normalise(h)).view(n, S, 3, self.heads, -1)
+        query, key, value = each.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        h = h + self.merge(attended.transpose(1, 2).reshape(n, S, width))
+        return h + self.down(F.gelu(self.up(self.normalise(h))))
+
+
+class Transformer(nn.Module):
+    """Reads ids `[n, S]`, returns logits `[n, C, S]` of the id that follows.
+
+    Ids and positions are embedded at random and stay so: no peer treats embeddings.
+    """
+
+    def __init__(self, vocabulary: int, tokens: int, width: int, depth: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.embed = nn.Embedding(vocabulary, width).requires_grad_(False)
+        self.place = nn.Parameter(torch.empty(tokens, width), requires_grad=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.embed(ids) + self.place))
+        return logits.mT
+
+
+def transformer() -> nn.Module:
+    """4 layers of width 256, 3 171 392 tracked parameters."""
+    return initialised(Transformer(VOCABULARY, TOKENS, width=256, depth=4))
+
+
 def digits() -> Data:
     """Handwritten digits of 64 pixels, in a random order."""
     from sklearn.datasets import load_digits
@@ -113,5 +171,27 @@ def digits() -> Data:
     return x, torch.as_tensor(labels[order], dtype=torch.int64)
 
 
+def smooth_images() -> Data:
+    """Images 3×32×32 of 10 classes: each class has a smooth pattern, each image a smooth one of its own."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (IMAGES.train + IMAGES.test,), generator=generator)
+    coarse = torch.randn(10, 3, 4, 4, generator=generator)[y]
+    coarse = coarse + torch.randn(len(y), 3, 4, 4, generator=generator)
+    return F.interpolate(coarse, size=(32, 32), mode="bilinear"), y
+
+
+def sentences() -> Data:
+    """Ids drawn from a random chain in which each id has some likely successors, and what follows each."""
+    generator = torch.Generator().manual_seed(0)
+    chance = (3 * torch.randn(VOCABULARY, VOCABULARY, generator=generator)).softmax(1)
+    ids = torch.randint(VOCABULARY, (SENTENCES.train + SENTENCES.test, 1), generator=generator)
+    for _ in range(TOKENS):
+        following = torch.multinomial(chance[ids[:, -1]], 1, generator=generator)
+        ids = torch.cat([ids, following], dim=1)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
 DIGITS = Workload("digits", mlp, digits, train=1536, test=256, epochs=20)
-WORKLOADS = {workload.name: workload for workload in (DIGITS,)}
+IMAGES = Workload("images", conv_net, smooth_images, train=1024, test=128, epochs=2)
+SENTENCES = Workload("sentences", transformer, sentences, train=512, test=64, epochs=1, chunk=32)
+WORKLOADS = {workload.name: workload for workload in (DIGITS, IMAGES, SENTENCES)}
