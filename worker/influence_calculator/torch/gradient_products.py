@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from influence_calculator.maths.checkpoints import Checkpoint, load_checkpoints
+from influence_calculator.maths.checkpoints import Checkpoint as Checkpoint
+from influence_calculator.maths.checkpoints import load_checkpoints
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.tracin import TracIn
 from influence_calculator.torch.base import TorchInfluenceFunctionModel
