@@ -6,6 +6,7 @@ check that they are eigenvectors of the covariances found here: eigenvalues may 
 any basis satisfies the definition while Λ depends on which.
 
 A convolution with groups is as many layers, each of its own channels and of its own rows of the weight.
+Hugging Face's `Conv1D` is a Linear layer whose weight is `[i, o]`.
 
 Shapes: d output elements of one example, o outputs, j inputs (one more with a bias) of a layer or group.
 """
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from oracle import columns_of, output_hessian
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LINEAR = (nn.Linear, Conv1D)
 PseudoGradients = Callable[[int, Tensor, Tensor], list[Tensor]]
 """(example's index, outputs of a batch of one, its label) -> v's with `Σ v vᵀ` in place of `∇²_f ℓ`."""
 
@@ -118,7 +121,7 @@ def _extended(module: nn.Module, a: Tensor) -> Tensor:
 
 
 def _input_tokens(module: nn.Module, inputs: Tensor, outputs: Tensor, group: int) -> list[Tensor]:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEAR):
         return list(inputs.reshape(-1, inputs.shape[-1]))
     width = module.weight.shape[1]
     channels = inputs[0, group * width : (group + 1) * width]
@@ -161,7 +164,7 @@ def _inside(at: int, extent: int, mode: str) -> int | None:
 
 
 def _output_tokens(module: nn.Module, gradients: Tensor, group: int) -> list[Tensor]:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, LINEAR):
         return list(gradients.reshape(-1, gradients.shape[-1]))
     rows = gradients.shape[1] // module.groups
     own = gradients[0, group * rows : (group + 1) * rows]
@@ -188,11 +191,13 @@ def _places(model: nn.Module, name: str, group: int) -> Tensor:
     """Flat columns of a group's rows of the layer's `[o, j]` matrix, row by row."""
     module = model.get_submodule(name)
     prefix = f"{name}." if name else ""
-    o = module.weight.shape[0]
-    parts = [
-        columns_of(model, (prefix + key,)).reshape(o, -1)
-        for key in ("weight", "bias")
-        if getattr(module, key) is not None and getattr(module, key).requires_grad
-    ]
+    transposed = isinstance(module, Conv1D)
+    o = module.weight.shape[1 if transposed else 0]
+    parts = []
+    if module.weight.requires_grad:
+        weight = columns_of(model, (prefix + "weight",))
+        parts.append(weight.reshape(-1, o).T if transposed else weight.reshape(o, -1))
+    if module.bias is not None and module.bias.requires_grad:
+        parts.append(columns_of(model, (prefix + "bias",)).reshape(o, 1))
     rows = o // groups_of(module)
     return torch.cat(parts, dim=1)[group * rows : (group + 1) * rows].reshape(-1)

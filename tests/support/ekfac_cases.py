@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from dense_ekfac import Loss, PseudoGradients
 from influence_calculator.maths.draws import normals, uniforms
@@ -217,6 +218,15 @@ def _groups() -> nn.Module:
     )
 
 
+def _transposed() -> nn.Module:
+    """Hugging Face's layers `x @ weight + bias`."""
+    return nn.Sequential(Conv1D(5, 4), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), Conv1D(3, 4))
+
+
+def _transposed_tokens() -> nn.Module:
+    return nn.Sequential(Conv1D(5, 3), nn.Tanh(), Conv1D(3, 5))
+
+
 SOFTMAX = softmax_sampler(mean=True)
 
 MLP_CASE = EkfacCase("mlp", _mlp(3), F.cross_entropy, SOFTMAX, (4,), _classes())
@@ -270,6 +280,16 @@ EKFAC_CASES = (
         (4,),
         _classes(),
         ("0.weight", "4.bias"),
+    ),
+    EkfacCase("transposed", _transposed, F.cross_entropy, SOFTMAX, (4,), _classes()),
+    EkfacCase(
+        "transposed tokens, frozen parts",
+        _transposed_tokens,
+        per_token("mean"),
+        SOFTMAX,
+        (4, 3),
+        _classes(4),
+        ("0.bias", "2.weight"),
     ),
     EkfacCase("frozen layer", _mlp(3), F.cross_entropy, SOFTMAX, (4,), _classes(), ("0.weight", "0.bias")),
 )

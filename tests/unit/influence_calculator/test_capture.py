@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import oracle
 from influence_calculator.maths.capture import (
@@ -90,6 +91,15 @@ class Detached(nn.Module):
         return self.head(self.layer(x).tanh() * gate)
 
 
+class _OwnName(Conv1D):
+    """A subclass that computes what Hugging Face's layer does."""
+
+
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 def _double(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -115,6 +125,8 @@ MODELS = {
     "two names": (TwoNames, (2, 3)),
     "sometimes called": (SometimesCalled, (4,)),
     "detached": (Detached, (4,)),
+    "transposed": (lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(3, 5)), (4,)),
+    "transposed tokens": (lambda: nn.Sequential(_OwnName(5, 4), nn.Tanh(), Conv1D(3, 5), _Mean()), (6, 4)),
 }
 
 
@@ -260,12 +272,34 @@ class _Own(nn.Linear):
         return super().forward(x) * 2
 
 
+class _OwnTransposed(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class _Another(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.square()
+
+
+_Another.__name__ = "Conv1D"
+
+
 UNCAPTURED = {
     "attention's output projection": (
         lambda: nn.MultiheadAttention(4, 2),
         ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"],
     ),
     "a subclass with a forward of its own": (lambda: nn.Sequential(_Own(2, 2)), ["0.weight", "0.bias"]),
+    "a subclass of Hugging Face's Conv1D with a forward of its own": (
+        lambda: nn.Sequential(_OwnTransposed(2, 2)),
+        ["0.weight", "0.bias"],
+    ),
+    "a Conv1D of another package": (lambda: nn.Sequential(_Another()), ["0.weight"]),
     "a transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 2)), ["0.weight", "0.bias"]),
     "a layer norm": (lambda: nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)), ["0.weight", "0.bias"]),
     "a parametrized weight": (
@@ -304,6 +338,15 @@ def test_measured_sizes_are_the_models() -> None:
     assert shapes.model_bytes == 8 * sum(p.numel() for p in model.parameters())
     assert shapes.example_bytes == 8 * 2 * 6 * 6 + 8
     assert shapes.outputs == 3
+
+
+def test_a_transposed_weight_is_measured_by_what_goes_in_and_out() -> None:
+    model = nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(3, 5))
+    shapes = measure(xy_objective(model, F.cross_entropy), (torch.randn(4, 4), torch.randint(3, (4,))))
+    assert shapes.layers == (
+        LayerShape("0", inputs=4, outputs=5, tokens=1, bias=True),
+        LayerShape("2", inputs=5, outputs=3, tokens=1, bias=True),
+    )
 
 
 def test_what_a_forward_pass_keeps_is_measured_per_example() -> None:

@@ -141,9 +141,9 @@ def test_influences_are_those_of_the_gauss_newton_matrix(name: str, method: Any)
         oracle.assert_close(found, expected, oracle.bound(_gauss_newton(name), λ))
 
 
-@pytest.mark.parametrize("name", ["bert", "lora"])
+@EVERY_FAMILY
 def test_ekfac_is_its_definition_with_a_diagonal_for_the_rest(name: str) -> None:
-    """Of the adapters no parameter is left to a diagonal."""
+    """Of the adapters no parameter is left to a diagonal; of GPT-2 the head is, which is the embedding."""
     family = FAMILIES[name]
     objective, packed = family.objective(), lm.Packed(family.build())
     state = _fit(name, Ekfac(expectation="exact", unsupported="diagonal"))
@@ -177,6 +177,15 @@ def test_adapters_are_treated_alone() -> None:
         "value.lora_A.default",
         "value.lora_B.default",
     ]
+
+
+def test_the_linear_layers_of_gpt2_have_kronecker_products() -> None:
+    """`Conv1D`, whose weight is transposed: nothing of them is left to a diagonal."""
+    objective = FAMILIES["gpt2"].objective()
+    inside = [name for name in objective.names if ".attn.c_" in name or ".mlp.c_" in name]
+    captured = [name for layer in supported_layers(objective) for name in layer.parameters]
+    assert captured == inside
+    assert len(inside) == 8
 
 
 def test_a_tied_head_is_refused_naming_the_embedding() -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from distributed import Client, LocalCluster
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from influence_calculator import (
     ArnoldiInfluence,
@@ -59,7 +61,14 @@ MODELS: dict[str, Any] = {
         case.model(), case.loss, [Checkpoint(case.build().double().state_dict(), rate) for rate in (2, 0.5)]
     ),
 }
-CASES = [(method, case) for method in MODELS for case in (MLP, CONV2D)]
+TRANSPOSED = ModelCase(
+    "hugging face's linear layers",
+    lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(3, 5)),
+    F.cross_entropy,
+    (4,),
+    3,
+)
+CASES = [*((method, case) for method in MODELS for case in (MLP, CONV2D)), ("ekfac", TRANSPOSED)]
 
 
 def arrays(x: Tensor, y: Tensor, chunk: int) -> tuple[da.Array, da.Array]:

@@ -52,7 +52,11 @@ class CapturedLayer:
         """Gradients `[n, numel]` of the tracked parameters: `Σ_s g_s a_sᵀ` and `Σ_s g_s`."""
         n = self.gradients.shape[0] // self.spec.groups
         if self.spec.weight is not None:
-            yield self.spec.weight, per_sample_products(self.gradients, self.activations).reshape(n, -1)
+            g, a = self.gradients, self.activations
+            products = (
+                per_sample_products(a.to(g.dtype), g) if self.spec.transposed else per_sample_products(g, a)
+            )
+            yield self.spec.weight, products.reshape(n, -1)
         if self.spec.bias is not None:
             yield self.spec.bias, self.gradients.sum(1).reshape(n, -1)
 
@@ -148,7 +152,7 @@ class Recording:
 
 def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
     weight = module.get_parameter("weight")
-    outputs, inputs = weight.flatten(1).shape
+    outputs, inputs = layer.weight_shape(module)
     k = layer.groups
     return CapturedLayer(
         layer, weight.new_zeros(rows * k, 1, inputs), weight.new_zeros(rows * k, 1, outputs // k)
@@ -259,7 +263,7 @@ def _bytes_of(module: nn.Module | None) -> int:
 
 
 def _layer_shape(model: nn.Module, recording: Recording, layer: LayerSpec) -> LayerShape:
-    outputs, inputs = model.get_submodule(layer.name).get_parameter("weight").flatten(1).shape
+    outputs, inputs = layer.weight_shape(model.get_submodule(layer.name))
     return LayerShape(
         name=layer.name,
         inputs=inputs if layer.weight is not None else 0,

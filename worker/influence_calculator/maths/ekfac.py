@@ -170,9 +170,9 @@ def _refused(objective: Objective) -> UnsupportedModelError:
         for name in names
     ]
     return UnsupportedModelError(
-        "model: EK-FAC treats Linear, Conv1d, Conv2d and Conv3d layers that are called as modules and whose "
-        f"parameters no other module shares, got {', '.join(named)}; take unsupported='diagonal' or "
-        "'exclude', or freeze them (requires_grad_(False))"
+        "model: EK-FAC treats Linear, Conv1d, Conv2d and Conv3d layers, and the Conv1D of transformers, that "
+        f"are called as modules and whose parameters no other module shares, got {', '.join(named)}; take "
+        "unsupported='diagonal' or 'exclude', or freeze them (requires_grad_(False))"
     )
 
 

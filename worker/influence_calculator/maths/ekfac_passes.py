@@ -133,8 +133,7 @@ def uncaptured_blocks(objective: Objective) -> dict[str, tuple[str, ...]]:
 
 def matrix_shape(objective: Objective, layer: LayerSpec) -> tuple[int, int]:
     """`(o, j)` of a layer's tracked part."""
-    weight = objective.model.get_submodule(layer.name).get_parameter("weight")
-    o, i = weight.flatten(1).shape
+    o, i = layer.weight_shape(objective.model.get_submodule(layer.name))
     return o, (i if layer.weight is not None else 0) + (1 if layer.bias is not None else 0)
 
 

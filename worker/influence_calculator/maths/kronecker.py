@@ -199,16 +199,18 @@ class LayerRows:
         """`[t, P_b]` as `[t, o, j]`, in memory of its own."""
         o, j = self.basis.matrix_shape
         t = columns.shape[0]
-        if self.layer.weight is None or self.layer.bias is None:
-            return columns.reshape(t, o, j).clone()
-        weight, bias = columns[:, : o * (j - 1)], columns[:, o * (j - 1) :]
-        return torch.cat([weight.reshape(t, o, j - 1), bias.unsqueeze(2)], dim=2)
+        i = j if self.layer.bias is None else j - 1
+        weight, bias = columns[:, : o * i], columns[:, o * i :]
+        by_output = weight.reshape(t, i, o).mT if self.layer.transposed else weight.reshape(t, o, i)
+        return torch.cat([by_output, bias.reshape(t, o, j - i)], dim=2)
 
     def _columns(self, matrices: Tensor) -> Tensor:
         """The inverse of `_matrices`."""
-        if self.layer.weight is None or self.layer.bias is None:
-            return matrices.flatten(1)
-        return torch.cat([matrices[:, :, :-1].flatten(1), matrices[:, :, -1]], dim=1)
+        i = matrices.shape[2] if self.layer.bias is None else matrices.shape[2] - 1
+        weight = matrices[:, :, :i].mT if self.layer.transposed else matrices[:, :, :i]
+        if self.layer.bias is None:
+            return weight.flatten(1)
+        return torch.cat([weight.flatten(1), matrices[:, :, -1]], dim=1)
 
 
 class DiagonalSolver:

@@ -35,6 +35,13 @@ class LayerSpec(ABC):
     """Name of the bias if there is one that is tracked."""
     groups: int = 1
     """k: parts of the outputs of which each sees its own part of the inputs, as of grouped convolutions."""
+    transposed: bool = False
+    """Whether the weight is `[i, o]`, in place of `[o, i]`."""
+
+    def weight_shape(self, module: nn.Module) -> tuple[int, int]:
+        """`(o, i)`, i of one group."""
+        rows, columns = module.get_parameter("weight").flatten(1).shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -51,7 +58,7 @@ class LayerSpec(ABC):
 
 
 class LinearLayer(LayerSpec):
-    """`nn.Linear`: every dimension but the last is tokens, examples first."""
+    """`nn.Linear`, and Hugging Face's `Conv1D`: every dimension but the last is tokens, examples first."""
 
     def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:  # noqa: ARG002
         return inputs.reshape(n, -1, inputs.shape[-1])
@@ -120,7 +127,22 @@ def _kind(module: nn.Module) -> type[LayerSpec] | None:
     for known, kind in _CAPTURED:
         if isinstance(module, known) and type(module).forward is known.forward:
             return kind
-    return None
+    return LinearLayer if _is_transposed_linear(module) else None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the `Conv1D` of `transformers`, `x @ weight + bias`, as the layers of GPT-2 are.
+
+    Told by its name and its package, so that nobody needs `transformers` to be installed; the file has
+    moved between its versions.
+    """
+    forward = type(module).forward
+    return any(
+        known.__name__ == "Conv1D"
+        and known.__module__.partition(".")[0] == "transformers"
+        and known.__dict__.get("forward") is forward
+        for known in type(module).__mro__
+    )
 
 
 def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
@@ -142,7 +164,8 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
             continue
         weight, bias = (own[key] if own.get(key) in tracked else None for key in ("weight", "bias"))
         if weight or bias:
-            layers.append(kind(name, weight, bias, getattr(module, "groups", 1)))
+            groups, transposed = getattr(module, "groups", 1), _is_transposed_linear(module)
+            layers.append(kind(name, weight, bias, groups, transposed))
     return tuple(layers)
 
 

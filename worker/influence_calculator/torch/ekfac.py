@@ -24,7 +24,8 @@ from influence_calculator.types import InfluenceMode
 
 class EkfacInfluence(TorchBlockwiseInfluence):
     """Solves with the eigenvalue-corrected Kronecker approximation of the Gauss-Newton matrix, layer by
-    layer, for Linear and Conv1d, Conv2d, Conv3d, with or without bias, called once or more often.
+    layer, for Linear and Conv1d, Conv2d, Conv3d, with or without bias, and Hugging Face's Conv1D, called
+    once or more often.
 
     Args:
         model: in eval mode; parameters that do not require grad are not tracked.
