@@ -208,6 +208,13 @@ _SPECS: dict[str, dict[str, Json]] = {
         "chunks": {"train": 100},
         "output": OUTPUT,
     },
+    "by block": {
+        "task": TASK,
+        "operation": "InfluencesByBlock",
+        "method": {"name": "Direct", "regularization": 0.1, "blocks": "LayerWise"},
+        "output": OUTPUT,
+    },
+    "by layer": {"task": TASK, "operation": "InfluencesByBlock", "method": EKFAC, "output": OUTPUT},
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -338,6 +345,23 @@ def broken_rules() -> Iterator[Broken]:
             ("output", "dense"),
             {"operation": "SelfInfluence", "output": {**OUTPUT, "dense": False}},
         ),
+        (
+            "a mode for parts",
+            ("mode",),
+            {"operation": "InfluencesByBlock", "mode": "Perturbation"},
+        ),
+        ("one block", ("method",), {"operation": "InfluencesByBlock", "method": solver}),
+        (
+            "one block by name",
+            ("method",),
+            {"operation": "InfluencesByBlock", "method": {**solver, "blocks": "Full"}},
+        ),
+        ("no blocks at all", ("method",), {"operation": "InfluencesByBlock", "method": {"name": "GradDot"}}),
+        (
+            "no parts stored",
+            ("output", "dense"),
+            {"operation": "InfluencesByBlock", "output": {**OUTPUT, "dense": False}},
+        ),
         ("a scheme", ("output", "url"), {"output": {"url": "ftp://host/x"}}),
         ("a scheme in capitals", ("output", "url"), {"output": {"url": "GS://bucket/x"}}),
         (
@@ -448,7 +472,7 @@ _TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path"
 
 CHANGES: dict[str, tuple[Json, ...]] = {
     "task": ({"entrypoint": "package.module:other"}, {**TASK, "arguments": {"deep": {"list": [2]}}}),
-    "operation": ("InfluenceFactors", "SelfInfluence"),
+    "operation": ("InfluenceFactors", "SelfInfluence", "InfluencesByBlock"),
     "mode": ("Perturbation",),
     "method": (
         {**EKFAC, "regularization": 0.02},

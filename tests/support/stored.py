@@ -63,7 +63,8 @@ def object_pattern(plan: Plan, kind: str, index: int) -> re.Pattern[str]:
     """Matches the paths of the objects that a ledger row stands for."""
     if kind == "region":
         group, chunk = plan.unravel(index)
-        own = rf"influences/c/{group}/{chunk}(/.*)?|partials/{group}/{chunk}"
+        place = "/".join(map(str, plan.result_index(group, chunk)))
+        own = rf"influences/c/{place}|partials/{group}/{chunk}"
         return re.compile(own + (rf"|train_\w+/c/{chunk}" if group == 0 else ""))
     if kind == "factors":
         return re.compile(rf"factors/\d+/c/{index}/\d+|(solver|test)_\w+/c/{index}")

@@ -42,6 +42,7 @@ from influence_job.spec import (
     TrakSpec,
 )
 
+_NARROW = (Operation.INFLUENCES, Operation.INFLUENCES_BY_BLOCK, Operation.SELF_INFLUENCE)
 SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | LissaSpec
 
 
@@ -51,7 +52,7 @@ def method_of(spec: InfluenceJobSpec) -> Method:
     Perturbations, and factors that somebody reads, need columns that are parameters.
     """
     method = build(spec.method)
-    narrow = spec.operation in (Operation.INFLUENCES, Operation.SELF_INFLUENCE) and spec.mode is Mode.UP
+    narrow = spec.operation in _NARROW and spec.mode is Mode.UP
     if isinstance(method, Arnoldi | Trak) and narrow:
         return method.narrow()
     return method

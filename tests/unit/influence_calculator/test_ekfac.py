@@ -145,6 +145,20 @@ def test_influences_are_those_of_the_definition(
 
 
 @EVERY_CASE
+@pytest.mark.parametrize("λ", [1e-2, 1e-1, 1.0])
+def test_the_part_of_each_layer_is_that_of_its_own_curvature(case: EkfacCase, λ: float) -> None:
+    fitted = Ekfac(λ).fitted(_objective(case), _fitted_state(case, "exact"), None)
+    left = fitted.solve(fitted.gradients(_objective(case), case.data(T, 2))).left
+    curvature, model = _dense_curvature(case, "exact", corrected=True), case.model()
+    test, train = (oracle.example_gradients(model, case.loss, *case.data(*of)) for of in ((T, 2), (N, 1)))
+    parts = region.influences_by_block(fitted, left, case.data(N, 1), 4)
+    for block, part in zip(fitted.layout.blocks, parts, strict=True):
+        own = oracle.columns_of(model, tuple(slot.name for slot in fitted.layout.slots_of(block)))
+        expected = oracle.influences(curvature[own[:, None], own], λ, test[:, own], train[:, own])
+        oracle.assert_close(part, expected, 1e-6)
+
+
+@EVERY_CASE
 def test_exact_corrected_eigenvalues_have_the_trace_of_the_gauss_newton_matrix(case: EkfacCase) -> None:
     """Mistake 4: one summed pseudo-gradient per example, or a correction per token, loses this trace."""
     curvature = oracle.generalized_gauss_newton(case.model(), case.loss, *case.data(N, 1))

@@ -235,3 +235,10 @@ def test_representations_are_narrow_where_nobody_needs_a_column_per_parameter(
     made = method_of(spec(method={"name": "Trak", "regularization": 0.3, "rank": 5}, **changes))
     assert isinstance(made, Trak)
     assert made.projected is narrow
+
+
+def test_they_are_narrow_block_by_block_too() -> None:
+    given = {"name": "Arnoldi", "regularization": 0.3, "complement": False, "blocks": "LayerWise"}
+    made = method_of(spec(operation="InfluencesByBlock", method=given))
+    assert isinstance(made, Arnoldi)
+    assert made.in_eigenspace

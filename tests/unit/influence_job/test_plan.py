@@ -342,6 +342,36 @@ def test_perturbations_have_the_input_s_dimensions_after_test_and_train() -> Non
         )
 
 
+def test_a_region_by_block_is_as_large_as_another_and_holds_all_blocks() -> None:
+    blocks = {"0": 600, "2": 300, "4": 100}
+    given = with_memory("16Gi", operation="InfluencesByBlock", output={"maxBytes": "1Pi"})
+    plan = make_plan(given, Linear(), sizes(10_000, 10**7, blocks=blocks))
+    [array] = plan.arrays
+    assert (array.path, array.dims) == ("influences", ("block", "test", "train"))
+    assert (array.shape, array.chunks) == ((3, 10_000, 10**7), (3, plan.group_rows, plan.train_chunk))
+    assert plan.result_bytes == 3 * 10_000 * 10**7 * 4
+    assert 8e6 <= int(np.prod(array.chunks)) * 4 <= 64 * MIB
+    assert plan.result_index(2, 5) == (0, 2, 5)
+    assert {"Loading", "Fitting", "Factors", "Scores"} == set(plan.memory)
+
+
+def test_all_blocks_count_for_what_a_result_and_a_stage_need() -> None:
+    blocks, exact = {"0": 600, "2": 400}, 2 * 300 * 1400 * 4
+    given = {"operation": "InfluencesByBlock", "chunks": {"test": 300, "train": 1400}}
+    plain = make_plan(spec(chunks=given["chunks"]), Linear(), sizes(blocks=blocks))
+    plan = make_plan(spec(**given, output={"maxBytes": str(exact)}), Linear(), sizes(blocks=blocks))
+    assert plan.memory["Scores"].device == plain.memory["Scores"].device + exact // 2
+    with pytest.raises(
+        PermanentError, match=r"2 × 300 × 1400 of float32 .* or blocks, operation: Influences"
+    ):
+        make_plan(spec(**given, output={"maxBytes": str(exact - 1)}), Linear(), sizes(blocks=blocks))
+    huge = {**given, "chunks": {"test": 300, "train": 10**6}}
+    with pytest.raises(
+        PermanentError, match=r"stage Scores needs .* regions of 300 × 1000000 .* smaller chunks"
+    ):
+        make_plan(with_memory("64Mi", **huge), Linear(), sizes(train=10**6, blocks=blocks))
+
+
 def test_factors_are_one_array_per_block_chunked_on_both_axes() -> None:
     blocks = {"0": 90 * MIB, "2": 10}
     plan = make_plan(

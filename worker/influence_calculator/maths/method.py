@@ -120,6 +120,13 @@ def score_dtype(left: Tensor) -> torch.dtype:
     return torch.promote_types(left.dtype, torch.float32)
 
 
+def add_scores(scores: Tensor, left: Left, part: Part) -> None:
+    """Adds to scores `[t, n]` of a batch what one part of its right representation gives."""
+    columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
+    examples = scores[:, part.row : part.row + part.values.shape[0]]
+    examples.addmm_(columns.to(scores.dtype), part.values.to(scores.dtype).T)
+
+
 class FitPass(ABC):
     """One pass over the training data, or one of a series of which each takes over from the one before."""
 
@@ -185,14 +192,11 @@ class Fitted(ABC):
     def score(self, left: Left, batch: Batch) -> Tensor:
         """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`; float32 at least, whatever is stored."""
         rows = next(iter(left.values()))
-        wide = score_dtype(rows)
-        scores = rows.new_zeros(rows.shape[0], batch_size(batch), dtype=wide)
+        scores = rows.new_zeros(rows.shape[0], batch_size(batch), dtype=score_dtype(rows))
         for part in self.right(batch):
-            columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
-            examples = scores[:, part.row : part.row + part.values.shape[0]]
-            examples.addmm_(columns.to(wide), part.values.to(wide).T)
-            # What comes next is formed while these names last.
-            del part, columns
+            add_scores(scores, left, part)
+            # What comes next is formed while this name lasts.
+            del part
         return scores
 
 

@@ -3,7 +3,7 @@
 The only place where test and training side meet. The Dask calculator, the sequential one and a job's
 worker call these functions; which micro-batch they take is part of the stored plan.
 
-Shapes: t test rows, n training examples, F... feature dimensions of the training input.
+Shapes: t test rows, n training examples, B blocks, F... feature dimensions of the training input.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.layout import Left
-from influence_calculator.maths.method import Fitted, score_dtype
+from influence_calculator.maths.method import Fitted, add_scores, score_dtype
 from influence_calculator.maths.objective import Batch, IndexedBatch, batch_size, micro_batches
 
 
@@ -27,6 +27,22 @@ def influences(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Te
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
         columns = fitted.score(left, piece.batch)
         scores[:, piece.start : piece.start + columns.shape[1]] = columns
+    return scores
+
+
+def influences_by_block(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Tensor:
+    """Each block's part of `influences`, `z_b · g_b`, `[B, t, n]`, in the layout's order.
+
+    They sum to `influences`: a method's inverse is block by block. The batch is differentiated once.
+    """
+    rows = next(iter(left.values()))
+    numbers = {block: number for number, block in enumerate(fitted.layout.blocks)}
+    scores = rows.new_zeros(len(numbers), rows.shape[0], batch_size(batch), dtype=score_dtype(rows))
+    for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
+        for part in fitted.right(piece.batch):
+            add_scores(scores[numbers[part.block], :, piece.start :], left, part)
+            # What comes next is formed while this name lasts.
+            del part
     return scores
 
 

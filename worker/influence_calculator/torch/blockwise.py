@@ -13,12 +13,13 @@ from typing import Any, Self
 from torch import Tensor
 
 from influence_calculator.base_influence_function_model import ComposableInfluence, require_both_or_none
+from influence_calculator.maths import region
 from influence_calculator.maths.blocks import Regularization
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Fitted, Method
 from influence_calculator.torch.base import TorchInfluenceFunctionModel, regularization_of
-from influence_calculator.torch.by_block import influences_by_block, perturbations_by_block
+from influence_calculator.torch.by_block import perturbations_by_block
 from influence_calculator.types import InfluenceMode, as_mode
 
 
@@ -100,5 +101,6 @@ class TorchBlockwiseInfluence(TorchInfluenceFunctionModel, ComposableInfluence[T
     ) -> OrderedDict[str, Tensor]:
         fitted, pieces = self._require_fitted(), self._micro_batch(batch)
         if mode is InfluenceMode.Up:
-            return influences_by_block(fitted, rows, batch, pieces)
+            parts = region.influences_by_block(fitted, rows, batch, pieces)
+            return OrderedDict(zip(fitted.layout.blocks, parts, strict=True))
         return perturbations_by_block(fitted, self.objective, rows, batch, pieces)

@@ -98,9 +98,10 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
             f"  grid       {plan.train_chunks} chunks of {min(plan.train_chunk, plan.train)} examples"
         )
     elif plan.has_scores:
+        blocks = f" × {len(plan.blocks)} blocks" if plan.by_block else ""
         lines.append(
             f"  grid       {plan.regions} regions of {plan.group_rows} × {min(plan.train_chunk, plan.train)} "
-            f"examples (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
+            f"examples{blocks} (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
         )
         groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"
         lines.append(f"  groups     {groups}: one pass over the training set each")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from influence_job.cli.summary import Ranked, Summary, TestCase
 
 
+SHOWN_BLOCKS = 8
+"""Names of blocks that the headline tells; all are in the store."""
+
+
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
     try:
         given = json.loads(text)
@@ -130,7 +134,13 @@ def draw(summary: Summary, console: Console) -> None:
         else "A positive score helps: without that training example (#, counted from 0) the loss would be "
         f"higher, by about score / {plan['train']}."
     )
-    console.print(meaning, soft_wrap=True)
+    console.print(meaning + _summed(plan), soft_wrap=True)
+
+
+def _summed(plan: dict[str, Any]) -> str:
+    if plan["operation"] != Operation.INFLUENCES_BY_BLOCK:
+        return ""
+    return " It is the sum over the blocks; the part of each is in the array influences."
 
 
 def _headline(summary: Summary) -> list[str]:
@@ -165,7 +175,16 @@ def _headline(summary: Summary) -> list[str]:
 def _examples(plan: dict[str, Any]) -> str:
     training = f"{plan['train']} training examples"
     on_itself = plan["operation"] == Operation.SELF_INFLUENCE
-    return training if on_itself else f"{plan['test']} test × {training}"
+    return training if on_itself else f"{plan['test']} test × {training}{_blocks(plan)}"
+
+
+def _blocks(plan: dict[str, Any]) -> str:
+    """The names along the dimension `block` of the matrix, where it has one."""
+    if plan["operation"] != Operation.INFLUENCES_BY_BLOCK:
+        return ""
+    names = [f'"{name}"' for name in plan["blocks"]]
+    told = names if len(names) <= SHOWN_BLOCKS else [*names[:SHOWN_BLOCKS], "…"]
+    return f" × {len(names)} blocks ({', '.join(told)})"
 
 
 def _stored(summary: Summary) -> str:

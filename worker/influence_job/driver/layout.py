@@ -69,6 +69,8 @@ def create(
                 plan.result_dims,
                 coordinates,
             )
+        if plan.by_block:
+            arrays.write_names(store, "block", plan.blocks)
         sink_arrays.create_sink_arrays(store, plan.test, plan.train, plan.group_rows, plan.top_k, plan.dtype)
     arrays.update_attributes(
         store,

@@ -1,7 +1,8 @@
 """The plan as a document: sizes in, grid out, and the arithmetic of its indices.
 
-A region, one group of test chunks × one training chunk, is one chunk of the result. For SelfInfluence
-a training chunk is: the training examples are their own test examples, in the same chunks.
+A region, one group of test chunks × one training chunk, is one chunk of the result, of all blocks where
+these are told apart. For SelfInfluence a training chunk is: the training examples are their own test
+examples, in the same chunks.
 
 Symbols: T test examples, N training examples, R fit ranges, G groups.
 """
@@ -89,6 +90,11 @@ class Plan(SpecModel):
     def on_itself(self) -> bool:
         """Whether each training example meets itself alone."""
         return self.operation is Operation.SELF_INFLUENCE
+
+    @property
+    def by_block(self) -> bool:
+        """Whether each pair of examples has a score per block of parameters."""
+        return self.operation is Operation.INFLUENCES_BY_BLOCK
 
     @property
     def test_chunks(self) -> int:
@@ -190,6 +196,8 @@ class Plan(SpecModel):
             return ("train",)
         if not self.has_scores:
             return ("test", "column")
+        if self.by_block:
+            return ("block", "test", "train")
         return ("test", "train", *(f"feature_{i}" for i in range(len(self.feature_shape))))
 
     @property
@@ -199,6 +207,8 @@ class Plan(SpecModel):
             return (self.train,)
         if not self.has_scores:
             return (self.test, sum(self.blocks.values()))
+        if self.by_block:
+            return (len(self.blocks), self.test, self.train)
         return (self.test, self.train, *self.feature_shape)
 
     @property
@@ -206,7 +216,16 @@ class Plan(SpecModel):
         """Of the matrix: one region."""
         if self.on_itself:
             return (min(self.train_chunk, self.train),)
-        return (self.group_rows, min(self.train_chunk, self.train), *self.feature_shape)
+        columns = min(self.train_chunk, self.train)
+        if self.by_block:
+            return (len(self.blocks), self.group_rows, columns)
+        return (self.group_rows, columns, *self.feature_shape)
+
+    def result_index(self, group: int, chunk: int) -> tuple[int, ...]:
+        """Which chunk of the matrix the region of a group and a training chunk is."""
+        if self.by_block:
+            return (0, group, chunk)
+        return (group, chunk, *(0,) * len(self.feature_shape))
 
     @property
     def matrix_bytes(self) -> int:

@@ -92,8 +92,14 @@ def _factor_row(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> int:
 
 
 def _column_rows(spec: InfluenceJobSpec, sizes: Sizes) -> int:
-    pair = math.prod(sizes.feature_shape) * _itemsize(sizes)
-    return max(1, COLUMN_BYTES[spec.mode] // pair)
+    return max(1, COLUMN_BYTES[spec.mode] // _pair_bytes(spec, sizes))
+
+
+def _pair_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
+    """Of what is stored for one test and one training example."""
+    by_block = spec.operation is Operation.INFLUENCES_BY_BLOCK
+    numbers = len(sizes.blocks) if by_block else math.prod(sizes.feature_shape)
+    return numbers * _itemsize(sizes)
 
 
 def _used(method: Method, sizes: Sizes, micro_batch: int) -> int:
@@ -173,7 +179,7 @@ def _train_chunk(
     """As given, or what makes regions of `region_bytes`, at least `LEAST_REGIONS`, of whole micro-batches."""
     if spec.chunks is not None and spec.chunks.train is not None:
         return spec.chunks.train
-    column = group_rows * math.prod(sizes.feature_shape) * _itemsize(sizes)
+    column = group_rows * _pair_bytes(spec, sizes)
     groups = -(-sizes.test // group_rows)
     by_size = region_bytes // column
     by_reading = READ_BYTES // max(1, sizes.shapes.example_bytes)
@@ -217,7 +223,9 @@ def _refuse_large_result(spec: InfluenceJobSpec, plan: Plan) -> None:
     if plan.result_bytes <= limit:
         return
     shape = " × ".join(str(extent) for extent in plan.result_shape)
-    if plan.has_scores and spec.mode is Mode.UP:
+    if plan.by_block:
+        cure = "take fewer test examples or blocks, operation: Influences, or raise output.maxBytes"
+    elif plan.has_scores and spec.mode is Mode.UP:
         cure = "set output.dense: false, which keeps the top k and the statistics, or raise output.maxBytes"
     else:
         cure = "take fewer test examples, track fewer parameters, or raise output.maxBytes"
@@ -235,8 +243,8 @@ def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
             continue
         need = f"stage {name} needs {in_words(stage.device)}"
         if name == "Scores" and plan.has_scores:
-            rows, columns = plan.result_chunks[:2]
+            region = f"{plan.group_rows} × {min(plan.train_chunk, plan.train)}"
             raise memory.impossible(
-                spec, f"{need} for regions of {rows} × {columns} examples", ", or set smaller chunks"
+                spec, f"{need} for regions of {region} examples", ", or set smaller chunks"
             )
         raise memory.impossible(spec, need)

@@ -17,10 +17,8 @@ from influence_job.spec.job import (
     InfluenceJob,
     InfluenceJobSpec,
     Metadata,
-    Mode,
     ObjectReference,
     OnExisting,
-    Operation,
     OutputSpec,
     Precision,
     SourceSpec,
@@ -44,6 +42,7 @@ from influence_job.spec.methods import (
     SecondOrder,
     Unsupported,
 )
+from influence_job.spec.operations import Mode, Operation
 from influence_job.spec.parsing import InvalidSpecError, parse_spec
 from influence_job.spec.pods import (
     ImagePullPolicy,

@@ -20,34 +20,13 @@ from influence_job.spec.fields import (
     refuse,
 )
 from influence_job.spec.methods import MethodSpec
+from influence_job.spec.operations import OPERATION_RULES, Mode, Operation, check_operation
 from influence_job.spec.pods import PodSettings, WorkersSpec
-from influence_job.spec.rules import Refusal, rule, rules
+from influence_job.spec.rules import rule, rules
 
 API_VERSION: Literal["influence-operator.dev/v1alpha1"] = "influence-operator.dev/v1alpha1"
 KIND: Literal["InfluenceJob"] = "InfluenceJob"
 URL_SCHEMES = ("file", "gs", "s3", "memory")
-
-
-class Operation(StrEnum):
-    """What the result is."""
-
-    INFLUENCES = "Influences"
-    """Every training example on every test example."""
-    INFLUENCE_FACTORS = "InfluenceFactors"
-    """(H + λI)^-1 g of the test examples alone."""
-    INFLUENCES_FROM_FACTORS = "InfluencesFromFactors"
-    """Influences, from factors that an earlier job stored."""
-    SELF_INFLUENCE = "SelfInfluence"
-    """Every training example on itself: outliers and wrong labels have large ones."""
-
-
-class Mode(StrEnum):
-    """Which derivative of the training side."""
-
-    UP = "Up"
-    """Up-weighting a training example: one number per pair."""
-    PERTURBATION = "Perturbation"
-    """Moving a training example's input: one number per pair and input feature."""
 
 
 class Device(StrEnum):
@@ -211,52 +190,12 @@ _NEXT_ATTEMPT = "Changes take effect with the next attempt; changing a Failed jo
 class InfluenceJobSpec(SpecModel):
     """The spec. What determines the numbers is immutable once the job exists."""
 
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                "self.operation != 'InfluencesFromFactors' || has(self.factors)",
-                "expected {url: store of an InfluenceFactors job} for InfluencesFromFactors",
-                "factors",
-                Refusal.REQUIRED,
-            ),
-            rule(
-                "self.operation == 'InfluencesFromFactors' || !has(self.factors)",
-                "only for operation InfluencesFromFactors; remove it or change operation",
-                "factors",
-                Refusal.FORBIDDEN,
-            ),
-            rule(
-                "self.operation != 'InfluenceFactors' || self.mode == 'Up'",
-                "expected Up: factors are the same in both modes; Perturbation is for Influences and "
-                "InfluencesFromFactors",
-                "mode",
-            ),
-            rule(
-                "self.operation != 'SelfInfluence' || self.mode == 'Up'",
-                "expected Up: an example's influence on itself has no perturbation",
-                "mode",
-            ),
-            rule(
-                "self.operation != 'SelfInfluence' || !has(self.chunks) || !has(self.chunks.test)",
-                "not for SelfInfluence, which has no test examples; set chunks.train or remove it",
-                "chunks.test",
-                Refusal.FORBIDDEN,
-            ),
-            rule(
-                "self.output.dense || (self.mode == 'Up' && "
-                "!(self.operation in ['InfluenceFactors', 'SelfInfluence']))",
-                "expected true: factors, self-influences and perturbations have no top k, so nothing would "
-                "be stored",
-                "output.dense",
-            ),
-        )
-    )
+    model_config = ConfigDict(json_schema_extra=rules(*OPERATION_RULES))
 
     task: TaskSpec = Field(description="The user's model and data.")
     operation: Operation = Field(
         Operation.INFLUENCES,
-        description="Influences | InfluenceFactors | InfluencesFromFactors | SelfInfluence. "
-        "Default Influences.",
+        description=f"{' | '.join(Operation)}. Default Influences.",
     )
     mode: Mode = Field(Mode.UP, description="Up | Perturbation. Default Up.")
     method: MethodSpec = Field(description="How (H + λI)^-1 is applied: name and parameters.")
@@ -316,34 +255,7 @@ class InfluenceJobSpec(SpecModel):
 
     @model_validator(mode="after")
     def _operation_fits(self) -> InfluenceJobSpec:
-        reads_factors = self.operation is Operation.INFLUENCES_FROM_FACTORS
-        if reads_factors and self.factors is None:
-            raise refuse(
-                "factors", "expected {url: store of an InfluenceFactors job} for InfluencesFromFactors"
-            )
-        if not reads_factors and self.factors is not None:
-            raise refuse(
-                "factors",
-                f"only for operation InfluencesFromFactors, got {self.operation}; remove it or change it",
-            )
-        only_factors = self.operation is Operation.INFLUENCE_FACTORS
-        if only_factors and self.mode is Mode.PERTURBATION:
-            raise refuse(
-                "mode",
-                "expected Up: factors are the same in both modes; Perturbation is for Influences and "
-                "InfluencesFromFactors",
-            )
-        on_itself = self.operation is Operation.SELF_INFLUENCE
-        if on_itself and self.mode is Mode.PERTURBATION:
-            raise refuse("mode", "expected Up: an example's influence on itself has no perturbation")
-        if on_itself and self.chunks is not None and self.chunks.test is not None:
-            raise refuse(
-                "chunks.test",
-                "not for SelfInfluence, which has no test examples; set chunks.train or remove it",
-            )
-        if not self.output.dense and (only_factors or on_itself or self.mode is Mode.PERTURBATION):
-            what = "factors" if only_factors else "self-influences" if on_itself else "perturbations"
-            raise refuse("output.dense", f"expected true: {what} have no top k, so nothing would be stored")
+        check_operation(self)
         return self
 
     @property

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -200,6 +200,23 @@ def write_array(
     if values.size == 0:
         return digest(values)
     return write_chunk(store, path, (0,) * values.ndim, values)
+
+
+def write_names(store: Store, dim: str, names: Iterable[str]) -> None:
+    """Writes the coordinate of a dimension along which things have names: strings, under the same name."""
+    memory: dict[str, Any] = {}
+    values = np.array(list(names), dtype=np.dtypes.StringDType())
+    zarr.create_array(
+        zarr.storage.MemoryStore(memory),
+        name=dim,
+        data=values,
+        chunks=values.shape,
+        compressors=(zarr.codecs.Crc32cCodec(),),
+        filters=None,
+        dimension_names=(dim,),
+    )
+    for path in (f"{dim}/zarr.json", f"{dim}/c/0"):
+        store.put(path, memory[path].to_bytes())
 
 
 def digest(block: np.ndarray[Any, Any]) -> str:

@@ -48,8 +48,7 @@ def _stored_digest(own: Session, index: int) -> str:
     try:
         if not own.plan.dense:
             return sink_arrays.partial_digest(own.store, group, chunk)
-        rest = (0,) * len(own.plan.feature_shape)
-        return arrays.digest(arrays.read_chunk(own.store, INFLUENCES, (group, chunk, *rest)))
+        return arrays.digest(arrays.read_chunk(own.store, INFLUENCES, own.plan.result_index(group, chunk)))
     except PermanentError as error:
         if error.reason is not Reason.STORE_CORRUPT:
             raise

@@ -39,7 +39,8 @@ class Basis(StrEnum):
 
 def stored_basis(spec: InfluenceJobSpec) -> Basis:
     """A job that only needs factors to score them stores them as they are scored."""
-    only_scored = spec.operation is Operation.INFLUENCES and spec.mode is Mode.UP
+    scores = spec.operation in (Operation.INFLUENCES, Operation.INFLUENCES_BY_BLOCK)
+    only_scored = scores and spec.mode is Mode.UP
     return Basis.METHOD if only_scored else Basis.PARAMETERS
 
 

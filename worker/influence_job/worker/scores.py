@@ -118,27 +118,29 @@ class _Pipeline:
         with blaming(self.own, self.own.objective, "train", *self.plan.train_range(chunk)):
             if self.group == 0:
                 write_annotations(self.own, "train", chunk, batch)
-            block = as_array(self._compute(batch))
-        self._require_finite(block, chunk)
+            values = as_array(self._compute(batch))
+        whole = values.sum(axis=0) if self.plan.by_block else values
+        self._require_finite(whole, chunk)
         self._settle()
-        put = self.writes.submit(_store, self.own, self.group, chunk, block)
+        put = self.writes.submit(_store, self.own, self.group, chunk, values, whole)
         self._previous = _Written(self.plan.region(self.group, chunk), inputs, put)
 
     def _compute(self, batch: Batch) -> torch.Tensor:
         fitted, micro_batch = self.own.fitted, self.plan.micro_batch
         if self.own.spec.mode is Mode.PERTURBATION:
             return perturbation.perturbations(fitted, self.own.objective, self.left, batch, micro_batch)
-        return region.influences(fitted, self.left, batch, micro_batch)
+        score = region.influences_by_block if self.plan.by_block else region.influences
+        return score(fitted, self.left, batch, micro_batch)
 
-    def _require_finite(self, block: np.ndarray, chunk: int) -> None:
+    def _require_finite(self, whole: np.ndarray, chunk: int) -> None:
         """Refuses a training example without finite scores.
 
         Test rows whose solve did not end finite have none at all: `solver_status` tells of them.
         """
-        finite = np.isfinite(block)
+        finite = np.isfinite(whole)
         if finite.all():
             return
-        bad = ~finite.reshape(*block.shape[:2], -1).all(axis=2)
+        bad = ~finite.reshape(*whole.shape[:2], -1).all(axis=2)
         start, stop = self.plan.train_range(chunk)
         columns = bad[self._solved_rows()].any(axis=0)
         if columns.any():
@@ -166,10 +168,13 @@ def context_region(context: WorkerContext, group: int, chunk: int) -> int:
     return context.plan.region(group, chunk)
 
 
-def _store(own: Session, group: int, chunk: int, block: np.ndarray) -> str:
-    """Feeds a region to its sinks; the dense one last, for it is what verification reads."""
+def _store(own: Session, group: int, chunk: int, values: np.ndarray, whole: np.ndarray) -> str:
+    """Feeds a region to its sinks; the dense one last, for it is what verification reads.
+
+    `whole` of all blocks together, where `values` tell them apart: what examples are ranked by.
+    """
     start, _ = own.plan.train_range(chunk)
-    digest = sink_arrays.put_partial(own.store, group, chunk, Partial.of(block, start, own.plan.top_k))
+    digest = sink_arrays.put_partial(own.store, group, chunk, Partial.of(whole, start, own.plan.top_k))
     if own.plan.dense:
-        digest = arrays.write_chunk(own.store, INFLUENCES, (group, chunk, *(0,) * (block.ndim - 2)), block)
+        digest = arrays.write_chunk(own.store, INFLUENCES, own.plan.result_index(group, chunk), values)
     return digest

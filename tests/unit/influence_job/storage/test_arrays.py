@@ -238,6 +238,17 @@ def test_an_array_that_zarr_wrote_in_its_own_way_is_not_read_as_ours(store: Stor
     assert not arrays.has_array(store, "b")
 
 
+def test_names_along_a_dimension_are_its_coordinate(store: Store) -> None:
+    names = ["", "head", "encoder.0", "größer", '["x"]']
+    arrays.update_attributes(store, {})
+    arrays.write_names(store, "block", names)
+    arrays.create_array(store, "a", (5, 2), (5, 2), "float32", ("block", "test"))
+    arrays.write_chunk(store, "a", (0, 0), numbers((5, 2), "float32"))
+    opened = xarray.open_zarr(store.url, consolidated=False)
+    assert [str(name) for name in opened["block"].values] == names
+    assert opened["a"].sel(block="größer").values.tolist() == numbers((5, 2), "float32")[3].tolist()
+
+
 def test_a_tiny_region_costs_well_under_a_millisecond(store: Store) -> None:
     arrays.create_array(store, "a", (300, 8), (1, 8), "float32", ("test", "train"))
     block = np.ones((1, 8), "float32")
