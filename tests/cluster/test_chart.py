@@ -24,15 +24,6 @@ def installed() -> list[Manifest]:
     return list(yaml.load_all(chart.INSTALL.read_text(), Loader=yaml.CSafeLoader))
 
 
-def leader(cluster: Cluster, namespace: str) -> str:
-    return str(cluster.get("lease", "influence-operator", namespace)["spec"].get("holderIdentity", ""))
-
-
-def pods(cluster: Cluster, namespace: str, name: str = OPERATOR) -> list[Manifest]:
-    found: list[Manifest] = cluster.get("pods", "", namespace, f"app.kubernetes.io/name={name}")
-    return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
-
-
 def ready(pod: Manifest) -> bool:
     return any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
 
@@ -66,10 +57,10 @@ def may(cluster: Cluster, verb: str, resource: str, who: str, namespace: str) ->
 
 def test_two_replicas_are_ready_and_one_of_them_leads(cluster: Cluster) -> None:
     chart.wait_for_replicas(cluster)
-    replicas = pods(cluster, NAMESPACE)
+    replicas = chart.replicas(cluster)
     assert [ready(pod) for pod in replicas] == [True, True]
-    assert leader(cluster, NAMESPACE) in {pod["metadata"]["name"] for pod in replicas}
-    assert [ready(pod) for pod in pods(cluster, NAMESPACE, "dask-kubernetes-operator")] == [True]
+    assert chart.leader(cluster) in chart.names(replicas)
+    assert [ready(pod) for pod in chart.replicas(cluster, DASK_OPERATOR)] == [True]
 
 
 def test_the_release_fits_a_secret_with_room_for_more(cluster: Cluster) -> None:
@@ -91,12 +82,12 @@ def test_an_upgrade_to_the_same_changes_nothing(cluster: Cluster) -> None:
             for kind, metadata in items
         }
 
-    before, replicas = objects(), {pod["metadata"]["uid"] for pod in pods(cluster, NAMESPACE)}
+    before, replicas = objects(), {pod["metadata"]["uid"] for pod in chart.replicas(cluster)}
     assert ("Deployment", OPERATOR) in before
     assert len(before) == len(installed()) - 1, "all but the namespace"
     chart.install(cluster)
     assert objects() == before
-    assert {pod["metadata"]["uid"] for pod in pods(cluster, NAMESPACE)} == replicas
+    assert {pod["metadata"]["uid"] for pod in chart.replicas(cluster)} == replicas
 
 
 @pytest.mark.alone
@@ -173,8 +164,9 @@ def test_a_release_for_one_namespace_needs_no_rights_beyond_it(cluster: Cluster,
         *("install", "own", str(chart.CHART), "--namespace", namespace, "--wait", "--timeout", "120s"),
         *(*chart.settings(cluster), *given),
     )
-    assert [ready(pod) for pod in pods(cluster, namespace)] == [True, True]
-    assert leader(cluster, namespace) in {pod["metadata"]["name"] for pod in pods(cluster, namespace)}
+    replicas = chart.replicas(cluster, namespace=namespace)
+    assert [ready(pod) for pod in replicas] == [True, True]
+    assert chart.leader(cluster, namespace) in chart.names(replicas)
     user = f"system:serviceaccount:{namespace}:own-influence-operator"
     assert may(cluster, "list", JOBS, user, namespace)
     assert not may(cluster, "list", JOBS, user, NAMESPACE)

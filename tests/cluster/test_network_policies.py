@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+import chart
 import packet_filter
 import pods
-from chart import NAMESPACE
+from chart import DASK_OPERATOR, NAMESPACE, OPERATOR
 from cluster import Cluster
 from cluster_jobs import ClusterJob
 from cluster_storage import Bucket, ClusterStorage
@@ -77,14 +78,10 @@ def start_stranger(cluster: Cluster, namespace: str) -> None:
 
 def operators(cluster: Cluster) -> dict[str, list[Object]]:
     """Pods of our operator and of the dask operator."""
-    names_ = {"operator": "influence-operator", "dask operator": "dask-kubernetes-operator"}
-    found = {
-        who: cluster.get("pods", "", NAMESPACE, f"app.kubernetes.io/name={name}")
-        for who, name in names_.items()
-    }
+    names_ = {"operator": OPERATOR, "dask operator": DASK_OPERATOR}
     return {
-        who: [p for p in these if p["status"].get("podIP") and "deletionTimestamp" not in p["metadata"]]
-        for who, these in found.items()
+        who: [pod for pod in chart.replicas(cluster, name) if pod["status"].get("podIP")]
+        for who, name in names_.items()
     }
 
 
