@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import yaml
 import chart
 from chart import DASK_OPERATOR, NAMESPACE, OPERATOR
 from cluster import Cluster, CommandError
+from cluster_jobs import ClusterJob
+from cluster_storage import Bucket
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -111,6 +114,52 @@ def test_install_yaml_is_accepted_whole_by_the_api_server(cluster: Cluster) -> N
     )
     assert len(said.splitlines()) == len(installed())
     assert all(line.endswith("serverside-applied (server dry run)") for line in said.splitlines())
+
+
+UNUSED_CRD = "daskautoscalers.kubernetes.dask.org"
+"""No object of this kind exists here, so that it can be taken away."""
+
+
+@pytest.mark.alone
+def test_install_yaml_installs_all_that_a_job_needs(cluster: Cluster, namespace: str, bucket: Bucket) -> None:
+    """In place of the release, with this checkout's images. All CRDs but one stay, as after a release."""
+    objects = [thing for thing in installed() if thing["kind"] != "Namespace"]
+    crds = [thing["metadata"]["name"] for thing in objects if thing["kind"] == "CustomResourceDefinition"]
+    theirs = [thing for thing in objects if thing["kind"] != "CustomResourceDefinition"]
+    cluster.helm("uninstall", OPERATOR, "--namespace", NAMESPACE, "--wait")
+    cluster.kubectl("delete", "crd", UNUSED_CRD)
+    try:
+        apply = ("apply", "--server-side", "--force-conflicts", "--filename", "-")
+        cluster.kubectl(*apply, stdin=with_own_images(cluster))
+        assert UNUSED_CRD in crds
+        cluster.kubectl("wait", "crd", *crds, "--for=condition=Established", "--timeout=60s")
+        deployments = ("deployments", "--all", "--namespace", NAMESPACE)
+        cluster.kubectl("wait", *deployments, "--for=condition=Available", "--timeout=110s")
+        task = {"entrypoint": "gated_digits:few", "arguments": {"train": 100, "test": 10}}
+        job = ClusterJob(cluster, namespace, bucket).apply(task=task, workers={"replicas": 1}).complete()
+        assert job.status["result"]["shape"] == [10, 100]
+    finally:
+        remove(cluster, theirs)
+        chart.install(cluster)
+
+
+def with_own_images(cluster: Cluster) -> str:
+    """install.yaml; a tool of images alone, such as kustomize's, would leave the variable out."""
+    text, images = chart.INSTALL.read_text(), cluster.images
+    ours = {
+        "influence-operator": images.operator,
+        "influence-worker": images.worker,
+        "dask-kubernetes-operator": images.dask_operator,
+    }
+    for name, own in ours.items():
+        text, replaced = re.subn(rf"\bghcr\.io/[\w-]+/{name}:[\w.-]+", own.name, text)
+        assert replaced == 1, name
+    return text
+
+
+def remove(cluster: Cluster, objects: list[Manifest]) -> None:
+    stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    cluster.kubectl("delete", "--ignore-not-found", "--filename", "-", stdin=stdin)
 
 
 @pytest.fixture
