@@ -37,7 +37,7 @@ UNIT     := tests/unit tests/contract tests/integration
 # What breaks a part of the cluster waits more than it computes: it has the cluster for itself, while the
 # tests that need no cluster run beside it.
 test: $(STAMP) ## the tests that need no accelerator; brings up a Kubernetes cluster on this machine
-	@rm -rf .pytest_cache; mkdir .pytest_cache; failed=0; \
+	@rm -rf .pytest_cache; mkdir .pytest_cache; failed=0; export TEST_RUN=$$(date +%s); \
 	{ $(call part,cluster,$(PARALLEL) -m "not alone" tests/cluster); } || failed=1; \
 	{ $(call part,unit,$(PARALLEL) $(UNIT)); } >.pytest_cache/unit.log 2>&1 & \
 	{ $(call part,alone,-m alone tests/cluster); } || failed=1; \

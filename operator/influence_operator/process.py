@@ -167,7 +167,7 @@ class Replica:
             settings,
             cache,
             queue,
-            Gatherer(api, cache, events, self._drivers, self._schedulers, self.sees_dask, clock=_now),
+            Gatherer(api, cache, events, self._drivers, self.sees_dask, clock=_now),
             Applier(api, cache, self._schedulers, _now),
             StatusWriter(api, cache, Rate(settings.status_writes_per_second)),
             events,

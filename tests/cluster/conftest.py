@@ -29,13 +29,18 @@ from turns import once, turn
 TIMEOUT_SECONDS = 900
 """Of a test here: pods start, nodes are lost and found."""
 LOCKS = HOME / "tests"
+SINCE = LOCKS / "operator-since"
 GPUS = 8
 """What the node advertises; tests marked `alone` may change it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Only the test itself counts towards the limit: its fixtures may have to build a cluster."""
+    """Only the test itself counts towards the limit: its fixtures may have to build a cluster.
+
+    What looks back at all other tests comes last.
+    """
     here = Path(__file__).parent
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     for item in items:
         if here in item.path.parents and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS, func_only=True))
@@ -70,8 +75,23 @@ def cluster(testrun_uid: str) -> Cluster:
 
 @pytest.fixture(scope="session")
 def operator(cluster: Cluster, testrun_uid: str) -> None:
-    """Our operator and the dask operator, from our chart."""
-    set_up_once(testrun_uid, "operator", lambda: chart.install(cluster))
+    """Our operator and the dask operator, from our chart; none of an earlier run is left."""
+
+    def install() -> None:
+        chart.install(cluster)
+        cluster.wait_until(lambda: chart.pods(cluster) == chart.replicas(cluster), "old replicas gone", 60)
+        once(LOCKS, os.environ.get("TEST_RUN", testrun_uid), "operator-since", note)
+
+    def note() -> None:
+        SINCE.write_text(datetime.datetime.now(datetime.UTC).isoformat())
+
+    set_up_once(testrun_uid, "operator", install)
+
+
+@pytest.fixture(scope="session")
+def operator_since(operator: None) -> datetime.datetime:
+    """When the operator was first installed for this run. `make test` is one run: TEST_RUN names it."""
+    return datetime.datetime.fromisoformat(SINCE.read_text())
 
 
 @pytest.fixture(scope="session")

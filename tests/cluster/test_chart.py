@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import yaml
 import chart
 from chart import DASK_OPERATOR, NAMESPACE, OPERATOR
 from cluster import Cluster, CommandError
+from cluster_jobs import ClusterJob
+from cluster_storage import Bucket
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -22,15 +25,6 @@ SELECTOR = f"app.kubernetes.io/instance={OPERATOR}"
 def installed() -> list[Manifest]:
     """The objects of install.yaml."""
     return list(yaml.load_all(chart.INSTALL.read_text(), Loader=yaml.CSafeLoader))
-
-
-def leader(cluster: Cluster, namespace: str) -> str:
-    return str(cluster.get("lease", "influence-operator", namespace)["spec"].get("holderIdentity", ""))
-
-
-def pods(cluster: Cluster, namespace: str, name: str = OPERATOR) -> list[Manifest]:
-    found: list[Manifest] = cluster.get("pods", "", namespace, f"app.kubernetes.io/name={name}")
-    return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
 
 def ready(pod: Manifest) -> bool:
@@ -66,10 +60,10 @@ def may(cluster: Cluster, verb: str, resource: str, who: str, namespace: str) ->
 
 def test_two_replicas_are_ready_and_one_of_them_leads(cluster: Cluster) -> None:
     chart.wait_for_replicas(cluster)
-    replicas = pods(cluster, NAMESPACE)
+    replicas = chart.replicas(cluster)
     assert [ready(pod) for pod in replicas] == [True, True]
-    assert leader(cluster, NAMESPACE) in {pod["metadata"]["name"] for pod in replicas}
-    assert [ready(pod) for pod in pods(cluster, NAMESPACE, "dask-kubernetes-operator")] == [True]
+    assert chart.leader(cluster) in chart.names(replicas)
+    assert [ready(pod) for pod in chart.replicas(cluster, DASK_OPERATOR)] == [True]
 
 
 def test_the_release_fits_a_secret_with_room_for_more(cluster: Cluster) -> None:
@@ -91,12 +85,12 @@ def test_an_upgrade_to_the_same_changes_nothing(cluster: Cluster) -> None:
             for kind, metadata in items
         }
 
-    before, replicas = objects(), {pod["metadata"]["uid"] for pod in pods(cluster, NAMESPACE)}
+    before, replicas = objects(), {pod["metadata"]["uid"] for pod in chart.replicas(cluster)}
     assert ("Deployment", OPERATOR) in before
     assert len(before) == len(installed()) - 1, "all but the namespace"
     chart.install(cluster)
     assert objects() == before
-    assert {pod["metadata"]["uid"] for pod in pods(cluster, NAMESPACE)} == replicas
+    assert {pod["metadata"]["uid"] for pod in chart.replicas(cluster)} == replicas
 
 
 @pytest.mark.alone
@@ -120,6 +114,52 @@ def test_install_yaml_is_accepted_whole_by_the_api_server(cluster: Cluster) -> N
     )
     assert len(said.splitlines()) == len(installed())
     assert all(line.endswith("serverside-applied (server dry run)") for line in said.splitlines())
+
+
+UNUSED_CRD = "daskautoscalers.kubernetes.dask.org"
+"""No object of this kind exists here, so that it can be taken away."""
+
+
+@pytest.mark.alone
+def test_install_yaml_installs_all_that_a_job_needs(cluster: Cluster, namespace: str, bucket: Bucket) -> None:
+    """In place of the release, with this checkout's images. All CRDs but one stay, as after a release."""
+    objects = [thing for thing in installed() if thing["kind"] != "Namespace"]
+    crds = [thing["metadata"]["name"] for thing in objects if thing["kind"] == "CustomResourceDefinition"]
+    theirs = [thing for thing in objects if thing["kind"] != "CustomResourceDefinition"]
+    cluster.helm("uninstall", OPERATOR, "--namespace", NAMESPACE, "--wait")
+    cluster.kubectl("delete", "crd", UNUSED_CRD)
+    try:
+        apply = ("apply", "--server-side", "--force-conflicts", "--filename", "-")
+        cluster.kubectl(*apply, stdin=with_own_images(cluster))
+        assert UNUSED_CRD in crds
+        cluster.kubectl("wait", "crd", *crds, "--for=condition=Established", "--timeout=60s")
+        deployments = ("deployments", "--all", "--namespace", NAMESPACE)
+        cluster.kubectl("wait", *deployments, "--for=condition=Available", "--timeout=110s")
+        task = {"entrypoint": "gated_digits:few", "arguments": {"train": 100, "test": 10}}
+        job = ClusterJob(cluster, namespace, bucket).apply(task=task, workers={"replicas": 1}).complete()
+        assert job.status["result"]["shape"] == [10, 100]
+    finally:
+        remove(cluster, theirs)
+        chart.install(cluster)
+
+
+def with_own_images(cluster: Cluster) -> str:
+    """install.yaml; a tool of images alone, such as kustomize's, would leave the variable out."""
+    text, images = chart.INSTALL.read_text(), cluster.images
+    ours = {
+        "influence-operator": images.operator,
+        "influence-worker": images.worker,
+        "dask-kubernetes-operator": images.dask_operator,
+    }
+    for name, own in ours.items():
+        text, replaced = re.subn(rf"\bghcr\.io/[\w-]+/{name}:[\w.-]+", own.name, text)
+        assert replaced == 1, name
+    return text
+
+
+def remove(cluster: Cluster, objects: list[Manifest]) -> None:
+    stdin = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
+    cluster.kubectl("delete", "--ignore-not-found", "--filename", "-", stdin=stdin)
 
 
 @pytest.fixture
@@ -173,8 +213,9 @@ def test_a_release_for_one_namespace_needs_no_rights_beyond_it(cluster: Cluster,
         *("install", "own", str(chart.CHART), "--namespace", namespace, "--wait", "--timeout", "120s"),
         *(*chart.settings(cluster), *given),
     )
-    assert [ready(pod) for pod in pods(cluster, namespace)] == [True, True]
-    assert leader(cluster, namespace) in {pod["metadata"]["name"] for pod in pods(cluster, namespace)}
+    replicas = chart.replicas(cluster, namespace=namespace)
+    assert [ready(pod) for pod in replicas] == [True, True]
+    assert chart.leader(cluster, namespace) in chart.names(replicas)
     user = f"system:serviceaccount:{namespace}:own-influence-operator"
     assert may(cluster, "list", JOBS, user, namespace)
     assert not may(cluster, "list", JOBS, user, NAMESPACE)

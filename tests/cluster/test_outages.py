@@ -54,9 +54,7 @@ def _away(cluster: Cluster, deployment: str, replicas: int) -> Iterator[None]:
 
 
 def _end_pods(cluster: Cluster, deployment: str) -> list[str]:
-    name = "influence-operator" if deployment == chart.OPERATOR else "dask-kubernetes-operator"
-    pods = cluster.get("pods", namespace=chart.NAMESPACE, selector=f"app.kubernetes.io/name={name}")
-    names = [pod["metadata"]["name"] for pod in pods]
+    names = sorted(chart.names(chart.pods(cluster, deployment)))
     if names:
         cluster.kubectl(
             *("delete", "pods", *names, "--namespace", chart.NAMESPACE),
@@ -111,8 +109,8 @@ def _driver_succeeded(job: ClusterJob) -> bool:
 
 def _lease(cluster: Cluster) -> tuple[str, datetime.datetime]:
     """Who leads, and since when."""
-    spec = cluster.get("lease", "influence-operator", chart.NAMESPACE)["spec"]
-    return str(spec["holderIdentity"]), datetime.datetime.fromisoformat(spec["acquireTime"])
+    spec = chart.lease(cluster)
+    return str(spec.holder_identity or ""), spec.acquire_time
 
 
 def _taken_after(cluster: Cluster, before: datetime.datetime) -> datetime.datetime | None:

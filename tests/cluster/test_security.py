@@ -1,4 +1,4 @@
-"""Who gets at a running job, and what its pods and the operator may do: certificates, tokens, rights."""
+"""Who gets at a running job, and what its pods may do: certificates, tokens, labels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import pytest
 from kubernetes import client
 
 import pods
-from chart import NAMESPACE, OPERATOR
 from cluster import Cluster
 from cluster_jobs import ClusterJob
-from cluster_storage import Bucket, ClusterStorage
+from cluster_storage import ClusterStorage
 from influence_operator.cluster.certificates import attempt_material
 from influence_operator.manifests import names
-from machine import AuditLog
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -25,7 +23,6 @@ Object = dict[str, Any]
 
 LATE_REGIONS = r"^influences/c/0/(9|1\d)$"
 """What the gate holds back: the regions from the tenth on."""
-ACCOUNT = f"system:serviceaccount:{NAMESPACE}:{OPERATOR}"
 TOKEN_FOLDER = "/tokens"
 TOKEN_VOLUME = {
     "volumes": [
@@ -213,142 +210,3 @@ def test_what_others_label_as_a_jobs_changes_nothing(running: ClusterJob, namesp
     owned = [job["metadata"]["name"] for job in running.children("jobs")]
     assert owned == [names.base_name("digits", uid, 1)]
     assert running.is_true("Ready")
-
-
-# -- the operator's rights -----------------------------------------------------------------------
-
-FOR_OTHER_CLUSTERS = {
-    # The admission plugin OwnerReferencesPermissionEnforcement asks whether the operator has it before it may
-    # set `blockOwnerDeletion`; no request ever needs it.
-    ("influence-operator.dev", "influencejobs", "finalizers", "update"),
-}
-DISCOVERY = ("/api", "/apis")
-"""What a client asks to learn which kinds there are; every account may (system:discovery)."""
-
-Right = tuple[str, str, str, str]
-"""API group, resource, subresource, verb."""
-
-
-def granted(cluster: Cluster) -> set[Right]:
-    """By every role that is bound to the operator's ServiceAccount."""
-    account = {"kind": "ServiceAccount", "name": OPERATOR, "namespace": NAMESPACE}
-    bindings = [
-        *cluster.get("clusterrolebindings"),
-        *json.loads(cluster.kubectl("get", "rolebindings", "--all-namespaces", "--output=json"))["items"],
-    ]
-    roles = [
-        cluster.get(
-            binding["roleRef"]["kind"], binding["roleRef"]["name"], binding["metadata"].get("namespace", "")
-        )
-        for binding in bindings
-        if account in binding.get("subjects", [])
-    ]
-    assert roles
-    return {
-        (group, *((resource + "/").split("/")[:2]), verb)
-        for role in roles
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
-
-
-def asked(entry: Object) -> Right:
-    """The right that a request of the audit log needs."""
-    thing = entry["objectRef"]
-    return (
-        thing.get("apiGroup", ""),
-        thing.get("resource", ""),
-        thing.get("subresource", ""),
-        entry["verb"],
-    )
-
-
-@pytest.fixture
-def job(cluster: Cluster, namespace: str, bucket: Bucket) -> ClusterJob:
-    return ClusterJob(cluster, namespace, bucket)
-
-
-@pytest.fixture
-def others(cluster: Cluster, namespace: str, storage: ClusterStorage) -> dict[str, ClusterJob]:
-    """More jobs of the namespace, by name."""
-    wanted = ("config-map", "policy", "driver", "dask", "failing")
-    return {name: ClusterJob(cluster, namespace, storage.new_bucket(), name) for name in wanted}
-
-
-def stand_in_the_way(job: ClusterJob, kind: str) -> None:
-    """Makes an object of somebody else that has the name of a child."""
-    base = names.base_name(job.name, job.uid, 1)
-    pod = pods.pod("nothing", "true")
-    bodies: dict[str, Object] = {
-        "ConfigMap": {"apiVersion": "v1"},
-        "NetworkPolicy": {"apiVersion": "networking.k8s.io/v1", "spec": {"podSelector": {}}},
-        "Job": {"apiVersion": "batch/v1", "spec": {"suspend": True, "template": {"spec": pod}}},
-        "DaskCluster": {
-            "apiVersion": "kubernetes.dask.org/v1",
-            "spec": {
-                "scheduler": {"spec": pod, "service": {"ports": [], "selector": {}}},
-                "worker": {"replicas": 0, "spec": pod},
-            },
-        },
-    }
-    name = f"{base}-driver" if kind == "NetworkPolicy" else base
-    thing = {"kind": kind, "metadata": {"name": name}} | bodies[kind]
-    job.cluster.apply(thing, namespace=job.namespace)
-
-
-def in_the_way(others: dict[str, ClusterJob]) -> None:
-    """The operator looks at what has the name of a child, and leaves it alone."""
-    kinds = {"config-map": "ConfigMap", "policy": "NetworkPolicy", "driver": "Job", "dask": "DaskCluster"}
-    for name in kinds:
-        others[name].apply(suspend=True)
-    for name, kind in kinds.items():
-        stand_in_the_way(others[name], kind)
-        others[name].patch(suspend=False)
-    for name in kinds:
-        others[name].wait_for("Stalled", reason="NameConflict")
-    others["dask"].patch(suspend=True)
-    others["dask"].wait_for("Suspended", 90)
-    for name in kinds:
-        others[name].delete()
-
-
-@pytest.mark.host
-@pytest.mark.alone
-def test_the_operator_has_the_rights_that_it_uses_and_no_others(
-    job: ClusterJob, others: dict[str, ClusterJob]
-) -> None:
-    """Held against the audit log, over everything that the operator does."""
-    log = AuditLog()
-    # Another replica makes the lease anew, and lists and watches everything.
-    job.cluster.kubectl("delete", "lease", "influence-operator", "--namespace", NAMESPACE)
-    job.apply(workers={"replicas": 1}, **job.gate(LATE_REGIONS))
-    others["failing"].apply(task={"entrypoint": "gated_digits:broken", "arguments": None}, backoffLimit=0)
-    in_the_way(others)
-    others["failing"].wait_for("Failed")
-    job.at_gate()
-    job.kubectl("scale", f"influencejob/{job.name}", "--replicas=2")
-    job.wait_until(lambda: len(job.running("worker")) == 2, "two workers")
-    job.kubectl("scale", f"influencejob/{job.name}", "--replicas=1")
-    job.wait_until(lambda: len(job.pods("worker")) == 1, "one worker left")
-    job.open_gate()
-    job.complete()
-    job.patch(ttlSecondsAfterFinished=1)
-    job.wait_until(lambda: not job.children("influencejobs") and not exists(job), "the job deleted", 60)
-
-    entries = log.entries(ACCOUNT)
-    forbidden = [e for e in entries if e["annotations"]["authorization.k8s.io/decision"] != "allow"]
-    assert forbidden == []
-    plain = {e["requestURI"] for e in entries if "objectRef" not in e}
-    assert all(uri.startswith(DISCOVERY) for uri in plain), plain
-    used, rights = {asked(e) for e in entries if "objectRef" in e}, granted(job.cluster)
-    assert used - rights == set(), "how was it allowed?"
-    assert rights - used == FOR_OTHER_CLUSTERS
-
-
-def exists(job: ClusterJob) -> bool:
-    return any(
-        found["metadata"]["name"] == job.name
-        for found in job.cluster.get("influencejobs", namespace=job.namespace)
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from kubernetes.aio.client import Configuration
@@ -24,10 +25,10 @@ from scripted_api import scripted_api
 KEY = JobKey("team", "digits", UID)
 
 
-def scaled_down(scheduler: HostileServer) -> tuple[Outcome, list[str]]:
+def scaled_down(scheduler: HostileServer, attempt: int = 1, **status: Any) -> tuple[Outcome, list[str]]:
     """How retiring one of two workers went, and what was written to the API server."""
     world = computing(workers=2)
-    world.add(pod(1, "scheduler", podIP="127.0.0.1"))
+    world.add(pod(attempt, "scheduler", f"{base(1)}-scheduler", podIP="127.0.0.1", **status))
     world.change(workers={"replicas": 1})
     (action,) = world.step(1).actions
     assert isinstance(action, RetireWorkers)
@@ -79,6 +80,21 @@ def test_a_scheduler_that_chooses_nobody_loses_no_worker_and_fails_no_pass(answe
     assert words in outcome.unretired
     assert replace(outcome, unretired="") == Outcome(), "neither done, nor an error of the whole pass"
     assert written == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"conditions": []}, {"attempt": 2}], ids=["not ready", "of another attempt"]
+)
+def test_while_the_attempt_has_no_scheduler_any_worker_goes_and_nobody_is_asked(changes: dict[str, Any]):
+    with hostile_server(sending(b"", "404 Not Found")) as server:
+        outcome, written = scaled_down(server, **changes)
+
+    assert server.requests == []
+    assert outcome.unretired == ""
+    assert written == [
+        f"DELETE /apis/apps/v1/namespaces/team/deployments/{worker_name(1, 0)}",
+        f"PATCH /apis/kubernetes.dask.org/v1/namespaces/team/daskclusters/{base(1)}",
+    ]
 
 
 def test_why_nobody_was_chosen_is_remembered_until_something_was_done():

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from kubernetes import client
 from prometheus_client.parser import text_string_to_metric_families
 
 import chart
@@ -91,10 +90,7 @@ class Leader:
     @property
     def pod(self) -> str:
         """Its name; empty while nobody leads."""
-        lease = client.CoordinationV1Api(self._cluster.api).read_namespaced_lease(
-            chart.OPERATOR, chart.NAMESPACE
-        )
-        return str(lease.spec.holder_identity or "")
+        return chart.leader(self._cluster)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric over the labels that are not given."""
@@ -115,7 +111,7 @@ class Leader:
 
     def restart(self) -> None:
         """Every replica ends and another takes its place; the new leader has seen every job afterwards."""
-        before = {pod.metadata.name for pod in self._replicas()}
+        before = chart.names(chart.pods(self._cluster))
         self._cluster.kubectl(
             "rollout", "restart", f"deployment/{chart.OPERATOR}", "--namespace", chart.NAMESPACE
         )
@@ -134,10 +130,6 @@ class Leader:
             "influence-operator.dev", "v1alpha1", "influencejobs"
         )
         return list(found["items"])
-
-    def _replicas(self) -> list[Any]:
-        selector = f"app.kubernetes.io/name={chart.OPERATOR}"
-        return list(self._cluster.core.list_namespaced_pod(chart.NAMESPACE, label_selector=selector).items)
 
     def _samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
         text = self._cluster.core.connect_get_namespaced_pod_proxy_with_path(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kubernetes import client
+
 import machine
 from cluster import CHECKOUT, Cluster
 
@@ -17,6 +19,10 @@ OPERATOR = "influence-operator"
 """The release, and in it the operator's Deployment and ServiceAccount."""
 DASK_OPERATOR = "influence-operator-dask-kubernetes-operator"
 """Deployment and ServiceAccount of the dask operator in that release."""
+_APPLICATIONS = {OPERATOR: "influence-operator", DASK_OPERATOR: "dask-kubernetes-operator"}
+"""What each one's pods are labelled as, whatever their release is called."""
+
+Manifest = dict[str, Any]
 
 
 def settings(cluster: Cluster) -> list[str]:
@@ -81,13 +87,33 @@ def wait_for_replicas(cluster: Cluster) -> None:
         where = ("--namespace", NAMESPACE, "--timeout=120s")
         cluster.kubectl("rollout", "status", f"deployment/{deployment}", *where, seconds=130)
 
-    def leads() -> bool:
-        lease = cluster.get("lease", OPERATOR, NAMESPACE)
-        pods = cluster.get("pods", "", NAMESPACE, f"app.kubernetes.io/name={OPERATOR}")
-        names = {pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]}
-        return lease["spec"].get("holderIdentity", "") in names
+    cluster.wait_until(lambda: leader(cluster) in names(replicas(cluster)), "a replica that runs to lead", 60)
 
-    cluster.wait_until(leads, "a replica that runs to lead", 60)
+
+def pods(cluster: Cluster, operator: str = OPERATOR, namespace: str = NAMESPACE) -> list[Manifest]:
+    """Every pod of one of the operators, those that are being deleted, too."""
+    selector = f"app.kubernetes.io/name={_APPLICATIONS[operator]}"
+    found: list[Manifest] = cluster.get("pods", "", namespace, selector)
+    return found
+
+
+def replicas(cluster: Cluster, operator: str = OPERATOR, namespace: str = NAMESPACE) -> list[Manifest]:
+    """Those that are to stay."""
+    return [pod for pod in pods(cluster, operator, namespace) if "deletionTimestamp" not in pod["metadata"]]
+
+
+def names(found: list[Manifest]) -> set[str]:
+    return {pod["metadata"]["name"] for pod in found}
+
+
+def lease(cluster: Cluster, namespace: str = NAMESPACE) -> Any:
+    """The lease that our replicas of a namespace contend for."""
+    return client.CoordinationV1Api(cluster.api).read_namespaced_lease("influence-operator", namespace).spec
+
+
+def leader(cluster: Cluster, namespace: str = NAMESPACE) -> str:
+    """The name of the pod that leads; empty while none does."""
+    return str(lease(cluster, namespace).holder_identity or "")
 
 
 @contextmanager
@@ -100,6 +126,7 @@ def without_api_server(cluster: Cluster) -> Iterator[None]:
 
 def operator_processes(cluster: Cluster) -> dict[str, int]:
     """The operator's pods, and how often each was started anew: equal twice if none has ended in between."""
-    found = cluster.get("pods", "", NAMESPACE, f"app.kubernetes.io/name={OPERATOR}")
-    pods = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
-    return {pod["metadata"]["name"]: pod["status"]["containerStatuses"][0]["restartCount"] for pod in pods}
+    return {
+        pod["metadata"]["name"]: pod["status"]["containerStatuses"][0]["restartCount"]
+        for pod in replicas(cluster)
+    }

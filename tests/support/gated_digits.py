@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from influence_calculator import Checkpoint
 from influence_job.data import ArraySource
 from influence_job.examples import digits
 from influence_job.storage.store import Store
@@ -39,6 +40,13 @@ def few(train: int, test: int, **arguments: Any) -> InfluenceTask:
         test=ArraySource(*whole.test.read(0, test)),
         data_version=f"{whole.data_version}, the first {train} and {test}",
     )
+
+
+def in_training(train: int, test: int, **arguments: Any) -> InfluenceTask:
+    """The same, with two states that its model had before, at learning rates of their own."""
+    before = {epochs: digits.task(**arguments, epochs=epochs).model.state_dict() for epochs in (2, 10)}
+    states = tuple(Checkpoint(state, 0.1 / epochs) for epochs, state in before.items())
+    return dataclasses.replace(few(train, test, **arguments), checkpoints=states)
 
 
 def broken(message: str = "the labels are in another room") -> InfluenceTask:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
     with suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
+
+
+def audited(user: str, since: datetime) -> Iterator[dict[str, Any]]:
+    """What a user asked the API server since then, from files that it renamed when large, too."""
+    marked = f'"username":"{user}"'.encode()
+    begin = since.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    for path in (*sorted(AUDIT_LOG.parent.glob("audit-*.log")), AUDIT_LOG):
+        if path.stat().st_mtime < since.timestamp():
+            continue
+        with path.open("rb") as file:
+            for line in file:
+                if marked not in line or not line.endswith(b"\n"):  # its end is still to be written
+                    continue
+                entry = json.loads(line)
+                if entry["user"].get("username") == user and entry["stageTimestamp"] >= begin:
+                    yield entry
 
 
 class AuditLog:

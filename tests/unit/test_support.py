@@ -18,7 +18,7 @@ import chaos
 from cluster import Cluster, Image, Images
 
 ROOT = Path(__file__).parents[2]
-OWN = re.compile("TEST_KUBECONFIG|TEST_FAKE_GPUS|IMAGE_REGISTRY|K8S_.*|INFLUENCE_CHAOS|PYTEST_.*")
+OWN = re.compile("TEST_KUBECONFIG|TEST_FAKE_GPUS|IMAGE_REGISTRY|K8S_.*|INFLUENCE_CHAOS|PYTEST_.*|TEST_RUN")
 """Variables of whoever runs this test that must not reach the runs under test."""
 LEFT_OUT = re.compile(r"=+ (\d+) tests need the cluster's host; TEST_KUBECONFIG is set: not run =+\n")
 ABSENT = {"TEST_KUBECONFIG": "/nonexistent"}

@@ -16,10 +16,11 @@ from influence_operator.cluster.api import Api
 from influence_operator.cluster.cache import Cache, JobKey
 from influence_operator.cluster.certificates import attempt_material
 from influence_operator.cluster.errors import ApiError, ClusterError
-from influence_operator.cluster.gather import owned_by, scheduler_pod
+from influence_operator.cluster.gather import attempt, owned_by
 from influence_operator.cluster.kinds import DASK_CLUSTER, DEPLOYMENT, INFLUENCE_JOB, Kind, kind_of
 from influence_operator.cluster.memory import Outcome
 from influence_operator.cluster.scheduler import SchedulerClient
+from influence_operator.decisions import observed
 from influence_operator.decisions.actions import (
     Action,
     Create,
@@ -31,6 +32,7 @@ from influence_operator.decisions.actions import (
     RetireWorkers,
 )
 from influence_operator.decisions.snapshot import Children, Conflict
+from influence_operator.manifests import names
 
 log = logging.getLogger(__name__)
 
@@ -185,10 +187,9 @@ class Applier:
     async def _whom_to_retire(
         self, key: JobKey, children: Children, action: RetireWorkers, ours: set[str]
     ) -> list[str]:
-        pod = scheduler_pod(key, children)
-        if pod is None:  # without a scheduler no worker holds anything
+        address = _scheduler(key, children)
+        if not address:  # without a scheduler no worker holds anything
             return sorted(ours)[: action.count]
-        address = pod["status"]["podIP"]
         try:
             connected = set(await self.schedulers.workers(address)) & ours
             idle = sorted(ours - connected)[: action.count]
@@ -218,6 +219,20 @@ class _TakenError(ClusterError):
 
 class _NotRetiredError(ClusterError):
     """A scheduler, whose image is the tenant's, did not choose workers."""
+
+
+def _scheduler(key: JobKey, children: Children) -> str:
+    """The address of the latest attempt's scheduler; empty while none is ready."""
+    made = (cluster for cluster in children.dask_clusters if owned_by(cluster, key.uid))
+    latest = max(map(attempt, made), default=0)
+    addresses = (
+        observed.text(pod, "status", "podIP")
+        for pod in children.pods
+        if observed.label(pod, names.ROLE) == names.Role.SCHEDULER
+        and attempt(pod) == latest
+        and observed.ready(pod)
+    )
+    return next(filter(None, addresses), "")
 
 
 def _refusals(action: Action, error: ApiError) -> tuple[str, ...]:

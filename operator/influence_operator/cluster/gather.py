@@ -1,14 +1,13 @@
 """Collects what one pass may decide by: from the watches' cache, and from the network where that is needed.
 
-Most of a snapshot costs nothing. Asked for are: the driver's `/progress` while its pod runs, the scheduler's
-workers while its pod is ready, the ConfigMap of the task's source before an attempt is made, the warnings
-about children while the job is not ready, and whatever was found in the way of a child last time.
+Most of a snapshot costs nothing. Asked for are: the driver's `/progress` while its pod runs, the ConfigMap of
+the task's source before an attempt is made, the warnings about children while the job is not ready, and
+whatever was found in the way of a child last time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,25 +17,21 @@ from influence_job.status import ConditionType
 from influence_operator.cluster.api import Api
 from influence_operator.cluster.cache import Cache, JobKey
 from influence_operator.cluster.driver import DriverClient
-from influence_operator.cluster.errors import ApiError, ClusterError
+from influence_operator.cluster.errors import ApiError
 from influence_operator.cluster.events import Events
 from influence_operator.cluster.kinds import CONFIG_MAP, INFLUENCE_JOB, KINDS
 from influence_operator.cluster.memory import Memory
-from influence_operator.cluster.scheduler import SchedulerClient
 from influence_operator.decisions.snapshot import (
     Children,
     Conflict,
     DriverReport,
     Object,
-    SchedulerReport,
     Snapshot,
 )
 from influence_operator.manifests.names import ATTEMPT, ROLE, Role
 
 FRESH_SECONDS = 1.0
-"""A driver or scheduler that was asked so short a time ago is not asked again."""
-
-log = logging.getLogger(__name__)
+"""A driver that was asked so short a time ago is not asked again."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +42,16 @@ class Gatherer:
     cache: Cache
     events: Events
     drivers: DriverClient
-    schedulers: SchedulerClient
     dask_operator: Callable[[], bool]
     clock: Callable[[], datetime] = field(kw_only=True)
 
     async def snapshot(self, key: JobKey, job: Object, memory: Memory) -> Snapshot:
         """Everything that a decision about `job` may depend on."""
         children = self.cache.children(key)
-        conflicts, source, driver, scheduler, warnings = await asyncio.gather(
+        conflicts, source, driver, warnings = await asyncio.gather(
             self._conflicts(key, memory.conflicts),
             self._source(key, job, children),
             self._driver(key, children, memory),
-            self._scheduler(key, children, memory),
             self._warnings(key, job, children),
         )
         return Snapshot(
@@ -66,7 +59,6 @@ class Gatherer:
             children=children,
             now=self.clock(),
             driver=driver,
-            scheduler=scheduler,
             conflicts=conflicts,
             refusals=memory.refusals,
             unretired=memory.unretired,
@@ -118,36 +110,11 @@ class Gatherer:
             memory.driver = asked, await self.drivers.report(_address(pod), key.uid, attempt(pod))
         return memory.driver[1]
 
-    async def _scheduler(self, key: JobKey, children: Children, memory: Memory) -> SchedulerReport | None:
-        """Who is connected to the scheduler of the latest attempt, if it can be asked."""
-        pod = scheduler_pod(key, children)
-        if pod is None:
-            return None
-        asked = time.monotonic()
-        if memory.scheduler is None or asked >= memory.scheduler[0] + FRESH_SECONDS:
-            memory.scheduler = asked, await self._workers(pod)
-        return memory.scheduler[1]
-
-    async def _workers(self, pod: Object) -> SchedulerReport | None:
-        try:
-            return SchedulerReport(tuple(await self.schedulers.workers(_address(pod))))
-        except ClusterError as error:
-            log.debug("%s: %s", pod["metadata"]["name"], error)
-            return None
-
     async def _warnings(self, key: JobKey, job: Object, children: Children) -> tuple[Object, ...]:
         idle = ended(job) or job["spec"].get("suspend") or not children.driver_jobs
         if idle or condition(job, ConditionType.CLUSTER_READY):
             return ()
         return await self.events.warnings(key)
-
-
-def scheduler_pod(key: JobKey, children: Children) -> Object | None:
-    """The ready pod of the latest attempt's scheduler."""
-    ready = [pod for pod in children.pods if _role(pod) == Role.SCHEDULER and _ready(pod) and _address(pod)]
-    made = (cluster for cluster in children.dask_clusters if owned_by(cluster, key.uid))
-    latest = max(map(attempt, made), default=0)
-    return next((pod for pod in ready if attempt(pod) == latest), None)
 
 
 def owned_by(obj: Object, uid: str) -> bool:
@@ -202,9 +169,3 @@ def _controller(obj: Object) -> str | None:
 
 def _address(pod: Object) -> str:
     return str((pod.get("status") or {}).get("podIP") or "")
-
-
-def _ready(pod: Object) -> bool:
-    conditions = (pod.get("status") or {}).get("conditions") or ()
-    ready = any(c.get("type") == "Ready" and c.get("status") == "True" for c in conditions)
-    return ready and not pod["metadata"].get("deletionTimestamp")

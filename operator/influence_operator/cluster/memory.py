@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from influence_operator.cluster.errors import ClusterError
-from influence_operator.decisions.snapshot import Conflict, DriverReport, SchedulerReport
+from influence_operator.decisions.snapshot import Conflict, DriverReport
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Memory:
     """The status that was wanted, and what the API server made of it."""
     driver: tuple[float, DriverReport] | None = None
     """When the driver was last asked, and what it said."""
-    scheduler: tuple[float, SchedulerReport | None] | None = None
 
     def learn(self, standing: tuple[Conflict, ...], outcome: Outcome) -> None:
         """Takes up how a pass went; `standing` are the conflicts that it found still there."""

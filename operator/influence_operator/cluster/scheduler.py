@@ -1,7 +1,7 @@
 """The Dask scheduler's HTTP API: who is connected, and whom to retire.
 
 The image is the tenant's, so that answers are parsed and bounded and only JSON is spoken: the scheduler's
-own port, where pickles go both ways, is never used. Called by `cluster.gather` and `cluster.apply`.
+own port, where pickles go both ways, is never used. Called by `cluster.apply` when workers are to go.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one pass sees: a job, its children, and what its driver and its scheduler said.
+"""What one pass sees: a job, its children, and what its driver said.
 
 Kubernetes objects stay the plain mappings that the API server sent; whoever needs a field of one reads it
 with a function of `observed`. Made by `influence_operator.cluster.gather`, read by everything in `decisions`.
@@ -45,14 +45,6 @@ class DriverReport:
 
 
 @dataclass(frozen=True)
-class SchedulerReport:
-    """What the Dask scheduler of the present attempt said at `/api/v1/get_workers`."""
-
-    workers: tuple[str, ...]
-    """Names of connected workers, which are the names of their Deployments."""
-
-
-@dataclass(frozen=True)
 class Conflict:
     """An object that stands where a child should, and is not ours."""
 
@@ -70,7 +62,6 @@ class Snapshot:
     now: datetime
     """UTC."""
     driver: DriverReport | None = None
-    scheduler: SchedulerReport | None = None
     conflicts: tuple[Conflict, ...] = ()
     """Names found taken when the last pass tried to create a child."""
     refusals: tuple[str, ...] = ()
