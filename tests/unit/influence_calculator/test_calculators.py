@@ -250,8 +250,10 @@ class TestOnACluster:
     def test_short_training_chunks_are_joined_while_the_workers_have_enough_to_do(
         self, client: Client, monkeypatch: pytest.MonkeyPatch
     ):
-        """14 chunks of one example; two workers with four tasks each would have 7 if two shared one."""
+        """14 chunks of one example: three may share a task, so that two workers have two each at least."""
         calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        assert calculator.influences(*queries(), *training(1)).chunks[1] == (3, 3, 3, 3, 2)
+        monkeypatch.setattr(calculator, "_tasks", 8)
         assert calculator.influences(*queries(), *training(1)).chunks[1] == (1,) * N
         monkeypatch.setattr(calculator, "_tasks", 3)
         for mode, expected in (
