@@ -16,7 +16,7 @@ from typing import Any
 import pods
 from cluster import Cluster
 from cluster_storage import Bucket
-from influence_job.dask_settings import THREAD_SETTINGS
+from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
 
 PROGRAM = Path(__file__).with_name("plain_dask.py")
 CONFIG_MAP = "plain-dask"
@@ -26,6 +26,8 @@ _DASK = ("kubernetes.dask.org", "v1")
 _ENVIRONMENT = THREAD_SETTINGS | {
     "HOME": "/tmp",
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    # As long as our own jobs wait for a scheduler on a busy node.
+    "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": str(SETTINGS["distributed.comm.timeouts.connect"]),
     "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
 }
 
