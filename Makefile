@@ -77,9 +77,10 @@ format: $(STAMP) ## put the code into the project's format
 manifests: $(STAMP) ## what is generated: the CRD from the spec, the chart's copies, charts/install.yaml; needs helm
 	PATH="$${K8S_HOME:-$$HOME/.cache/influence-cluster}/bin:$$PATH" $(BIN)/python charts/manifests.py
 
-bench: $(STAMP) ## the benchmarks: ratios against pyDVL, Kronfluence and a plain implementation; many jobs on the test cluster
+bench: $(STAMP) ## the benchmarks: ratios against pyDVL, Kronfluence and a plain implementation; scores against retraining; many jobs on the test cluster
 	@missed=0; \
 	$(BIN)/python tests/benchmarks/run.py || missed=1; \
+	$(BIN)/python tests/benchmarks/lds.py || missed=1; \
 	PYTHONPATH=tests/support $(BIN)/python tests/benchmarks/operator_scale.py || missed=1; \
 	exit $$missed
 
