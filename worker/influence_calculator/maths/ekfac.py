@@ -118,14 +118,13 @@ class Ekfac(Method):
 
     @override
     def passes_in_one_process(self) -> tuple[FitPass, ...]:
-        return self._passes(KeptCaptures(KEPT_BYTES))
+        return self._passes(KeptCaptures(KEPT_BYTES if self.update_diagonal else 0))
 
     def _passes(self, kept: KeptCaptures) -> tuple[FitPass, ...]:
         expectation = OutputExpectation(Expectation(self.expectation), self.samples, self.seed)
         diagonal = Unsupported(self.unsupported) is Unsupported.DIAGONAL
-        if not self.update_diagonal:
-            return (CovariancePass(expectation, diagonal),)
-        return CovariancePass(expectation, diagonal, kept), CorrectionPass(expectation, kept)
+        covariance = CovariancePass(expectation, diagonal, kept)
+        return (covariance, CorrectionPass(expectation, kept)) if self.update_diagonal else (covariance,)
 
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:

@@ -48,7 +48,7 @@ class CovariancePass(FitPass):
     expectation: OutputExpectation
     diagonal: bool
     """Whether parameters outside of supported layers get a diagonal."""
-    kept: KeptCaptures = field(default_factory=lambda: KeptCaptures(0), compare=False)
+    kept: KeptCaptures = field(compare=False)
     """Where to leave for the correction pass what it would compute again."""
 
     name = COVARIANCE
@@ -96,7 +96,7 @@ class CorrectionPass(FitPass):
     """Leaves `Λ` of each layer in the basis of the covariance pass."""
 
     expectation: OutputExpectation
-    kept: KeptCaptures = field(default_factory=lambda: KeptCaptures(0), compare=False)
+    kept: KeptCaptures = field(compare=False)
 
     name = CORRECTION
 

@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ class LayerSpec(ABC):
     """Name of the bias if there is one that is tracked."""
     groups: int = 1
     """k: parts of the outputs of which each sees its own part of the inputs, as of grouped convolutions."""
-    transposed: bool = False
+    transposed: ClassVar[bool] = False
     """Whether the weight is `[i, o]`, in place of `[o, i]`."""
 
     def weight_shape(self, module: nn.Module) -> tuple[int, int]:
@@ -58,13 +59,19 @@ class LayerSpec(ABC):
 
 
 class LinearLayer(LayerSpec):
-    """`nn.Linear`, and Hugging Face's `Conv1D`: every dimension but the last is tokens, examples first."""
+    """`nn.Linear`: every dimension but the last is tokens, examples first."""
 
     def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:  # noqa: ARG002
         return inputs.reshape(n, -1, inputs.shape[-1])
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
         return gradients.reshape(n, -1, gradients.shape[-1])
+
+
+class TransposedLinearLayer(LinearLayer):
+    """Hugging Face's `Conv1D`: a linear layer whose weight is `[i, o]`."""
+
+    transposed = True
 
 
 class ConvLayer(LayerSpec):
@@ -127,7 +134,7 @@ def _kind(module: nn.Module) -> type[LayerSpec] | None:
     for known, kind in _CAPTURED:
         if isinstance(module, known) and type(module).forward is known.forward:
             return kind
-    return LinearLayer if _is_transposed_linear(module) else None
+    return TransposedLinearLayer if _is_transposed_linear(module) else None
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -164,8 +171,7 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
             continue
         weight, bias = (own[key] if own.get(key) in tracked else None for key in ("weight", "bias"))
         if weight or bias:
-            groups, transposed = getattr(module, "groups", 1), _is_transposed_linear(module)
-            layers.append(kind(name, weight, bias, groups, transposed))
+            layers.append(kind(name, weight, bias, getattr(module, "groups", 1)))
     return tuple(layers)
 
 
