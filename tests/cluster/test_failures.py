@@ -275,27 +275,45 @@ def test_a_cluster_that_knows_no_dask_clusters_yet(job: ClusterJob) -> None:
 def without_definitions(cluster: Cluster, definitions: list[dict[str, Any]]) -> Iterator[None]:
     """The CRDs are away inside the block, and the objects of these kinds for ever."""
     names = [definition["metadata"]["name"] for definition in definitions]
-    release_leftovers(cluster)
     cluster.kubectl("delete", "crd", *names, "--wait=false")
     try:
-        cluster.kubectl("wait", "--for=delete", *(f"crd/{name}" for name in names), "--timeout=60s")
+        cluster.wait_until(lambda: gone(cluster, names), "the CRDs to go", 60)
         yield
     finally:
         cluster.apply(*map(as_written, definitions))
         chart.wait_for_owners(cluster)
 
 
-def release_leftovers(cluster: Cluster) -> None:
-    """DaskClusters of other tests that dask-kubernetes cannot let go would hold the CRD for ever."""
-    listed = json.loads(cluster.kubectl("get", "daskclusters", "--all-namespaces", "--output", "json"))
-    for found in listed["items"]:
-        where = ("--namespace", found["metadata"]["namespace"], found["metadata"]["name"])
-        patch = ("--type=merge", "--patch", '{"metadata": {"finalizers": null}}')
-        try:
-            cluster.kubectl("patch", "daskcluster", *where, *patch)
-        except CommandError as error:
-            if "NotFound" not in error.output:  # gone by itself meanwhile
-                raise
+def gone(cluster: Cluster, definitions: list[str]) -> bool:
+    """Whether these CRDs are. What is left of their kinds is let go: it would hold them for ever.
+
+    dask-kubernetes no longer watches a kind whose CRD is about to go, and leaves its finalizers; and on an object
+    of another test that is not being deleted yet it puts them back. So it takes more than one look.
+    """
+    left = cluster.kubectl("get", "crd", *definitions, "--ignore-not-found", "--output", "name").split()
+    for definition in left:
+        kind = definition.rpartition("/")[2]
+        listed = json.loads(cluster.kubectl("get", kind, "--all-namespaces", "--output", "json"))
+        for found in listed["items"]:
+            release(cluster, kind, found["metadata"])
+    return not left
+
+
+def release(cluster: Cluster, kind: str, metadata: dict[str, Any]) -> None:
+    """Takes an object's finalizers away.
+
+    A namespace can go without it while the API server does not serve its kind; such an object takes no patch
+    before its namespace is there again.
+    """
+    name, namespace = metadata["name"], metadata["namespace"]
+    patch = ("--type=merge", "--patch", '{"metadata": {"finalizers": null}}')
+    try:
+        cluster.kubectl("patch", kind, name, "--namespace", namespace, *patch)
+    except CommandError as error:
+        if f'namespaces "{namespace}" not found' in error.output:
+            cluster.make_namespace(namespace)
+        elif "NotFound" not in error.output:  # gone by itself meanwhile
+            raise
 
 
 def as_written(definition: dict[str, Any]) -> dict[str, Any]:

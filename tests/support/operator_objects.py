@@ -153,7 +153,7 @@ class World:
     now: datetime = NOW
     objects: list[Object] = field(default_factory=list)
     report: Progress | None = None
-    """What the driver answers at /progress."""
+    """What the driver answers at /progress, while its pod is there."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further fields of the snapshot."""
     settings: Settings = SETTINGS
@@ -179,7 +179,8 @@ class World:
         for thing in self.objects:
             lists[_LISTS[thing["kind"]]].append(thing)
         children = Children(**{name: tuple(things) for name, things in lists.items()})
-        report = DriverReport(self.report.attempt, self.report) if self.report else None
+        said = self.report if self.find("Pod", "driver") else None
+        report = DriverReport(said.attempt, said) if said else None
         return Snapshot(self.job, children, self.now, driver=report, **self.more)
 
     def decide(self) -> Decision:

@@ -104,10 +104,9 @@ def _end(world: World, draw: Any) -> None:
             recorded=draw(st.integers(0, 3)),
             lastError=problem(draw(st.sampled_from(["Internal", "no word"])), "said\nlast line"),
         )
-        number, report = world.find("Job")[-1]["metadata"]["name"], world.report
-        world.report = report
+        name = world.find("Job")[-1]["metadata"]["name"]
         world.add(
-            pod(int(number.rpartition("-")[2]), "driver", **terminated("driver", code, said, world.now))
+            pod(int(name.rpartition("-")[2]), "driver", **terminated("driver", code, said, world.now))
         )
         if draw(st.booleans()):
             kind = "Complete" if code == 0 else "Failed"
