@@ -287,8 +287,8 @@ def without_definitions(cluster: Cluster, definitions: list[dict[str, Any]]) -> 
 def gone(cluster: Cluster, definitions: list[str]) -> bool:
     """Whether these CRDs are. What is left of their kinds is let go: it would hold them for ever.
 
-    dask-kubernetes no longer watches a kind whose CRD is about to go, and leaves its finalizers; and on an object
-    of another test that is not being deleted yet it puts them back. So it takes more than one look.
+    dask-kubernetes no longer watches a kind whose CRD is about to go, and leaves its finalizers; and on an
+    object of another test that is not being deleted yet it puts them back. So it takes more than one look.
     """
     left = cluster.kubectl("get", "crd", *definitions, "--ignore-not-found", "--output", "name").split()
     for definition in left:

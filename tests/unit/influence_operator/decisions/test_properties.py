@@ -105,9 +105,7 @@ def _end(world: World, draw: Any) -> None:
             lastError=problem(draw(st.sampled_from(["Internal", "no word"])), "said\nlast line"),
         )
         name = world.find("Job")[-1]["metadata"]["name"]
-        world.add(
-            pod(int(name.rpartition("-")[2]), "driver", **terminated("driver", code, said, world.now))
-        )
+        world.add(pod(int(name.rpartition("-")[2]), "driver", **terminated("driver", code, said, world.now)))
         if draw(st.booleans()):
             kind = "Complete" if code == 0 else "Failed"
             world.find("Job")[-1]["status"] = {"conditions": [{"type": kind, "status": "True"}]}
@@ -326,26 +324,26 @@ def test_no_termination_message_or_refusal_does_any_harm(message: str, code: Any
     assert_storable(stuck.decide().status)
 
 
-def test_a_decision_about_a_thousand_workers_takes_milliseconds():
+def test_a_decision_takes_no_longer_per_worker_when_there_are_many():
+    assert _cpu_seconds(workers=1000) < 30 * _cpu_seconds(workers=100)
+
+
+def _cpu_seconds(workers: int) -> float:
+    """Of one decision about a job that computes with so many workers; the least of several."""
     world = computing(workers=2)
-    assert _seconds(world) < 0.02
-    world.job["spec"]["workers"]["replicas"] = 1000
-    world.add(*dask_parts(1, 1000))
+    world.job["spec"]["workers"]["replicas"] = workers
+    world.add(*dask_parts(1, workers))
     (cluster,) = world.find("DaskCluster")
-    cluster["spec"]["worker"]["replicas"] = 1000
-    pods = [pod(1, "worker", worker_name(1, index)) for index in range(1000)]
+    cluster["spec"]["worker"]["replicas"] = workers
+    pods = [pod(1, "worker", worker_name(1, index)) for index in range(workers)]
     world.objects = [o for o in world.objects if o["kind"] != "Pod"] + pods
     world.add(pod(1, "driver"), pod(1, "scheduler"))
-    assert _seconds(world) < 0.2
-
-
-def _seconds(world: World) -> float:
     snapshot = world.snapshot()
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         decide(snapshot, SETTINGS)
-        times.append(time.perf_counter() - began)
+        times.append(time.process_time() - began)
     return min(times)
 
 
