@@ -5,6 +5,7 @@ Its `status.phase` lies, so that the objects themselves are counted. Read by sca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from influence_operator.decisions import observed
@@ -12,6 +13,9 @@ from influence_operator.decisions.course import Course
 from influence_operator.decisions.snapshot import Object
 from influence_operator.decisions.view import View
 from influence_operator.manifests import names
+
+_KOPF = "kopf.zalando.org/"
+_LAST_HANDLED = f"{_KOPF}last-handled-configuration"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ClusterParts:
     """Workers that the DaskWorkerGroup asks for: the DaskCluster's number as of some moments ago."""
     deployments: tuple[str, ...]
     """Of workers, those that are being deleted left out."""
+    unfinished: bool
+    """Whether dask-kubernetes has noted on the DaskWorkerGroup what it has yet to do, or to repeat."""
 
     @property
     def settled(self) -> bool:
@@ -71,11 +77,19 @@ def cluster_parts(view: View, course: Course) -> ClusterParts | None:
         asked=_replicas(cluster),
         grouped=_replicas(group) if group is not None else 0,
         deployments=tuple(observed.name(made) for made in view.worker_deployments(course.number)),
+        unfinished=_unfinished(group),
     )
 
 
 def _has(things: tuple[Object, ...], name: str) -> bool:
     return any(observed.name(thing) == name and not observed.being_deleted(thing) for thing in things)
+
+
+def _unfinished(group: Object | None) -> bool:
+    """kopf, of which dask-kubernetes is made, keeps the state of its handlers so until the last has ended."""
+    annotations = observed.look(group, "metadata", "annotations")
+    keys = annotations if isinstance(annotations, Mapping) else ()
+    return any(str(key).startswith(_KOPF) and key != _LAST_HANDLED for key in keys)
 
 
 def _replicas(thing: Object) -> int:

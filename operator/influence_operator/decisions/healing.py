@@ -22,7 +22,8 @@ PATIENCE_SECONDS = 10.0
 """What is left undone for so long, dask-kubernetes has overlooked. A scheduler that did not choose workers to
 retire is asked again so often."""
 REPEATING_SECONDS = 75.0
-"""In phase Created it repeats a failed creation itself, once a minute."""
+"""What failed it repeats itself, once a minute: in phase Created the parts of a cluster, and the workers of a
+group that it has not finished."""
 
 
 def tend(view: View, course: Course) -> tuple[Course, Step]:
@@ -32,7 +33,8 @@ def tend(view: View, course: Course) -> tuple[Course, Step]:
         return replace(course, cluster_incomplete_since=None), Step()
     waited = view.seconds_since(course.cluster_incomplete_since)
     silent = bool(view.snapshot.unretired)
-    action = scaling.scale(parts, waited >= PATIENCE_SECONDS, silent) or _heal(parts, waited)
+    patience = REPEATING_SECONDS if parts.unfinished else PATIENCE_SECONDS
+    action = scaling.scale(parts, waited >= patience, silent) or _heal(parts, waited)
     actions = (action,) if action else ()
     young = YOUNG_SECONDS - view.seconds_since(observed.created(parts.cluster))
     if course.cluster_incomplete_since is None and young > 0:

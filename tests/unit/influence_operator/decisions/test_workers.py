@@ -81,6 +81,8 @@ def test_workers_that_a_quota_keeps_away_can_be_given_up_after_a_while():
 def test_a_deleted_worker_deployment_is_made_again_in_two_steps():
     world = computing(workers=3)
     world.remove("Deployment", worker_name(1, 2))
+    (group,) = world.find("DaskWorkerGroup")
+    group["metadata"]["annotations"] = {"kopf.zalando.org/last-handled-configuration": "{}"}
     assert not world.step(1).actions, "dask-kubernetes may be at it"
     (lower,) = world.step(10).actions
     assert lower.patch == {"spec": {"worker": {"replicas": 2}}}
@@ -92,6 +94,20 @@ def test_a_deleted_worker_deployment_is_made_again_in_two_steps():
     world.add(worker_deployment(1, 2))
     assert not world.step(1).actions
     assert "clusterIncompleteSince" not in world.status
+
+
+def test_a_worker_that_dask_kubernetes_will_try_to_make_again_is_left_to_it_for_longer():
+    world = computing(workers=3)
+    world.remove("Deployment", worker_name(1, 2))
+    (group,) = world.find("DaskWorkerGroup")
+    kopf = "kopf.zalando.org/"
+    group["metadata"]["annotations"] = {
+        f"{kopf}last-handled-configuration": "{}",
+        f"{kopf}daskworkergroup_replica_update.spec.worker.replicas": '{"retries": 1, "success": false}',
+    }
+    for _ in range(8):
+        assert not world.step(10).actions
+    assert world.step(10).actions
 
 
 def test_a_cluster_without_worker_group_is_created_again_by_its_phase():
