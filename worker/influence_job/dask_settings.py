@@ -22,12 +22,8 @@ SETTINGS: dict[str, object] = {
     "distributed.worker.profile.enabled": False,
     # Each connection and topic keeps its last messages for debugging; 1000 of ours are tens of megabytes.
     "distributed.admin.low-level-log-length": 100,
-    # All workers import torch while they start, side by side, instead of each with its first task. What a
-    # vmapped cross-entropy needs takes a second, and the driver does without.
-    "distributed.worker.preload": [
-        "influence_job.worker.loading",
-        "torch.fx.experimental.symbolic_shapes",
-    ],
+    # All workers import torch while they start, side by side, instead of each with its first task.
+    "distributed.worker.preload": ["influence_job.worker.loading"],
 }
 """Dask configuration of scheduler, workers and client."""
 

@@ -120,10 +120,12 @@ class Recording:
         roots = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(calls)
         if roots and calls:
+            # Of products: to compare an output's shape with its cotangent's, torch loads sympy for a second.
+            with torch.enable_grad():
+                products = [v if c is None else (v * c).sum() for v, c in roots]
             found = torch.autograd.grad(
-                [value for value, _ in roots],
+                products,
                 [call.edge for call in calls],
-                [cotangent for _, cotangent in roots],
                 retain_graph=keep,
                 allow_unused=True,
             )

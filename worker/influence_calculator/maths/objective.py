@@ -18,6 +18,7 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.checkpoints import Checkpoints
+from influence_calculator.maths.vmapped_losses import GatheredLosses
 
 Batch = Any
 """A pytree (tensor, tuple, list, dict) of tensors that share their leading dimension."""
@@ -176,7 +177,7 @@ class Objective:
         tensors, rebuilt = only_tensors(outputs)
 
         def one(own: list[Tensor], example: Batch) -> Tensor:
-            return self._one_loss(rebuilt(own), example)
+            return self.one_loss(rebuilt(own), example)
 
         try:
             return vmap(one)(tensors, batch)
@@ -198,10 +199,15 @@ class Objective:
     def example_loss(self, parameters: Mapping[str, Tensor], example: Batch) -> Tensor:
         """`ℓ_i(θ)` of one example, given without its batch dimension."""
         batch = unsqueezed(example)
-        return self.loss(self.outputs(batch, parameters), batch).sum()
+        return self._loss(self.outputs(batch, parameters), batch)
 
-    def _one_loss(self, output: Any, example: Batch) -> Tensor:
-        return self.loss(unsqueezed(output), unsqueezed(example)).sum()
+    def one_loss(self, output: Any, example: Batch) -> Tensor:
+        """One example's loss of its output, both given without their batch dimension."""
+        return self._loss(unsqueezed(output), unsqueezed(example))
+
+    def _loss(self, outputs: Any, batch: Batch) -> Tensor:
+        with GatheredLosses():
+            return self.loss(outputs, batch).sum()
 
 
 def xy_objective(

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
-from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors, unsqueezed
+from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors
 
 MOST_OUTPUTS = 4096
 """Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
@@ -85,8 +85,7 @@ def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch:
     tensors, rebuilt = only_tensors(outputs)
 
     def loss(values: Tensor, output: list[Tensor], example: Batch) -> Tensor:
-        replaced = rebuilt(_with_floats(output, values))
-        return objective.loss(unsqueezed(replaced), unsqueezed(example)).sum()
+        return objective.one_loss(rebuilt(_with_floats(output, values)), example)
 
     try:
         # Reverse over reverse: forward mode loads decompositions for seconds, and fewer losses have it.

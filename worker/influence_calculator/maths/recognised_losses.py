@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from influence_calculator.maths.vmapped_losses import gathered
+
 Draw = Callable[[int], Tensor]
 """T -> `[T]` float64."""
 
@@ -67,7 +69,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        result = func(*args, **keywords)
+        result = gathered(func)(*args, **keywords)
         if not any(id(leaf) in self._derived for leaf in pytree.tree_leaves((args, dict(keywords)))):
             return result
         closed_form = _CLOSED_FORMS.get(func)

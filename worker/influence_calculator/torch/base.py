@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.fx.experimental.symbolic_shapes  # a vmapped cross-entropy loads it, better here than in a batch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

@@ -69,10 +69,9 @@ def _train(
     seed: int,
 ) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
-    # Without values, for the layers' own start values come from torch's global generator.
-    first = nn.utils.skip_init(nn.Linear, images.shape[1], hidden)
-    last = nn.utils.skip_init(nn.Linear, hidden, 10)
-    model = nn.Sequential(first, nn.ReLU(), last)
+    # The layers' own start values come from torch's global generator, which is left as it was.
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(nn.Linear(images.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, 10))
     for parameter in model.parameters():
         bound = parameter.shape[-1] ** -0.5
         nn.init.uniform_(parameter, -bound, bound, generator=generator)

@@ -1,0 +1,84 @@
+"""Cross-entropy as vmap takes it without a detour.
+
+torch has no rule for `nll_loss` under vmap and runs a decomposition in Python, which loads sympy: most of a
+second in every process that does so. Here the label's log-probability is gathered, with the same result.
+
+Shapes: n examples, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class GatheredLosses(TorchFunctionMode):
+    """Inside, torch's `cross_entropy` and `nll_loss` gather, however a loss comes to call them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return gathered(func)(*args, **(kwargs or {}))
+
+
+def gathered(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What does the same as this function of torch under vmap; mostly that itself."""
+    return _GATHERED.get(func, func)
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    deprecated = size_average is not None or reduce is not None
+    if weight is not None or deprecated or label_smoothing != 0.0 or target.is_floating_point():
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    return _picked(F.log_softmax(input, dim=_class_dimension(input)), target, ignore_index, reduction)
+
+
+def _nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if weight is not None or size_average is not None or reduce is not None:
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    return _picked(input, target, ignore_index, reduction)
+
+
+def _picked(log_p: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Negative log-probabilities of the labels that are not ignored; shapes as those of `nll_loss`."""
+    dimension = _class_dimension(log_p)
+    counted = target != ignore_index
+    labels = torch.where(counted, target, 0).unsqueeze(dimension)
+    losses = torch.where(counted, -log_p.gather(dimension, labels).squeeze(dimension), 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
+
+
+def _class_dimension(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
+
+
+_GATHERED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: _cross_entropy,
+    F.nll_loss: _nll_loss,
+}
