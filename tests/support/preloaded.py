@@ -1,9 +1,9 @@
 """Processes that start without importing torch and Dask, two to four seconds of a core each.
 
 They are forked from one process that has imported them (`preloaded_parent`), which is started when first
-needed and ends with the tests' process. They differ from a command that a shell starts in who imported, and in
-that all have one seed of `hash`. So for every kind of thing a command does there is a test of the installed
-one, and results of the forked are compared with those of the installed.
+needed and ends with the tests' process. They differ from a command that a shell starts in who imported and
+in that all have one seed of `hash`. So for every kind of thing a command does there is a test of the
+installed one, and results of the forked are compared with those of the installed.
 """
 
 from __future__ import annotations
