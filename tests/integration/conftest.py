@@ -57,10 +57,10 @@ class Reference:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The traced job, run once by two workers without disturbance."""
+    """The traced job, run once by two workers of the installed command without disturbance."""
     made = Jobs(tmp_path_factory.mktemp("undisturbed"))
     path = made.folder / "result.zarr"
-    return Reference(path, made.finish(made.manifest(), "--json", output=path))
+    return Reference(path, made.finish(made.manifest(), "--json", output=path, installed=True))
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,11 @@ def _half_done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     made = Jobs(tmp_path_factory.mktemp("half-done"))
     path = made.folder / "result.zarr"
     run = made.start(
-        made.manifest(), output=path, pace=PACE, barrier=Barrier("put", "before", "^influences/c/", 7)
+        made.manifest(),
+        output=path,
+        pace=PACE,
+        barrier=Barrier("put", "before", "^influences/c/", 7),
+        installed=True,
     )
     run.wait_for_barrier()
     run.wait_until(

@@ -48,7 +48,7 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def test_a_mistake_in_the_file_is_named_before_anything_starts(name: str, jobs: Jobs, tmp_path: Path) -> None:
     """With its field, and nothing is made at the output."""
     changes, words = IN_THE_FILE[name]
-    run = jobs.run(jobs.manifest(changes), timeout=20)
+    run = jobs.run(jobs.manifest(changes), timeout=20, installed=name == "a typo")
     _assert_refused(run, "InvalidSpec", words)
     assert not (tmp_path / "unused").exists()
 
@@ -144,6 +144,8 @@ IN_THE_TASK: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     ),
 }
 """Name -> changes to the spec, reason, and what the message must say."""
+AS_INSTALLED = "an entry point that raises"
+"""The one that the installed commands meet, too."""
 
 
 @pytest.mark.parametrize("name", IN_THE_TASK)
@@ -154,7 +156,8 @@ def test_a_mistake_in_the_task_is_found_before_the_old_result_is_deleted(
     changes, reason, words = IN_THE_TASK[name]
     before = _without_claims(half_done.path)
     manifest = jobs.manifest({**changes, "output": {"onExisting": "Overwrite"}})
-    _assert_refused(jobs.run(manifest, output=half_done.path, workers=1), reason, words)
+    run = jobs.run(manifest, output=half_done.path, workers=1, installed=name == AS_INSTALLED)
+    _assert_refused(run, reason, words)
     assert stored.differing(_without_claims(half_done.path), before) == []
 
 
@@ -164,7 +167,7 @@ def test_a_plan_refuses_the_same_mistake_and_makes_nothing(name: str, jobs: Jobs
     changes, reason, words = IN_THE_TASK[name]
     manifest = jobs.manifest(changes)
     before = sorted(tmp_path.rglob("*"))
-    planned = jobs.plan(manifest)
+    planned = jobs.plan(manifest, installed=name == AS_INSTALLED)
     assert planned.returncode == 64, planned.stderr
     assert "Traceback" not in planned.stderr
     for word in (f"error: {reason}", *words):
@@ -188,7 +191,7 @@ def test_a_bad_example_is_named_and_once_it_is_mended_the_job_resumes(
     """What was computed from it never counts: the rerun ends with the bits of a job that never saw it."""
     reason, words = FAULTS[fault]
     path, manifest = tmp_path / "result.zarr", jobs.manifest(TASK)
-    run = jobs.run(manifest, output=path, env={"FAULT": fault})
+    run = jobs.run(manifest, output=path, env={"FAULT": fault}, installed=fault == "raises")
     _assert_refused(run, reason, words)
     jobs.finish(manifest, output=path)
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []

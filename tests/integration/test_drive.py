@@ -58,7 +58,8 @@ def ended(run: Drive, code: ExitCode, reason: Reason) -> str:
 def test_a_job_is_driven_from_preflight_to_its_last_words(
     drives: Drives, dask: DaskProcesses, path: Path, undisturbed: Any
 ) -> None:
-    """Bit for bit what `influence run` computes."""
+    """Bit for bit what `influence run` computes; the commands are those of the pods."""
+    drives.installed = dask.installed = True
     run = drives.start(drives.document(output(path)))
     wait_for_preflight(run)
     assert run.progress.stage is Stage.PREFLIGHT

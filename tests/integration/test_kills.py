@@ -1,4 +1,7 @@
-"""A run that is killed at any moment costs what was in flight, and the rerun gives the same bits."""
+"""A run that is killed at any moment costs what was in flight, and the rerun gives the same bits.
+
+What is killed is the installed command with all its processes.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def test_a_run_killed_at_a_named_point_resumes_with_the_same_bits(
 ) -> None:
     """Two workers are killed; one or three workers finish what the ledger lacks, and only that."""
     kill, path = KILLS[name], tmp_path / "result.zarr"
-    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=kill.barrier)
+    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=kill.barrier, installed=True)
     run.wait_for_barrier()
     if kill.flushed:
         run.wait_until(lambda: _rows(path)[kill.flushed] > 0, f"a flush of a {kill.flushed}")
@@ -97,7 +100,7 @@ def test_a_run_killed_at_a_random_moment_resumes_with_the_same_bits(
     print(f"KILL_SEED={seed}")
     draw, path = random.Random(seed), tmp_path / "result.zarr"
     moment = draw.randrange(1, len(undisturbed.run.writes))
-    run = jobs.start(jobs.manifest(), output=path, pace=draw.uniform(0, PACE))
+    run = jobs.start(jobs.manifest(), output=path, pace=draw.uniform(0, PACE), installed=True)
     while run.code is None and len(run.writes) < moment:
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.05))
@@ -113,7 +116,7 @@ def test_a_run_that_is_killed_again_and_again_still_ends_with_the_same_bits(
     path, done = tmp_path / "result.zarr", 0
     for hit in (4, 3):
         barrier = Barrier("put", "before", "^influences/c/", hit)
-        run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=barrier)
+        run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=barrier, installed=True)
         run.wait_for_barrier()
         run.wait_until(lambda: _rows(path)["region"] > done, "a flush of a region")  # noqa: B023
         run.kill()
@@ -160,7 +163,9 @@ def test_a_run_killed_while_it_overwrites_leaves_no_mixture(
     path = tmp_path / "other.zarr"
     shutil.copytree(half_done.path, path)
     barrier = Barrier("delete", "before", "^(?!.influence)", 6)
-    run = jobs.start(jobs.manifest(), "--on-existing", "Overwrite", output=path, barrier=barrier)
+    run = jobs.start(
+        jobs.manifest(), "--on-existing", "Overwrite", output=path, barrier=barrier, installed=True
+    )
     run.wait_for_barrier()
     run.kill()
     assert (

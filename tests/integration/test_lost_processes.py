@@ -251,7 +251,7 @@ def test_all_workers_may_go_between_factors_and_none_that_the_ledger_holds_is_so
 def test_a_local_worker_that_is_killed_is_replaced(jobs: Jobs, tmp_path: Path, undisturbed: object) -> None:
     """`influence run` starts another process in its place."""
     path = tmp_path / "result.zarr"
-    run = jobs.start(jobs.manifest(), output=path, pace=PACE)
+    run = jobs.start(jobs.manifest(), output=path, pace=PACE, installed=True)
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
     children = psutil.Process(run.process.pid).children(recursive=True)
     largest = max(children, key=lambda child: child.memory_info().rss)

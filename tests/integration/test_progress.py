@@ -26,7 +26,9 @@ def test_progress_health_and_metrics_are_served_while_a_job_runs(jobs: Jobs, tmp
     """The document is the contract's; /metrics is Prometheus' text on its own port."""
     progress, metrics = _free_port(), _free_port()
     ports = ("--progress-port", str(progress), "--metrics-port", str(metrics))
-    run = jobs.start(jobs.manifest(), *ports, output=tmp_path / "result.zarr", pace=PACE, barrier=SCORING)
+    run = jobs.start(
+        jobs.manifest(), *ports, output=tmp_path / "result.zarr", pace=PACE, barrier=SCORING, installed=True
+    )
     run.wait_for_barrier()
     assert _get(progress, "/healthz").decode().strip() == "ok"
     document = Progress.model_validate_json(_get(progress, "/progress"))
@@ -60,7 +62,7 @@ def test_sigterm_flushes_the_ledger_and_ends_with_75(
 ) -> None:
     """As Kubernetes stops a pod: never exit code 0, and the rerun resumes."""
     path = tmp_path / "result.zarr"
-    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=barrier)
+    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=barrier, installed=barrier is SCORING)
     run.wait_for_barrier()
     os.kill(run.process.pid, signal.SIGTERM)
     run.open_barrier()
@@ -76,7 +78,7 @@ def test_ctrl_c_ends_with_130_and_loses_nothing(
 ) -> None:
     """A terminal sends SIGINT to the whole process group, workers included."""
     path = tmp_path / "result.zarr"
-    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=SCORING)
+    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=SCORING, installed=True)
     run.wait_for_barrier()
     os.killpg(run.process.pid, signal.SIGINT)
     run.open_barrier()
@@ -93,7 +95,7 @@ def test_a_worker_that_dies_costs_what_it_had_in_flight(
     import psutil
 
     path = tmp_path / "result.zarr"
-    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=SCORING)
+    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=SCORING, installed=True)
     run.wait_for_barrier()
     children = psutil.Process(run.process.pid).children(recursive=True)
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]

@@ -18,6 +18,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import preloaded
 from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
 from influence_operator.cluster.certificates import attempt_material
 from influence_operator.manifests.environment import dask_environment
@@ -41,6 +42,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+DaskProcess = subprocess.Popen[bytes] | preloaded.Process
+
+
 class DaskProcesses:
     """A scheduler and workers, each a process that a test may kill and start again."""
 
@@ -50,9 +54,11 @@ class DaskProcesses:
         self.address = f"tls://127.0.0.1:{free_port()}"
         self._http = free_port()
         self.environment: dict[str, str] = {}
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.installed = False
+        """Whether to start the installed commands, as pods do, instead of forks (`preloaded`)."""
+        self.processes: list[DaskProcess] = []
 
-    def scheduler(self) -> subprocess.Popen[bytes]:
+    def scheduler(self) -> DaskProcess:
         """Starts a scheduler at `address`; returns when it answers."""
         process = self._start(
             *("scheduler", "--protocol", "tls", "--host", "127.0.0.1"),
@@ -65,7 +71,7 @@ class DaskProcesses:
             time.sleep(0.02)
         return process
 
-    def worker(self, *options: str) -> subprocess.Popen[bytes]:
+    def worker(self, *options: str) -> DaskProcess:
         """Starts a worker, which looks for the scheduler."""
         return self._start(
             *("worker", self.address, "--nthreads", "1", "--nworkers", "1", "--no-nanny", "--no-dashboard"),
@@ -103,7 +109,7 @@ class DaskProcesses:
         except (urllib.error.URLError, OSError):
             return False
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, *arguments: str) -> DaskProcess:
         files = {"ca-file": "ca.crt"} | {f"{r}.{p}": f"tls.{end}" for r in ROLES for p, end in PARTS}
         settings = SETTINGS | {"distributed.scheduler.http.routes": ROUTES}
         settings |= {"distributed.comm.require-encryption": True}
@@ -116,13 +122,12 @@ class DaskProcesses:
             **dask_environment(settings),
             **self.environment,
         }
+        # A scheduler imports no torch: it is to be seen as small as it is.
+        entry = None if self.installed or arguments[0] == "scheduler" else "dask.__main__:main"
         with (self.folder / f"dask-{len(self.processes)}-{arguments[0]}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("dask")), *arguments],
-                cwd=self.folder,
-                env=environment,
-                stdout=log,
-                stderr=log,
+            command = [str(Path(sys.executable).with_name("dask")), *arguments]
+            process = preloaded.start(
+                entry, command, cwd=self.folder, env=environment, stdout=log, stderr=log
             )
         self.processes.append(process)
         return process

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +12,12 @@ from typing import Any
 
 import yaml
 
+import preloaded
 from dask_processes import free_port
 from influence_job.document import TERMINATION_BYTES, JobDocument
 from influence_job.progress import Progress
 from influence_job.spec import InfluenceJob
-from jobs import SUPPORT, Jobs, Run
+from jobs import COMMAND_LINE, INFLUENCE, SUPPORT, Jobs, Run
 
 UID = "7d3c9a52-0000-4000-8000-000000000000"
 
@@ -62,6 +61,8 @@ class Drives:
     tls: Path
     scheduler: str
     environment: dict[str, str] = field(default_factory=dict)
+    installed: bool = False
+    """Whether to start the installed command, as a pod does, instead of a fork (`preloaded`)."""
 
     def document(
         self, changes: Mapping[str, Any], *, uid: str = UID, attempt: int = 1, **fields: Any
@@ -78,29 +79,24 @@ class Drives:
         folder.mkdir()
         (folder / "job.json").write_text(document if isinstance(document, str) else json.dumps(document))
         ports = free_port(), free_port()
+        command = [
+            *(INFLUENCE, "drive"),
+            *("--document", str(folder / "job.json"), "--tls", str(self.tls), "--host", "127.0.0.1"),
+            *("--progress-port", str(ports[0]), "--metrics-port", str(ports[1])),
+            *("--termination-message", str(folder / "termination")),
+        ]
+        settings = {
+            **os.environ,
+            "PYTHONPATH": str(SUPPORT),
+            "POD_NAME": "driver-pod",
+            "OMP_NUM_THREADS": "1",
+            "WRITES_LOG": str(folder / "writes"),
+            **self.environment,
+            **environment,
+        }
+        entry = None if self.installed else COMMAND_LINE
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-            process = subprocess.Popen(
-                [
-                    *(str(Path(sys.executable).with_name("influence")), "drive"),
-                    *("--document", str(folder / "job.json"), "--tls", str(self.tls), "--host", "127.0.0.1"),
-                    *("--progress-port", str(ports[0]), "--metrics-port", str(ports[1])),
-                    *("--termination-message", str(folder / "termination")),
-                ],
-                cwd=folder,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(SUPPORT),
-                    "POD_NAME": "driver-pod",
-                    "OMP_NUM_THREADS": "1",
-                    "WRITES_LOG": str(folder / "writes"),
-                    **self.environment,
-                    **environment,
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+            process = preloaded.start(entry, command, cwd=folder, env=settings, stdout=out, stderr=err)
         run = Drive(process, folder, progress_port=ports[0], metrics_port=ports[1])
         self.jobs.runs.append(run)
         return run

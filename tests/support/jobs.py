@@ -1,6 +1,7 @@
 """Whole jobs for tests: a manifest in a folder, `influence run` in a process group of its own.
 
-Nothing runs in the test's process, so whatever a test kills is what a user could lose.
+Nothing runs in the test's process, so whatever a test kills is what a user could lose. Processes are forked
+from one that has imported torch (`preloaded`), unless a test asks for the installed command.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 import yaml
 
+import preloaded
+
 SUPPORT = Path(__file__).parent
 TIMEOUT_SECONDS = 120.0
 INFLUENCE = str(Path(sys.executable).with_name("influence"))
+COMMAND_LINE = "influence_job.cli:main"
+"""What the installed command calls."""
 SETTINGS = {
     "PYTHONPATH": os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "OMP_NUM_THREADS": "1",
@@ -60,7 +66,7 @@ class Barrier:
 class Run:
     """One `influence run`."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | preloaded.Process
     folder: Path
     started: float = field(default_factory=time.monotonic)
 
@@ -153,8 +159,9 @@ class Jobs:
         pace: float | None = None,
         env: Mapping[str, str] | None = None,
         prefix: Sequence[str] = (),
+        installed: bool = False,
     ) -> Run:
-        """Starts `influence run`, below the command `prefix` if there is one."""
+        """Starts `influence run`: the installed command if so told, or if it is below a command `prefix`."""
         folder = self.folder / f"run-{len(self.runs)}"
         folder.mkdir()
         settings = {
@@ -170,14 +177,8 @@ class Jobs:
         command += [] if output is None else ["--output", str(output)]
         command += [] if workers is None else ["--workers", str(workers)]
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-            process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env={**os.environ, **settings},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
+            process = self._process(
+                command, settings, out, err, spares=workers or 0, installed=installed or bool(prefix)
             )
         run = Run(process, folder)
         self.runs.append(run)
@@ -193,17 +194,35 @@ class Jobs:
         assert run.code == 0, f"exit code {run.code}:\n{run.stderr}"
         return run
 
-    def plan(self, manifest: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    def plan(
+        self, manifest: Path, *options: str, installed: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """`influence plan`, to its end."""
-        return subprocess.run(
-            [INFLUENCE, "plan", str(manifest), *options],
+        command = [INFLUENCE, "plan", str(manifest), *options]
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = self._process(command, SETTINGS, out, err, installed=installed)
+            code = process.wait(TIMEOUT_SECONDS)
+            said = [file.seek(0) or file.read().decode() for file in (out, err)]
+        return subprocess.CompletedProcess(command, code, *said)
+
+    def _process(
+        self,
+        command: Sequence[str],
+        settings: Mapping[str, str],
+        out: BinaryIO,
+        err: BinaryIO,
+        *,
+        spares: int = 0,
+        installed: bool,
+    ) -> subprocess.Popen[bytes] | preloaded.Process:
+        return preloaded.start(
+            None if installed else COMMAND_LINE,
+            command,
             cwd=self.folder,
-            env={**os.environ, **SETTINGS},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
+            env={**os.environ, **settings},
+            stdout=out,
+            stderr=err,
+            spares=spares,
         )
 
     def close(self) -> None:

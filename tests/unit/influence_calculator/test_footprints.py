@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+import preloaded
+
 MIB = 1 << 20
-SUPPORT = Path(__file__).parents[2] / "support"
-"""Folder of the script that measures itself."""
 
 
 def _measured(*arguments: object) -> dict[str, int]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "measured_memory.py", *map(str, arguments)],
-        cwd=SUPPORT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    result: dict[str, int] = json.loads(done.stdout)
+    result: dict[str, int] = json.loads(preloaded.output("measured_memory:main", *arguments))
     return result
 
 
