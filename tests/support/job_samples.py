@@ -214,6 +214,12 @@ _SPECS: dict[str, dict[str, Json]] = {
         "method": {"name": "Direct", "regularization": 0.1, "blocks": "LayerWise"},
         "output": OUTPUT,
     },
+    "by token": {
+        "task": TASK,
+        "operation": "InfluencesByToken",
+        "method": {"name": "GradDot"},
+        "output": OUTPUT,
+    },
     "by layer": {"task": TASK, "operation": "InfluencesByBlock", "method": EKFAC, "output": OUTPUT},
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
@@ -362,6 +368,16 @@ def broken_rules() -> Iterator[Broken]:
             ("output", "dense"),
             {"operation": "InfluencesByBlock", "output": {**OUTPUT, "dense": False}},
         ),
+        (
+            "a mode for parts of tokens",
+            ("mode",),
+            {"operation": "InfluencesByToken", "mode": "Perturbation"},
+        ),
+        (
+            "no parts of tokens stored",
+            ("output", "dense"),
+            {"operation": "InfluencesByToken", "output": {**OUTPUT, "dense": False}},
+        ),
         ("a scheme", ("output", "url"), {"output": {"url": "ftp://host/x"}}),
         ("a scheme in capitals", ("output", "url"), {"output": {"url": "GS://bucket/x"}}),
         (
@@ -472,7 +488,7 @@ _TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path"
 
 CHANGES: dict[str, tuple[Json, ...]] = {
     "task": ({"entrypoint": "package.module:other"}, {**TASK, "arguments": {"deep": {"list": [2]}}}),
-    "operation": ("InfluenceFactors", "SelfInfluence", "InfluencesByBlock"),
+    "operation": ("InfluenceFactors", "SelfInfluence", "InfluencesByBlock", "InfluencesByToken"),
     "mode": ("Perturbation",),
     "method": (
         {**EKFAC, "regularization": 0.02},

@@ -72,6 +72,41 @@ def example_gradients(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Ten
     return torch.stack([_gradient(loss(model(a), b).sum(), parameters) for a, b in _examples(x, y)])
 
 
+def token_gradients(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, tokens: int) -> Tensor:
+    """`[n, S, P]`: each token's part of `example_gradients`.
+
+    Every module that tracks parameters of its own computes each token with copies of them, of which the
+    gradient is then the token's.
+    """
+    model = in_float64(model)
+    owners = [m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))]
+    copies = {id(p): [p.detach().clone().requires_grad_() for _ in range(tokens)] for p in _parameters(model)}
+    # Modules without the hook, which would call itself.
+    bare = {id(module): copy.deepcopy(module) for module in owners}
+
+    def by_token(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        axis = 2 if isinstance(module, nn.Conv1d) else 1
+        own = dict(module.named_parameters(recurse=False))
+        columns = []
+        for s in range(tokens):
+            values = {name: copies[id(p)][s] if id(p) in copies else p for name, p in own.items()}
+            computed = torch.func.functional_call(bare[id(module)], values, args)
+            columns.append(computed.select(axis, s))
+        return torch.stack(columns, axis)
+
+    for module in owners:
+        module.register_forward_hook(by_token)
+    leaves = [value for p in _parameters(model) for value in copies[id(p)]]
+    rows = []
+    for a, b in _examples(x, y):
+        found = torch.autograd.grad(
+            loss(model(a), b).sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+        of_tokens = [found[s::tokens] for s in range(tokens)]
+        rows.append(torch.stack([torch.cat([g.reshape(-1) for g in own]) for own in of_tokens]))
+    return torch.stack(rows)
+
+
 def hessian(model: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> Tensor:
     """`[P, P]`: the mean over examples of `∇²θ ℓ_i`, row by row by double backward."""
     model = in_float64(model)

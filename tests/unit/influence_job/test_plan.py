@@ -13,13 +13,14 @@ import pytest
 from hypothesis import find, given
 from hypothesis import strategies as st
 
+from influence_calculator.maths.by_token import product_bytes
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective, TrainingData
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan, Sizes, cost, device_budget, make_plan
-from influence_job.spec import InfluenceJobSpec
+from influence_job.spec import InfluenceJobSpec, Operation
 from manifests import spec
 
 MIB = 2**20
@@ -372,6 +373,22 @@ def test_all_blocks_count_for_what_a_result_and_a_stage_need() -> None:
         make_plan(with_memory("64Mi", **huge), Linear(), sizes(train=10**6, blocks=blocks))
 
 
+def test_a_region_by_token_holds_all_tokens_and_every_pair_costs_all_of_them() -> None:
+    given = {"operation": "InfluencesByToken", "chunks": {"test": 300, "train": 1400}}
+    exact = 300 * 1400 * 7 * 4
+    tokens = sizes(feature_shape=(7,))
+    plan = make_plan(spec(**given, output={"maxBytes": str(exact)}), Linear(), tokens)
+    [array] = plan.arrays
+    assert (array.path, array.dims) == ("influences", ("test", "train", "token"))
+    assert (array.shape, array.chunks) == ((300, 1400, 7), (300, 1400, 7))
+    assert plan.result_index(2, 5) == (2, 5, 0)
+    plain = make_plan(spec(chunks=given["chunks"]), Linear(), sizes())
+    more = plan.memory["Scores"].device - plain.memory["Scores"].device
+    assert more == exact * 6 // 7 + product_bytes(tokens.shapes, plan.micro_batch)
+    with pytest.raises(PermanentError, match=r"300 × 1400 × 7 of float32 .* shorter texts, operation: Influ"):
+        make_plan(spec(**given, output={"maxBytes": str(exact - 1)}), Linear(), tokens)
+
+
 def test_factors_are_one_array_per_block_chunked_on_both_axes() -> None:
     blocks = {"0": 90 * MIB, "2": 10}
     plan = make_plan(
@@ -454,5 +471,7 @@ def test_the_cost_is_counted_from_the_formulas_and_shared_by_the_workers() -> No
     products = 1000
     assert gflop["Scores"] == pytest.approx((1400 * 6 * products + 2 * 1000 * 300 * 1400) / 1e9)
     assert list(gflop) == ["Fitting", "Factors", "Scores"]
+    by_token = cost.gflop(one, measured, plan.model_copy(update={"operation": Operation.INFLUENCES_BY_TOKEN}))
+    assert by_token["Scores"] == pytest.approx((1400 * 4 + 2 * 300 * 1400) * products / 1e9)
     slow, fast = cost.seconds(one, gflop), cost.seconds(two, gflop)
     assert all(slow[name] == 2 * fast[name] > 0 for name in gflop)

@@ -32,6 +32,7 @@ __all__ = [
     "captured_layers",
     "float_leaves",
     "measure",
+    "of_the_losses",
     "record",
     "supported_layers",
     "uncaptured_parameters",
@@ -139,6 +140,10 @@ class Recording:
         """S: tokens per example, over all calls of a layer."""
         return sum(self._activations(layer, call).shape[1] for call in self.calls[layer.name])
 
+    def sequences(self, layer: LayerSpec) -> tuple[int | None, ...]:
+        """S of each call of a layer; None where its tokens are no sequence."""
+        return tuple(layer.sequence(call.output.shape, self.rows) for call in self.calls[layer.name])
+
     def _piece(self, layer: LayerSpec, call: _Call, gradients: Tensor) -> tuple[Tensor, Tensor]:
         return self._activations(layer, call), layer.output_gradients(gradients, self.rows)
 
@@ -215,8 +220,12 @@ def captured_layers(
     One layer's tensors are alive at a time.
     """
     recording = record(objective, batch, layers)
-    if not recording.layers:
-        return
+    if recording.layers:
+        yield from of_the_losses(recording, objective, batch)
+
+
+def of_the_losses(recording: Recording, objective: Objective, batch: Batch) -> Iterator[CapturedLayer]:
+    """What the layers of a recording see while the losses of its outputs are differentiated."""
     with torch.enable_grad():
         total = objective.losses(recording.outputs, batch).sum()
     recording.outputs = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,6 +58,10 @@ class LayerSpec(ABC):
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
         """The gradients by the outputs of one call as `[n·k, S, o/k]`."""
 
+    @abstractmethod
+    def sequence(self, outputs: Sequence[int], n: int) -> int | None:
+        """S of a call with outputs of this shape whose tokens are one sequence; None: they are none."""
+
 
 class LinearLayer(LayerSpec):
     """`nn.Linear`: every dimension but the last is tokens, examples first."""
@@ -66,6 +71,9 @@ class LinearLayer(LayerSpec):
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
         return gradients.reshape(n, -1, gradients.shape[-1])
+
+    def sequence(self, outputs: Sequence[int], n: int) -> int | None:
+        return outputs[1] if len(outputs) == 3 and outputs[0] == n else None
 
 
 class TransposedLinearLayer(LinearLayer):
@@ -92,6 +100,9 @@ class ConvLayer(LayerSpec):
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
         return self._tokens(gradients.flatten(2), n)
+
+    def sequence(self, outputs: Sequence[int], n: int) -> int | None:
+        return outputs[2] if len(outputs) == 3 and outputs[0] == n else None
 
     def _tokens(self, columns: Tensor, n: int) -> Tensor:
         """`[images, k·u, positions]` as `[n·k, S, u]`; several images per example are further tokens."""

@@ -12,7 +12,6 @@ Shapes: t test rows, n training examples, F... feature dimensions of the trainin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +24,7 @@ from influence_calculator.maths.errors import UnsupportedInputError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left, tensors_of
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, batch_size, micro_batches
-from influence_calculator.maths.tracin import at_each_checkpoint
+from influence_calculator.maths.tracin import summed_states
 
 
 class Laid(Protocol):
@@ -54,17 +53,9 @@ def perturbations(
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
         stop = piece.start + batch_size(piece.batch)
         own = result[:, piece.start : stop]
-        for number, (state, layout) in enumerate(_states(objective, fitted.layout)):
+        for number, (state, layout) in enumerate(summed_states(objective, fitted.layout)):
             _fill(own, state, layout, factors, piece.batch, add=number > 0)
     return result
-
-
-def _states(objective: Objective, layout: Layout) -> Iterator[tuple[Objective, Layout]]:
-    """What the influence is a sum over: the model as it is, or each checkpoint with its own blocks."""
-    if objective.checkpoints is None:
-        yield objective, layout
-    else:
-        yield from at_each_checkpoint(objective)
 
 
 def perturbed_input(batch: Batch) -> Tensor:

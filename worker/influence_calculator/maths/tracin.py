@@ -110,6 +110,14 @@ def at_each_checkpoint(objective: Objective) -> Iterator[tuple[Objective, Layout
         yield objective.in_state_of(model), Layout.of(shapes, {block: objective.names})
 
 
+def summed_states(objective: Objective, layout: Layout) -> Iterator[tuple[Objective, Layout]]:
+    """What an influence is a sum over: the model as it is, or each checkpoint with its own blocks."""
+    if objective.checkpoints is None:
+        yield objective, layout
+    else:
+        yield from at_each_checkpoint(objective)
+
+
 def _blocks(checkpoints: Checkpoints) -> tuple[str, ...]:
     return tuple(f"checkpoint_{c}" for c in range(len(checkpoints)))
 

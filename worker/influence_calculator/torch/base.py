@@ -24,6 +24,7 @@ from influence_calculator.base_influence_function_model import InfluenceFunction
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import BlockMode, Regularization
+from influence_calculator.maths.by_token import influences_by_token
 from influence_calculator.maths.checkpoints import Checkpoints
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Layout, Left
@@ -305,6 +306,22 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         fitted = self._require_fitted()
         gradients = fitted.gradients(self.objective, self._batch(x, y))
         return region.self_influences(self._noted(fitted.solve(gradients)).left, gradients)
+
+    @denormals_flushed()
+    def influences_by_token(self, x_test: Tensor, y_test: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The part of each token of (x, y) in `influences`, `[t, n, S]`; over S they sum to it.
+
+        A token's part is what the layers did at it, `Σ_layers g_sᵀ Z a_s` (see `maths.by_token`): not the
+        influence of that token's own loss.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+            UnsupportedModelError: a tracked parameter of a layer that has no tokens; names it.
+        """
+        factors, batch = self.solve(x_test, y_test).left, self._batch(x, y)
+        return influences_by_token(
+            self._require_fitted(), self.objective, factors, batch, self._micro_batch(batch)
+        )
 
     def influences_from_factors(
         self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up

@@ -98,10 +98,11 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
             f"  grid       {plan.train_chunks} chunks of {min(plan.train_chunk, plan.train)} examples"
         )
     elif plan.has_scores:
-        blocks = f" × {len(plan.blocks)} blocks" if plan.by_block else ""
+        parts = f" × {len(plan.blocks)} blocks" if plan.by_block else ""
+        parts += f" × {plan.feature_shape[0]} tokens" if plan.by_token else ""
         lines.append(
             f"  grid       {plan.regions} regions of {plan.group_rows} × {min(plan.train_chunk, plan.train)} "
-            f"examples{blocks} (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
+            f"examples{parts} (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
         )
         groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"
         lines.append(f"  groups     {groups}: one pass over the training set each")

@@ -138,9 +138,11 @@ def draw(summary: Summary, console: Console) -> None:
 
 
 def _summed(plan: dict[str, Any]) -> str:
-    if plan["operation"] != Operation.INFLUENCES_BY_BLOCK:
+    parts = {Operation.INFLUENCES_BY_BLOCK: "blocks", Operation.INFLUENCES_BY_TOKEN: "tokens"}
+    if plan["operation"] not in parts:
         return ""
-    return " It is the sum over the blocks; the part of each is in the array influences."
+    over = parts[plan["operation"]]
+    return f" It is the sum over the {over}; the part of each is in the array influences."
 
 
 def _headline(summary: Summary) -> list[str]:
@@ -175,11 +177,13 @@ def _headline(summary: Summary) -> list[str]:
 def _examples(plan: dict[str, Any]) -> str:
     training = f"{plan['train']} training examples"
     on_itself = plan["operation"] == Operation.SELF_INFLUENCE
-    return training if on_itself else f"{plan['test']} test × {training}{_blocks(plan)}"
+    return training if on_itself else f"{plan['test']} test × {training}{_parts(plan)}"
 
 
-def _blocks(plan: dict[str, Any]) -> str:
-    """The names along the dimension `block` of the matrix, where it has one."""
+def _parts(plan: dict[str, Any]) -> str:
+    """The dimension `block` or `token` of the matrix, where it has one; blocks by their names."""
+    if plan["operation"] == Operation.INFLUENCES_BY_TOKEN:
+        return f" × {plan['featureShape'][0]} tokens"
     if plan["operation"] != Operation.INFLUENCES_BY_BLOCK:
         return ""
     names = [f'"{name}"' for name in plan["blocks"]]

@@ -60,6 +60,8 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
         turn = _TURNS.get(type(spec.method), _nothing)(spec.method, sizes)
         training = plan.groups * plan.train * (capture + gradient + turn)
         stages["Scores"] = training + 2.0 * sum(plan.blocks.values()) * pairs
+        if plan.by_token:
+            stages["Scores"] = plan.groups * plan.train * capture + gradient * pairs  # Z ã of every token
         if spec.mode is Mode.PERTURBATION:
             stages["Scores"] += 3 * capture * pairs  # a double backward per test row and training example
     return {name: flop / 1e9 for name, flop in stages.items()}

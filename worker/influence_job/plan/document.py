@@ -1,7 +1,7 @@
 """The plan as a document: sizes in, grid out, and the arithmetic of its indices.
 
-A region, one group of test chunks × one training chunk, is one chunk of the result, of all blocks where
-these are told apart. For SelfInfluence a training chunk is: the training examples are their own test
+A region, one group of test chunks × one training chunk, is one chunk of the result, of all blocks or tokens
+where these are told apart. For SelfInfluence a training chunk is: the training examples are their own test
 examples, in the same chunks.
 
 Symbols: T test examples, N training examples, R fit ranges, G groups.
@@ -28,7 +28,7 @@ class Sizes(SpecModel):
     train: int = Field(ge=1, description="N, training examples.")
     shapes: ModelShapes = Field(description="Sizes of the tracked part of the model.")
     feature_shape: tuple[int, ...] = Field(
-        (), description="One training input's shape; () unless Perturbation."
+        (), description="One training input's shape; (S,) tokens for InfluencesByToken; () for Up otherwise."
     )
     dtype: str = Field("float32", description="Of the result: float32 or float64.")
     blocks: dict[str, int] = Field(description="Block name -> parameters.")
@@ -95,6 +95,16 @@ class Plan(SpecModel):
     def by_block(self) -> bool:
         """Whether each pair of examples has a score per block of parameters."""
         return self.operation is Operation.INFLUENCES_BY_BLOCK
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each pair of examples has a score per token of the training example."""
+        return self.operation is Operation.INFLUENCES_BY_TOKEN
+
+    @property
+    def parts_axis(self) -> int | None:
+        """The axis of the matrix over which scores sum to the influences, if there is one."""
+        return 0 if self.by_block else 2 if self.by_token else None
 
     @property
     def test_chunks(self) -> int:
@@ -198,6 +208,8 @@ class Plan(SpecModel):
             return ("test", "column")
         if self.by_block:
             return ("block", "test", "train")
+        if self.by_token:
+            return ("test", "train", "token")
         return ("test", "train", *(f"feature_{i}" for i in range(len(self.feature_shape))))
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from influence_calculator.maths.by_token import product_bytes
 from influence_calculator.maths.method import Method
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import memory
@@ -102,14 +103,21 @@ def _pair_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
     return numbers * _itemsize(sizes)
 
 
-def _used(method: Method, sizes: Sizes, micro_batch: int) -> int:
+def _used(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
     """What scoring holds besides factors and region."""
-    return _resident(method, sizes) + method.footprint(sizes.shapes, micro_batch, 1).capture
+    return _resident(method, sizes) + _capture(spec, method, sizes, micro_batch)
+
+
+def _capture(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
+    """Differentiating one micro-batch of training examples in the score stage."""
+    by_token = spec.operation is Operation.INFLUENCES_BY_TOKEN
+    products = product_bytes(sizes.shapes, micro_batch) if by_token else 0
+    return method.footprint(sizes.shapes, micro_batch, 1).capture + products
 
 
 def _region_bytes(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
     """The size of region to aim at: smaller where the budget is small."""
-    free = memory.device_budget(spec) - _used(method, sizes, micro_batch)
+    free = memory.device_budget(spec) - _used(spec, method, sizes, micro_batch)
     return min(REGION_BYTES, max(1, free // 8))
 
 
@@ -117,7 +125,7 @@ def _most_rows(
     spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, region_bytes: int
 ) -> int:
     """Test rows whose factors fit: (budget − model, fit, capture and region) / bytes of a row."""
-    used = _used(method, sizes, micro_batch)
+    used = _used(spec, method, sizes, micro_batch)
     row = _factor_row(spec, method, sizes) * memory.factor_copies(spec)
     free = memory.device_budget(spec) - used - region_bytes
     if free < row:
@@ -213,7 +221,7 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     if plan.has_scores:
         region = math.prod(plan.result_chunks) * plan.itemsize
         group = plan.group_rows * _factor_row(spec, method, sizes)
-        device = _resident(method, sizes) + footprint.capture + group + region
+        device = _used(spec, method, sizes, plan.micro_batch) + group + region
         stages["Scores"] = stage(device, reads + 2 * region + group)
     return stages
 
@@ -225,6 +233,8 @@ def _refuse_large_result(spec: InfluenceJobSpec, plan: Plan) -> None:
     shape = " × ".join(str(extent) for extent in plan.result_shape)
     if plan.by_block:
         cure = "take fewer test examples or blocks, operation: Influences, or raise output.maxBytes"
+    elif plan.by_token:
+        cure = "take fewer test examples, shorter texts, operation: Influences, or raise output.maxBytes"
     elif plan.has_scores and spec.mode is Mode.UP:
         cure = "set output.dense: false, which keeps the top k and the statistics, or raise output.maxBytes"
     else:

@@ -25,6 +25,8 @@ class Operation(StrEnum):
     """Every training example on every test example."""
     INFLUENCES_BY_BLOCK = "InfluencesByBlock"
     """The same, as the part of each block of parameters: layers, mostly."""
+    INFLUENCES_BY_TOKEN = "InfluencesByToken"
+    """The same, as the part of each token of the training examples."""
     INFLUENCE_FACTORS = "InfluenceFactors"
     """(H + λI)^-1 g of the test examples alone."""
     INFLUENCES_FROM_FACTORS = "InfluencesFromFactors"
@@ -47,6 +49,7 @@ _WITHOUT_PERTURBATION = {
     "Influences and InfluencesFromFactors",
     Operation.SELF_INFLUENCE: "expected Up: an example's influence on itself has no perturbation",
     Operation.INFLUENCES_BY_BLOCK: "expected Up: the parts of blocks are stored of up-weighting alone",
+    Operation.INFLUENCES_BY_TOKEN: "expected Up: the parts of tokens are stored of up-weighting alone",
 }
 _NO_TEST_CHUNKS = "not for SelfInfluence, which has no test examples; set chunks.train or remove it"
 _ONE_BLOCK = (
@@ -57,6 +60,7 @@ _DENSE = {
     Operation.INFLUENCE_FACTORS: "factors",
     Operation.SELF_INFLUENCE: "self-influences",
     Operation.INFLUENCES_BY_BLOCK: "the parts of blocks",
+    Operation.INFLUENCES_BY_TOKEN: "the parts of tokens",
 }
 """What has no top k of its own."""
 
@@ -92,8 +96,8 @@ OPERATION_RULES = (
     rule(
         "self.output.dense || (self.mode == 'Up' && "
         f"!(self.operation in [{', '.join(repr(str(operation)) for operation in _DENSE)}]))",
-        "expected true: factors, self-influences, perturbations and the parts of blocks have no top k, so "
-        "nothing would be stored",
+        "expected true: factors, self-influences, perturbations and the parts of blocks and tokens have no "
+        "top k, so nothing would be stored",
         "output.dense",
     ),
 )

@@ -92,8 +92,8 @@ def solve(own: Session, gradients: Left) -> Solved:
 
 
 def load_group(own: Session, group: int) -> Left:
-    """One group of test chunks from the store onto the device: in mode Up its left representation, in mode
-    Perturbation its factors.
+    """One group of test chunks from the store onto the device: its left representation; in mode
+    Perturbation and for InfluencesByToken its factors by parameter.
     """
     start, stop = own.plan.group_range(group)
     loaded: Left = {}
@@ -108,7 +108,8 @@ def load_group(own: Session, group: int) -> Left:
 
 def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
     """A block's rows on the device, in the basis that the mode takes; turned a test chunk at a time."""
-    wanted = Basis.METHOD if own.spec.mode is Mode.UP else Basis.PARAMETERS
+    by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
+    wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
     if basis is wanted:
         return rows.to(own.device, own.resident_dtype)
     turn = own.fitted.left if wanted is Basis.METHOD else own.fitted.factors

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths import perturbation
+from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import slice_batch
@@ -124,6 +125,8 @@ def measure_sizes(own: Session) -> Sizes:
     feature_shape: tuple[int, ...] = ()
     if own.spec.mode is Mode.PERTURBATION:
         feature_shape = tuple(perturbation.perturbed_input(one).shape[1:])
+    elif own.spec.operation is Operation.INFLUENCES_BY_TOKEN:
+        feature_shape = (token_count(own.objective, own.layout, one),)
     return Sizes(
         test=_test_length(own),
         train=len(own.task.train),

@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from influence_calculator.maths import perturbation, region
+from influence_calculator.maths import by_token, perturbation, region
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.objective import Batch
+from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan
 from influence_job.spec import Mode
 from influence_job.storage import arrays, sink_arrays
@@ -119,7 +120,7 @@ class _Pipeline:
             if self.group == 0:
                 write_annotations(self.own, "train", chunk, batch)
             values = as_array(self._compute(batch))
-        whole = values.sum(axis=0) if self.plan.by_block else values
+        whole = values if self.plan.parts_axis is None else values.sum(axis=self.plan.parts_axis)
         self._require_finite(whole, chunk)
         self._settle()
         put = self.writes.submit(_store, self.own, self.group, chunk, values, whole)
@@ -129,8 +130,22 @@ class _Pipeline:
         fitted, micro_batch = self.own.fitted, self.plan.micro_batch
         if self.own.spec.mode is Mode.PERTURBATION:
             return perturbation.perturbations(fitted, self.own.objective, self.left, batch, micro_batch)
+        if self.plan.by_token:
+            return self._by_token(batch)
         score = region.influences_by_block if self.plan.by_block else region.influences
         return score(fitted, self.left, batch, micro_batch)
+
+    def _by_token(self, batch: Batch) -> torch.Tensor:
+        parts = by_token.influences_by_token(
+            self.own.fitted, self.own.objective, self.left, batch, self.plan.micro_batch
+        )
+        if parts.shape[2:] != self.plan.feature_shape:
+            raise PermanentError(
+                Reason.INVALID_DATA,
+                f"training examples: expected {self.plan.feature_shape[0]} tokens, as the first one has, got "
+                f"{parts.shape[2]}; pad all of them to one length",
+            )
+        return parts
 
     def _require_finite(self, whole: np.ndarray, chunk: int) -> None:
         """Refuses a training example without finite scores.
@@ -171,7 +186,7 @@ def context_region(context: WorkerContext, group: int, chunk: int) -> int:
 def _store(own: Session, group: int, chunk: int, values: np.ndarray, whole: np.ndarray) -> str:
     """Feeds a region to its sinks; the dense one last, for it is what verification reads.
 
-    `whole` of all blocks together, where `values` tell them apart: what examples are ranked by.
+    `whole` of all blocks or tokens together, where `values` tell them apart: what examples are ranked by.
     """
     start, _ = own.plan.train_range(chunk)
     digest = sink_arrays.put_partial(own.store, group, chunk, Partial.of(whole, start, own.plan.top_k))
