@@ -30,6 +30,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "tracin": SMALL
     | {"method": {"name": "TracIn"}, "task": FEW | {"entrypoint": "gated_digits:in_training"}},
     "trak": SMALL | {"method": {"name": "Trak", "regularization": 0.01, "rank": 64}},
+    "logra": SMALL | {"method": {"name": "Logra", "regularization": 0.01, "rank": 8}},
 }
 """What each changes in the manifest."""
 SHAPES = {"self-influence": (TRAIN,)}

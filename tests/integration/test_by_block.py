@@ -20,6 +20,7 @@ import traced_task
 from influence_calculator import (
     ArnoldiInfluence,
     BlockMode,
+    LograInfluence,
     SecondOrderMode,
     TracInInfluence,
 )
@@ -58,6 +59,11 @@ def arnoldi(data: Data) -> dict[str, Tensor]:
     return influence.fit([data[2:]]).influences_by_block(*data)
 
 
+def logra(data: Data) -> dict[str, Tensor]:
+    model = traced_task.task(train=TRAIN, test=TEST).model
+    return LograInfluence(model, loss, 0.05, 3, 2).fit([data[2:]]).influences_by_block(*data)
+
+
 def tracin(data: Data) -> dict[str, Tensor]:
     """Every checkpoint as if there were no other."""
     task = checkpoints_task.task(train=TRAIN, test=TEST)
@@ -69,6 +75,7 @@ def tracin(data: Data) -> dict[str, Tensor]:
 
 METHODS: dict[str, tuple[dict[str, Any], Callable[[Data], dict[str, Tensor]]]] = {
     "Arnoldi by coordinates": ({"method": SPECTRAL}, arnoldi),
+    "Logra": ({"method": {"name": "Logra", "rank": 3, "seed": 2, "regularization": 0.05}}, logra),
     "TracIn": (
         {
             "method": {"name": "TracIn", "regularization": None},

@@ -22,6 +22,7 @@ from influence_calculator import (
     GradDotInfluence,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
+    LograInfluence,
     Relative,
     SecondOrderMode,
     TrakInfluence,
@@ -204,8 +205,12 @@ def test_scores_are_those_of_the_definition(method: dict[str, Any], jobs: Jobs, 
             {"name": "Trak", "regularization": 0.05, "rank": 20, "seed": 3},
             lambda net, loss: TrakInfluence(net, loss, 0.05, 20, 3),
         ),
+        (
+            {"name": "Logra", "regularization": 0.1, "relative": True, "rank": 4, "seed": 3},
+            lambda net, loss: LograInfluence(net, loss, Relative(0.1), 4, 3),
+        ),
     ],
-    ids=["Lissa in parts", "InverseHarmonicMean", "GradDot", "Trak"],
+    ids=["Lissa in parts", "InverseHarmonicMean", "GradDot", "Trak", "Logra"],
 )
 def test_scores_are_those_of_the_library(
     method: dict[str, Any], model: Any, jobs: Jobs, tmp_path: Path

@@ -200,6 +200,12 @@ _SPECS: dict[str, dict[str, Json]] = {
         "method": {"name": "Trak", "regularization": 0, "rank": 100_000, "seed": 2**53},
         "output": OUTPUT,
     },
+    "logra": {
+        "task": TASK,
+        "operation": "InfluencesByBlock",
+        "method": {"name": "Logra", "regularization": 0, "relative": True, "rank": 1000, "seed": 2**53},
+        "output": OUTPUT,
+    },
     "tracin": {"task": TASK, "method": {"name": "TracIn"}, "output": OUTPUT},
     "self-influence": {
         "task": TASK,

@@ -21,9 +21,9 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.grad_dot import GradDot
-from influence_calculator.maths.gradients import collected
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
+from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import Method, fit
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.objective import Objective, xy_objective
@@ -51,8 +51,8 @@ def _run(method: Method, objective: Objective, data: TrainingSet, rows: int, sta
         return
     fitted = method.fitted(objective, state, data)
     pieces = TrainingSet((x[:rows], y[:rows]), data.size)
-    found = [collected(objective, piece.batch, fitted.layout)[""] for piece in pieces.batches()]
-    left = {"": torch.cat(found)}
+    found = [fitted.gradients(objective, piece.batch) for piece in pieces.batches()]
+    left = {block: torch.cat([piece.pop(block) for piece in found]) for block in fitted.layout.blocks}
     del found
     if stage == "capture":
         region.influences(fitted, left, data.whole, data.size)
@@ -75,6 +75,9 @@ def main() -> None:
         "inverse harmonic mean": InverseHarmonicMean(0.1),
         "grad-dot": GradDot(),
         "trak": Trak(0.1, 64),
+        "logra": Logra(0.1, 16).narrow(),
+        "logra of high rank": Logra(0.1, 80).narrow(),
+        "logra by parameter": Logra(0.1, 16),
     }
     method = methods[name]
     # What torch loads and allocates once for all, whatever the model's size.

@@ -14,6 +14,7 @@ from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
+from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import (
@@ -33,6 +34,7 @@ from influence_job.spec import (
     InverseHarmonicMeanSpec,
     JacobiSpec,
     LissaSpec,
+    LograSpec,
     Mode,
     NystroemSketchSpec,
     NystroemSpec,
@@ -53,7 +55,7 @@ def method_of(spec: InfluenceJobSpec) -> Method:
     """
     method = build(spec.method)
     narrow = spec.operation in _NARROW and spec.mode is Mode.UP
-    if isinstance(method, Arnoldi | Trak) and narrow:
+    if isinstance(method, Arnoldi | Logra | Trak) and narrow:
         return method.narrow()
     return method
 
@@ -157,6 +159,12 @@ def _tracin(_: TracInSpec) -> Method:
 @build.register
 def _trak(spec: TrakSpec) -> Method:
     return Trak(spec.regularization, spec.rank, spec.seed)
+
+
+@build.register
+def _logra(spec: LograSpec) -> Method:
+    λ = Relative(spec.regularization) if spec.relative else spec.regularization
+    return Logra(λ, spec.rank, spec.seed)
 
 
 def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularization:

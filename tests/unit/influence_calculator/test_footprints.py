@@ -33,6 +33,10 @@ def _measured(*arguments: object) -> dict[str, int]:
         ("inverse harmonic mean", "empirical_fisher", 900, 128, 64, 24, "factors"),
         ("inverse harmonic mean", "empirical_fisher", 900, 16, 16, 48, "factors"),
         ("trak", "empirical_fisher", 900, 128, 64, 96, "factors"),
+        # Gradients would be 415 MB.
+        ("logra", "empirical_fisher", 900, 128, 128, 16, "capture"),
+        ("logra of high rank", "empirical_fisher", 900, 128, 64, 16, "factors"),
+        ("logra by parameter", "empirical_fisher", 900, 128, 64, 64, "factors"),
         ("grad-dot", "hessian", 900, 128, 64, 96, "factors"),
     ],
 )

@@ -29,6 +29,7 @@ from influence_calculator import (
     InfluenceMode,
     InverseHarmonicMeanInfluence,
     LissaInfluence,
+    LograInfluence,
     NestedTorchCatAggregator,
     NystroemSketchInfluence,
     SecondOrderMode,
@@ -55,6 +56,7 @@ MODELS: dict[str, Any] = {
         case.model(), case.loss, **FISHER, maxiter=60, batch_size=5, warn_on_max_iteration=False
     ),
     "inverse harmonic mean": lambda case: InverseHarmonicMeanInfluence(case.model(), case.loss, 0.1),
+    "logra": lambda case: LograInfluence(case.model(), case.loss, 0.1, 2),
     "trak": lambda case: TrakInfluence(case.model(), case.loss, 0.1, 20),
     "grad-dot": lambda case: GradDotInfluence(case.model(), case.loss),
     "tracin": lambda case: TracInInfluence(
@@ -68,7 +70,10 @@ TRANSPOSED = ModelCase(
     (4,),
     3,
 )
-CASES = [*((method, case) for method in MODELS for case in (MLP, CONV2D)), ("ekfac", TRANSPOSED)]
+CASES = [
+    *((method, case) for method in MODELS for case in (MLP, CONV2D)),
+    *((m, TRANSPOSED) for m in ("ekfac", "logra")),
+]
 
 
 def arrays(x: Tensor, y: Tensor, chunk: int) -> tuple[da.Array, da.Array]:

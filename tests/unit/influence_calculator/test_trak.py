@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import oracle
+from explicit_projections import explicit_projection
 from influence_calculator import SingularCurvatureError, SolverStatus, TrakInfluence
 from influence_calculator.maths import projection, region
 from influence_calculator.maths.blocks import Relative
@@ -25,24 +26,6 @@ from training_sets import TrainingSet
 
 LIKE = torch.zeros((), dtype=torch.float64)
 RANK = 8
-
-
-def explicit_projection(width: int, rank: int, seed: int) -> Tensor:
-    """S, `[P, k]`, by arithmetic of Python's whole numbers on one entry after another."""
-    mask = (1 << 64) - 1
-
-    def mixed(word: int) -> int:
-        word = (word + 0x9E3779B97F4A7C15) & mask
-        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & mask
-        return word ^ (word >> 31)
-
-    def entry(row: int, column: int) -> float:
-        word = mixed(mixed(mixed(mixed(seed) ^ row)) ^ (column // 64))
-        return rank**-0.5 if word >> (column % 64) & 1 else -(rank**-0.5)
-
-    rows = [[entry(row, column) for column in range(rank)] for row in range(width)]
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def fitted(case: ModelCase, method: Trak, size: int = 5) -> Fitted:

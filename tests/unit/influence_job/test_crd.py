@@ -194,16 +194,16 @@ def test_a_union_is_one_object_whose_rules_tell_what_belongs_to_which_name() -> 
     method = spec_schema()["properties"]["method"]
     assert method["required"] == ["name"]
     assert method["properties"]["name"]["enum"] == [
-        *("Arnoldi", "Cg", "Direct", "Ekfac", "GradDot", "InverseHarmonicMean", "Lissa", "NystroemSketch"),
-        *("TracIn", "Trak"),
+        *("Arnoldi", "Cg", "Direct", "Ekfac", "GradDot", "InverseHarmonicMean", "Lissa", "Logra"),
+        *("NystroemSketch", "TracIn", "Trak"),
     ]
     of = {rule["fieldPath"]: rule for rule in rules_of(method) if rule["message"].startswith("only for name")}
     assert of[".rtol"]["rule"] == "!has(self.rtol) || self.name in ['Cg', 'Lissa']"
     solvers = "Arnoldi | Cg | Direct | InverseHarmonicMean | Lissa | NystroemSketch"
     assert of[".blocks"]["message"] == f"only for name: {solvers}; remove it or change name"
     assert of[".regularization"]["message"] == (
-        "only for name: Arnoldi | Cg | Direct | Ekfac | InverseHarmonicMean | Lissa | NystroemSketch | "
-        "Trak; remove it or change name"
+        "only for name: Arnoldi | Cg | Direct | Ekfac | InverseHarmonicMean | Lissa | Logra | "
+        "NystroemSketch | Trak; remove it or change name"
     )
     conditioner = method["properties"]["preconditioner"]
     assert conditioner["required"] == ["name"]

@@ -109,7 +109,7 @@ def test_a_wrong_choice_lists_the_choices() -> None:
     message = complaint(changed("name: Ekfac", "name: ekfak"))
     assert message == (
         "job.yaml, line 8: spec.method.name: expected Direct | Cg | Lissa | InverseHarmonicMean | Arnoldi | "
-        'NystroemSketch | Ekfac | GradDot | TracIn | Trak, got "ekfak"; did you mean Ekfac?'
+        'NystroemSketch | Ekfac | GradDot | TracIn | Trak | Logra, got "ekfak"; did you mean Ekfac?'
     )
 
 

@@ -16,6 +16,7 @@ from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.lissa import Lissa
+from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.preconditioners import JacobiPreconditioner, NystroemPreconditioner
@@ -161,6 +162,11 @@ CASES: dict[str, tuple[dict[str, Any], Method]] = {
     "TracIn": ({"name": "TracIn"}, TracIn()),
     "Trak as it comes": ({"name": "Trak", "regularization": 0.3, "rank": 7}, Trak(0.3, 7)),
     "Trak, every field": ({"name": "Trak", "regularization": 0, "rank": 7, "seed": 9}, Trak(0.0, 7, 9)),
+    "Logra as it comes": ({"name": "Logra", "regularization": 0.3, "rank": 7}, Logra(0.3, 7)),
+    "Logra, every field": (
+        {"name": "Logra", "regularization": 0.3, "relative": True, "rank": 7, "seed": 9},
+        Logra(Relative(0.3), 7, 9),
+    ),
     "Ekfac as it comes": (
         {"name": "Ekfac", "regularization": 0.3},
         Ekfac(0.3, update_diagonal=True, expectation="sampled", samples=1, seed=0, unsupported="refuse"),
@@ -191,7 +197,7 @@ NOT_OF_THE_METHOD = {"in_eigenspace", "projected"}
 
 
 @pytest.mark.parametrize(
-    "kind", [Direct, Cg, Lissa, InverseHarmonicMean, Ekfac, Arnoldi, NystroemSketch, Trak]
+    "kind", [Direct, Cg, Lissa, InverseHarmonicMean, Ekfac, Arnoldi, NystroemSketch, Trak, Logra]
 )
 def test_every_value_of_a_method_differs_somewhere_from_its_default(kind: type[Method]) -> None:
     """Else a field that the builder forgets would not be missed."""
@@ -232,9 +238,10 @@ def test_representations_are_narrow_where_nobody_needs_a_column_per_parameter(
     made = method_of(spec(method=given, **changes))
     assert isinstance(made, Arnoldi)
     assert made.in_eigenspace is (narrow and not complement)
-    made = method_of(spec(method={"name": "Trak", "regularization": 0.3, "rank": 5}, **changes))
-    assert isinstance(made, Trak)
-    assert made.projected is narrow
+    for name in ("Trak", "Logra"):
+        made = method_of(spec(method={"name": name, "regularization": 0.3, "rank": 5}, **changes))
+        assert isinstance(made, Trak | Logra)
+        assert made.projected is narrow
 
 
 def test_they_are_narrow_block_by_block_too() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from influence_calculator.maths.by_token import product_bytes
 from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective, TrainingData
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
@@ -475,3 +476,17 @@ def test_the_cost_is_counted_from_the_formulas_and_shared_by_the_workers() -> No
     assert by_token["Scores"] == pytest.approx((1400 * 4 + 2 * 300 * 1400) * products / 1e9)
     slow, fast = cost.seconds(one, gflop), cost.seconds(two, gflop)
     assert all(slow[name] == 2 * fast[name] > 0 for name in gflop)
+
+
+def test_logra_pays_for_projected_tokens_and_for_no_gradient() -> None:
+    given = spec(method={"name": "Logra", "regularization": 0.1, "rank": 4})
+    measured = sizes(blocks={"linear": 4})
+    shapes = replace(measured.shapes, parameters={"linear.weight": (1, 1000), "norm.weight": (50,)})
+    measured = measured.model_copy(update={"shapes": shapes})
+    plan = make_plan(given, Logra(0.1, 4).narrow(), measured)
+    gflop = cost.gflop(given, measured, plan)
+    # A forward pass and activation gradients; a token by 4 columns and by 1, their product; 50 numbers by 16.
+    capture, turned = 4 * (1000 + 50), 2 * (1000 * 4 + 1 + 4) + 2 * 50 * 16
+    assert gflop["Scores"] == pytest.approx((1400 * (capture + turned) + 2 * 4 * 300 * 1400) / 1e9)
+    matrices, cubes = 2 * (4**2 + 16**2), (4**3 + 16**3) / 3
+    assert gflop["Fitting"] == pytest.approx((1400 * (capture + turned + matrices) + cubes) / 1e9)

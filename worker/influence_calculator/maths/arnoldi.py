@@ -99,7 +99,7 @@ class Arnoldi(Method):
     @override
     def layout(self, objective: Objective) -> Layout:
         layout = regularized_layout(objective, self.blocks, self.regularization)
-        return replace(layout, rank=self.rank) if self.in_eigenspace else layout
+        return layout.of_rank(self.rank) if self.in_eigenspace else layout
 
     def _series(self) -> tuple[KrylovPass, ...]:
         return krylov_passes("krylov", self.search, self.blocks, self.second_order, self.seed)

@@ -69,6 +69,15 @@ def model_layout(model: nn.Module, tracked: tuple[str, ...], structure: BlockStr
     return Layout.of(shapes, names)
 
 
+def names_by_module(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Module -> names of its own parameters, in order."""
+    modules: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        module = name.rpartition(".")[0]
+        modules[module] = (*modules.get(module, ()), name)
+    return modules
+
+
 def names_of_blocks(tracked: tuple[str, ...], structure: BlockStructure) -> dict[str, tuple[str, ...]]:
     """Block -> names of its parameters, of those that are tracked."""
     if isinstance(structure, Mapping):

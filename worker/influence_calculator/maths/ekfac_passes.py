@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from influence_calculator.maths.blocks import names_by_module
 from influence_calculator.maths.capture import CapturedLayer, float_leaves, record, supported_layers
 from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.expectation import OutputExpectation
@@ -123,12 +124,7 @@ class CorrectionPass(FitPass):
 def uncaptured_blocks(objective: Objective) -> dict[str, tuple[str, ...]]:
     """Module -> its tracked parameters that hooks do not capture."""
     captured = {name for layer in supported_layers(objective) for name in layer.parameters}
-    blocks: dict[str, tuple[str, ...]] = {}
-    for name in objective.names:
-        if name not in captured:
-            module = name.rpartition(".")[0]
-            blocks[module] = (*blocks.get(module, ()), name)
-    return blocks
+    return names_by_module(name for name in objective.names if name not in captured)
 
 
 def matrix_shape(objective: Objective, layer: LayerSpec) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def capture_bytes(shapes: ModelShapes, micro_batch: int) -> int:
     ]
     captured = sum((layer.inputs + layer.bias) * layer.outputs for layer in shapes.layers)
     elements = max(layers, default=0) + max(0, shapes.width - captured)
-    return micro_batch * (_graph_bytes(shapes) + elements * max(4, shapes.itemsize))
+    return micro_batch * (graph_bytes(shapes) + elements * max(4, shapes.itemsize))
 
 
 def collect_bytes(shapes: ModelShapes, micro_batch: int, width: int) -> int:
@@ -45,7 +45,7 @@ def collect_bytes(shapes: ModelShapes, micro_batch: int, width: int) -> int:
     return capture_bytes(shapes, micro_batch) + micro_batch * row_bytes(shapes, width)
 
 
-def _graph_bytes(shapes: ModelShapes) -> int:
+def graph_bytes(shapes: ModelShapes) -> int:
     """Of one example: itself, its activations and their gradients."""
     return 2 * shapes.activation_bytes + shapes.example_bytes
 
@@ -57,4 +57,4 @@ def workspace(shapes: ModelShapes, micro_batch: int) -> int:
     of which the largest (a GPU's) is counted.
     """
     one = GRAPH_COPIES * micro_batch * shapes.activation_bytes + 4 * shapes.width * shapes.itemsize
-    return micro_batch * _graph_bytes(shapes) + max(one, max(WORKSPACE_BYTES.values()))
+    return micro_batch * graph_bytes(shapes) + max(one, max(WORKSPACE_BYTES.values()))

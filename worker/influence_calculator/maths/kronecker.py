@@ -181,36 +181,39 @@ class LayerRows:
 
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""
-        V = self._matrices(columns.to(self.basis.inputs.dtype)).view(-1, *self._group_shape)
+        V = layer_matrices(self.layer, columns.to(self.basis.inputs.dtype), self.basis.matrix_shape)
+        V = V.view(-1, *self._group_shape)
         return _turned(V, self.basis, out=V).reshape(len(columns), -1)
 
     def turned_back(self, rows: Tensor) -> Tensor:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""
         back = Basis(self.basis.inputs.mT, self.basis.outputs.mT)
         V = rows.to(back.inputs.dtype).view(-1, *self._group_shape)
-        return self._columns(_turned(V, back).reshape(-1, *self.basis.matrix_shape))
+        return layer_columns(self.layer, _turned(V, back).reshape(-1, *self.basis.matrix_shape))
 
     @property
     def _group_shape(self) -> tuple[int, int]:
         """`(o/k, j)`."""
         return self.basis.outputs.shape[-1], self.basis.inputs.shape[-1]
 
-    def _matrices(self, columns: Tensor) -> Tensor:
-        """`[t, P_b]` as `[t, o, j]`, in memory of its own."""
-        o, j = self.basis.matrix_shape
-        t = columns.shape[0]
-        i = j if self.layer.bias is None else j - 1
-        weight, bias = columns[:, : o * i], columns[:, o * i :]
-        by_output = weight.reshape(t, i, o).mT if self.layer.transposed else weight.reshape(t, o, i)
-        return torch.cat([by_output, bias.reshape(t, o, j - i)], dim=2)
 
-    def _columns(self, matrices: Tensor) -> Tensor:
-        """The inverse of `_matrices`."""
-        i = matrices.shape[2] if self.layer.bias is None else matrices.shape[2] - 1
-        weight = matrices[:, :, :i].mT if self.layer.transposed else matrices[:, :, :i]
-        if self.layer.bias is None:
-            return weight.flatten(1)
-        return torch.cat([weight.flatten(1), matrices[:, :, -1]], dim=1)
+def layer_matrices(layer: LayerSpec, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Rows by parameter `[t, P_b]` as `[t, o, j]`, in memory of their own; `shape` is `(o, j)`."""
+    o, j = shape
+    t = columns.shape[0]
+    i = j if layer.bias is None else j - 1
+    weight, bias = columns[:, : o * i], columns[:, o * i :]
+    by_output = weight.reshape(t, i, o).mT if layer.transposed else weight.reshape(t, o, i)
+    return torch.cat([by_output, bias.reshape(t, o, j - i)], dim=2)
+
+
+def layer_columns(layer: LayerSpec, matrices: Tensor) -> Tensor:
+    """The inverse of `layer_matrices`."""
+    i = matrices.shape[2] if layer.bias is None else matrices.shape[2] - 1
+    weight = matrices[:, :, :i].mT if layer.transposed else matrices[:, :, :i]
+    if layer.bias is None:
+        return weight.flatten(1)
+    return torch.cat([weight.flatten(1), matrices[:, :, -1]], dim=1)
 
 
 class DiagonalSolver:

@@ -46,9 +46,9 @@ class Layout:
     slots: tuple[Slot, ...]
     blocks: tuple[str, ...]
     """Block names in order; the full block structure has the one block `""`."""
-    rank: int | None = None
-    """Most columns per block of the representations, where these are coordinates in a smaller space than
-    that of the parameters."""
+    coordinates: Mapping[str, int] | None = None
+    """Columns of each block's representations, where these are coordinates in a smaller space than that of
+    the parameters."""
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], structure: Mapping[str, tuple[str, ...]]) -> Layout:
@@ -79,8 +79,17 @@ class Layout:
 
     @property
     def factor_widths(self) -> dict[str, int]:
-        """Columns of each block in left and right representations: P_b, or at most `rank`."""
-        return {block: min(width, self.rank or width) for block, width in self.widths.items()}
+        """Columns of each block in left and right representations: P_b, or of its coordinates."""
+        return dict(self.coordinates or self.widths)
+
+    @property
+    def left_width(self) -> int:
+        """Columns of a left representation over all blocks."""
+        return sum(self.factor_widths.values())
+
+    def of_rank(self, rank: int) -> Layout:
+        """The same with representations of at most `rank` columns per block."""
+        return replace(self, coordinates={block: min(width, rank) for block, width in self.widths.items()})
 
     @property
     def width(self) -> int:
@@ -112,6 +121,19 @@ class Layout:
         if len(self.blocks) == 1:
             return {self.blocks[0]: flat}
         return {block: self._columns(flat, block) for block in self.blocks}
+
+    def flatten_left(self, left: Left) -> Tensor:
+        """A left representation as one row per example: `[t, P]`, or the blocks' coordinates side by side."""
+        if self.coordinates is None:
+            return self.flatten(left)
+        return torch.cat([left[block] for block in self.blocks], dim=1)
+
+    def split_left(self, rows: Tensor) -> Left:
+        """The inverse of `flatten_left`."""
+        if self.coordinates is None:
+            return self.split(rows)
+        pieces = rows.split([self.coordinates[block] for block in self.blocks], dim=1)
+        return dict(zip(self.blocks, pieces, strict=True))
 
     @cached_property
     def blocks_are_whole(self) -> bool:

@@ -33,6 +33,7 @@ class Projection:
         self._like = like
         self._keeps = self.width * self.rank * like.element_size() <= KEPT_BYTES
         self._whole: Tensor | None = None
+        self._gram: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -71,6 +72,12 @@ class Projection:
         for _, drawn in self._drawn(0, self.width):
             total.addmm_(drawn.T, drawn)
         return total
+
+    def coordinates_of(self, factors: Tensor) -> Tensor:
+        """`a` of factors `z = a Sᵀ`, `[t, P]`: `z S (SᵀS)^-1`."""
+        if self._gram is None:
+            self._gram = self.gram()
+        return torch.linalg.solve(self._gram, self.project(factors).T).T
 
     def _drawn(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Rows `start` to `stop` of S, some at a time, each time with the first one's place."""

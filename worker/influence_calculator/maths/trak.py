@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.direct import DenseSolver
 from influence_calculator.maths.footprints import capture_bytes, row_bytes
-from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor, solve_by_block
+from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype, per_sample_gradients
-from influence_calculator.maths.layout import Layout, Left
+from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import (
     FitPass,
     FitState,
@@ -36,11 +37,10 @@ from influence_calculator.maths.method import (
     Footprint,
     Method,
     Part,
-    Solved,
-    SolverReport,
     Sums,
 )
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData, batch_size
+from influence_calculator.maths.projected_methods import ProjectedFitted, Unprojected
 from influence_calculator.maths.projection import Projection, projection_bytes
 from influence_calculator.maths.shapes import ModelShapes
 
@@ -77,7 +77,7 @@ class Trak(Method):
     def layout(self, objective: Objective) -> Layout:
         layout = block_layout(objective, BlockMode.FULL)
         check_coverage(checked_regularization(self.regularization), layout.blocks)
-        return replace(layout, rank=self.rank) if self.projected else layout
+        return layout.of_rank(self.rank) if self.projected else layout
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
@@ -93,8 +93,9 @@ class Trak(Method):
         λ = block_regularization(regularization, BLOCK, float(matrix.diagonal().sum()), k)
         solver = DenseSolver(BLOCK, matrix, λ)
         if self.projected:
-            return _ProjectedFitted(layout, objective, projection, solver)
-        return BlockwiseFitted(layout, objective, {BLOCK: _Unprojected(projection, solver)})
+            parts = partial(_parts, layout, projection)
+            return ProjectedFitted(layout, objective, parts, {BLOCK: projection}, {BLOCK: solver})
+        return BlockwiseFitted(layout, objective, {BLOCK: Unprojected(projection, solver)})
 
     @override
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
@@ -147,57 +148,12 @@ class ProjectedPass(FitPass):
         return {"matrix": sums["matrix"].div_(length)}
 
 
-@dataclass(frozen=True)
-class _Unprojected:
-    """Solves rows by parameter: into coordinates, there, and back."""
-
-    projection: Projection
-    solver: DenseSolver
-
-    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        solved, report = self.solver.solve(self.projection.project(right_hand_sides))
-        return self.projection.back(solved).to(right_hand_sides.dtype), report
-
-
-class _ProjectedFitted(Fitted):
-    """Both representations by coordinates."""
-
-    def __init__(
-        self, layout: Layout, objective: Objective, projection: Projection, solver: DenseSolver
-    ) -> None:
-        self.layout = layout
-        self._objective = objective
-        self._projection = projection
-        self._solver = solver
-        self._gram: Tensor | None = None
-
-    @override
-    def gradients(self, objective: Objective, batch: Batch) -> Left:
-        return {BLOCK: _coordinates(objective, batch, self.layout, self._projection)}
-
-    @override
-    def solve(self, gradients: Left) -> Solved:
-        return solve_by_block({BLOCK: self._solver}, gradients)
-
-    @override
-    def right(self, batch: Batch) -> Iterator[Part]:
-        yield Part(BLOCK, 0, _coordinates(self._objective, batch, self.layout, self._projection))
-
-    @override
-    def factors(self, left: Left) -> Left:
-        return {BLOCK: self._projection.back(left[BLOCK])}
-
-    @override
-    def left(self, factors: Left) -> Left:
-        """`(SᵀS)^-1 Sᵀ z` of factors `z`, which lie in the space of S."""
-        if self._gram is None:
-            self._gram = self._projection.gram()
-        turned = self._projection.project(factors[BLOCK])
-        return {BLOCK: torch.linalg.solve(self._gram, turned.T).T}
-
-
 def _projection(objective: Objective, layout: Layout, rank: int, seed: int) -> Projection:
     return Projection(layout.width, rank, seed, _like(objective))
+
+
+def _parts(layout: Layout, projection: Projection, objective: Objective, batch: Batch) -> Iterator[Part]:
+    yield Part(BLOCK, 0, _coordinates(objective, batch, layout, projection))
 
 
 def _like(objective: Objective) -> Tensor:

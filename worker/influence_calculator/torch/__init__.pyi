@@ -9,7 +9,7 @@ from .influence_function_model import (
     NystroemSketchInfluence,
 )
 from .preconditioner import JacobiPreconditioner, NystroemPreconditioner
-from .projected import TrakInfluence
+from .projected import LograInfluence, TrakInfluence
 from .util import BlockMode, SecondOrderMode
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "InverseHarmonicMeanInfluence",
     "JacobiPreconditioner",
     "LissaInfluence",
+    "LograInfluence",
     "NystroemPreconditioner",
     "NystroemSketchInfluence",
     "SecondOrderMode",

@@ -229,11 +229,11 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             if compact is not None:
                 self._noted(Solved({}, compact.report))
                 return compact.rows
-        return fitted.layout.flatten(self._solved(x, y).left)
+        return fitted.layout.flatten_left(self._solved(x, y).left)
 
     @denormals_flushed()
     def expanded(self, left: Tensor) -> Tensor:
-        """The left representation `[t, P]` of what `left` returned.
+        """The left representation of what `left` returned: `[t, P]`, or in the coordinates of the method.
 
         Raises:
             NotFittedException: `fit` has not run.
@@ -242,7 +242,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         fitted = self._require_fitted()
         if isinstance(fitted, CompactFitted) and left.shape[1:] == (fitted.compact_width,):
             return fitted.expanded(left.to(self.model_device))
-        return self._checked(left)
+        return self._checked(left, left=True)
 
     @denormals_flushed()
     def left_of_factors(self, z_test_factors: Tensor) -> Tensor:
@@ -261,8 +261,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             turned = fitted.left(given)
             if turned is given:
                 return factors
-            left = left if start else torch.empty_like(factors)
-            left[rows] = fitted.layout.flatten(turned)
+            flat = fitted.layout.flatten_left(turned)
+            left = left if start else factors.new_empty(len(factors), flat.shape[1])
+            left[rows] = flat
         return left
 
     @denormals_flushed()
@@ -273,7 +274,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             NotFittedException: `fit` has not run.
             ValueError: rows of another width.
         """
-        rows = self._require_fitted().layout.split(self._checked(left))
+        rows = self._require_fitted().layout.split_left(self._checked(left, left=True))
         return self._scores(rows, self._batch(x, y), InfluenceMode.Up)
 
     def _influences(
@@ -336,10 +337,10 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         factors = self._require_fitted().layout.split(self._checked(z_test_factors))
         return self._scores(self._scored(factors, mode), self._batch(x, y), mode)
 
-    def _checked(self, z_test_factors: Tensor) -> Tensor:
-        """Factors on the model's device, if they have one column per parameter."""
-        width = self._require_fitted().layout.width
-        require_factor_width(z_test_factors, width)
+    def _checked(self, z_test_factors: Tensor, *, left: bool = False) -> Tensor:
+        """Factors, or a left representation, on the model's device, if they are of the width expected."""
+        layout = self._require_fitted().layout
+        require_factor_width(z_test_factors, layout.left_width if left else layout.width)
         return z_test_factors.detach().to(self.model_device)
 
     @denormals_flushed()

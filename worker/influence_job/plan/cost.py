@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from influence_calculator.maths.logra_footprint import block_ranks, other_ranks
 from influence_calculator.maths.nystroem_sketch import PROBE
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
 from influence_job.plan.document import Plan, Sizes
@@ -24,6 +25,7 @@ from influence_job.spec import (
     InfluenceJobSpec,
     InverseHarmonicMeanSpec,
     LissaSpec,
+    LograSpec,
     Mode,
     NystroemSketchSpec,
     Operation,
@@ -46,7 +48,9 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     """Stage -> 10^9 operations over all workers."""
     shapes = sizes.shapes
     states = max(1, shapes.checkpoints)
-    capture, gradient = states * _capture(shapes), states * _gradient(shapes)
+    capture = states * _capture(shapes)
+    # LoGra projects what a layer captured and forms no gradient of it.
+    gradient = 0.0 if isinstance(spec.method, LograSpec) else states * _gradient(shapes)
     stages: dict[str, float] = {}
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
@@ -168,6 +172,32 @@ def _solve_trak(spec: TrakSpec, sizes: Sizes) -> float:
     return sizes.test * (_project(spec, sizes) + 2.0 * min(spec.rank, sizes.shapes.width) ** 2)
 
 
+def _project_layers(spec: LograSpec, sizes: Sizes) -> float:
+    """Of one example: the tokens of each layer and the sum of their products; all of other gradients."""
+    layers = sum(
+        2.0 * layer.tokens * layer.groups * _projected(layer, spec.rank) for layer in sizes.shapes.layers
+    )
+    return layers + sum(2.0 * width * k for width, k in other_ranks(sizes.shapes, spec.rank))
+
+
+def _projected(layer: LayerShape, rank: int) -> int:
+    """Multiplications per token and group."""
+    inputs, outputs = layer.inputs + int(layer.bias), layer.group_outputs
+    k_in, k_out = min(rank, inputs), min(rank, outputs)
+    return inputs * k_in + outputs * k_out + k_in * k_out
+
+
+def _fit_logra(spec: LograSpec, sizes: Sizes) -> float:
+    widths = block_ranks(sizes.shapes, spec.rank)
+    example = _capture(sizes.shapes) + _project_layers(spec, sizes) + sum(2.0 * k**2 for k in widths)
+    return sizes.train * example + sum(k**3 / 3 for k in widths)
+
+
+def _solve_logra(spec: LograSpec, sizes: Sizes) -> float:
+    solves = sum(2.0 * k**2 for k in block_ranks(sizes.shapes, spec.rank))
+    return sizes.test * (_project_layers(spec, sizes) + solves)
+
+
 def _nothing(_: Any, __: Sizes) -> float:
     return 0.0
 
@@ -184,6 +214,7 @@ _FITS: dict[type, Cost] = {
     GradDotSpec: _nothing,
     TracInSpec: _nothing,
     TrakSpec: _fit_trak,
+    LograSpec: _fit_logra,
 }
 _SOLVES: dict[type, Cost] = {
     EkfacSpec: _solve_ekfac,
@@ -196,8 +227,9 @@ _SOLVES: dict[type, Cost] = {
     GradDotSpec: _nothing,
     TracInSpec: _nothing,
     TrakSpec: _solve_trak,
+    LograSpec: _solve_logra,
 }
-_TURNS: dict[type, Cost] = {TrakSpec: _project}
+_TURNS: dict[type, Cost] = {TrakSpec: _project, LograSpec: _project_layers}
 """Of one training gradient into the coordinates that it is scored in, where that is much of the work."""
 
 

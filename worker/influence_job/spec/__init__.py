@@ -5,7 +5,7 @@ so that it needs pydantic and the standard library only. `influence_job.job_file
 """
 
 from influence_job.spec.fields import Quantity, SpecModel
-from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
+from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.job import (
     API_VERSION,
     KIND,
@@ -75,6 +75,7 @@ __all__ = [
     "InverseHarmonicMeanSpec",
     "JacobiSpec",
     "LissaSpec",
+    "LograSpec",
     "Metadata",
     "MethodSpec",
     "Mode",

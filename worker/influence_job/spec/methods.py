@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
-from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
+from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.rules import Refusal, rule, rules
 
 
@@ -382,6 +382,7 @@ MethodSpec = Annotated[
     | EkfacSpec
     | GradDotSpec
     | TracInSpec
-    | TrakSpec,
+    | TrakSpec
+    | LograSpec,
     Field(discriminator="name"),
 ]

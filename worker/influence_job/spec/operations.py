@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from influence_job.spec.fields import refuse
-from influence_job.spec.gradient_methods import GradDotSpec, TracInSpec, TrakSpec
+from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.methods import BlockStructure, EkfacSpec, MethodSpec
 from influence_job.spec.rules import Refusal, rule
 
@@ -53,8 +53,8 @@ _WITHOUT_PERTURBATION = {
 }
 _NO_TEST_CHUNKS = "not for SelfInfluence, which has no test examples; set chunks.train or remove it"
 _ONE_BLOCK = (
-    "expected Ekfac or TracIn, or blocks other than Full, for InfluencesByBlock: one block of all parameters "
-    "has one part, the whole; set method.blocks: LayerWise, or operation: Influences"
+    "expected Ekfac, Logra or TracIn, or blocks other than Full, for InfluencesByBlock: one block of all "
+    "parameters has one part, the whole; set method.blocks: LayerWise, or operation: Influences"
 )
 _DENSE = {
     Operation.INFLUENCE_FACTORS: "factors",
@@ -88,7 +88,7 @@ OPERATION_RULES = (
         Refusal.FORBIDDEN,
     ),
     rule(
-        "self.operation != 'InfluencesByBlock' || self.method.name in ['Ekfac', 'TracIn'] || "
+        "self.operation != 'InfluencesByBlock' || self.method.name in ['Ekfac', 'Logra', 'TracIn'] || "
         "(has(self.method.blocks) && self.method.blocks != 'Full')",
         _ONE_BLOCK,
         "method",
@@ -143,7 +143,7 @@ def _check_blocks(spec: InfluenceJobSpec) -> None:
 def _divides(method: MethodSpec) -> bool:
     """Whether a method may have several blocks: of parameters, or of checkpoints."""
     match method:
-        case EkfacSpec() | TracInSpec():
+        case EkfacSpec() | LograSpec() | TracInSpec():
             return True
         case GradDotSpec() | TrakSpec():
             return False
