@@ -33,7 +33,7 @@ MODULES = (
     "influence_job.methods",
     "influence_job.plan",
     "influence_job.worker.loading",
-    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",
     "numpy",
     "gcsfs",
     "s3fs",
