@@ -30,7 +30,8 @@ class _Wrapped(nn.Module):
 
     def __init__(self, folder: Path, parameters: str = "") -> None:
         super().__init__()
-        self.net = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        net: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        self.net = net
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(re.search(parameters, name) is not None)
 
@@ -39,7 +40,7 @@ class _Wrapped(nn.Module):
         return logits
 
 
-def _data(count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def _data(count: int, seed: int) -> tuple[Any, Tensor]:
     batch = lm.sentences(count, seed)
     return batch, batch.pop("labels")
 
