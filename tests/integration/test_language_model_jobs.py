@@ -28,10 +28,11 @@ JOB: dict[str, Any] = {"task": {"entrypoint": "reviews:task"}, "chunks": {"test"
 class _Wrapped(nn.Module):
     """The saved model for calculators that call `model(x)`: x is a dict."""
 
+    net: nn.Module
+
     def __init__(self, folder: Path, parameters: str = "") -> None:
         super().__init__()
-        net: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        self.net = net
+        self.net = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(re.search(parameters, name) is not None)
 
@@ -49,7 +50,8 @@ def _data(count: int, seed: int) -> tuple[Any, Tensor]:
 def saved(jobs: Jobs) -> Path:
     """A tiny BERT, its examples and the documented task, where the job looks for them."""
     folder = jobs.folder / "model"
-    lm.bert().float().save_pretrained(folder)
+    bert: Any = lm.bert().float()
+    bert.save_pretrained(folder)
     for side, count, seed in (("train", TRAIN, 1), ("test", TEST, 2)):
         batch = lm.sentences(count, seed)
         rows = [{name: values[i].clone() for name, values in batch.items()} for i in range(count)]
