@@ -28,6 +28,8 @@ JOB: dict[str, Any] = {"task": {"entrypoint": "reviews:task"}, "chunks": {"test"
 class _Wrapped(nn.Module):
     """The saved model for calculators that call `model(x)`: x is a dict."""
 
+    net: nn.Module
+
     def __init__(self, folder: Path, parameters: str = "") -> None:
         super().__init__()
         self.net = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -39,7 +41,7 @@ class _Wrapped(nn.Module):
         return logits
 
 
-def _data(count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+def _data(count: int, seed: int) -> tuple[Any, Tensor]:
     batch = lm.sentences(count, seed)
     return batch, batch.pop("labels")
 
@@ -48,7 +50,8 @@ def _data(count: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
 def saved(jobs: Jobs) -> Path:
     """A tiny BERT, its examples and the documented task, where the job looks for them."""
     folder = jobs.folder / "model"
-    lm.bert().float().save_pretrained(folder)
+    bert: Any = lm.bert().float()
+    bert.save_pretrained(folder)
     for side, count, seed in (("train", TRAIN, 1), ("test", TEST, 2)):
         batch = lm.sentences(count, seed)
         rows = [{name: values[i].clone() for name, values in batch.items()} for i in range(count)]
