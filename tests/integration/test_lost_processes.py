@@ -30,7 +30,8 @@ PACE = 0.3
 
 @pytest.fixture
 def path(dask: DaskProcesses, tmp_path: Path) -> Path:
-    """Where results go; the workers take their time."""
+    """Where results go; the workers take their time, and are the installed command: they are what is lost."""
+    dask.installed = True
     dask.environment["BARRIER_PACE"] = str(PACE)
     return tmp_path / "result.zarr"
 
