@@ -6,7 +6,8 @@ check that they are eigenvectors of the covariances found here: eigenvalues may 
 any basis satisfies the definition while Λ depends on which.
 
 A convolution with groups is as many layers, each of its own channels and of its own rows of the weight.
-Hugging Face's `Conv1D` is a Linear layer whose weight is `[i, o]`.
+Hugging Face's `Conv1D` is a Linear layer whose weight is `[i, o]`; so is an embedding, of one-hot inputs; a
+position that holds `padding_idx` is no token.
 
 Shapes: d output elements of one example, o outputs, j inputs (one more with a bias) of a layer or group.
 """
@@ -26,6 +27,7 @@ from oracle import columns_of, output_hessian
 Loss = Callable[[Tensor, Tensor], Tensor]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LINEAR = (nn.Linear, Conv1D)
+TRANSPOSED = (Conv1D, nn.Embedding)
 PseudoGradients = Callable[[int, Tensor, Tensor], list[Tensor]]
 """(example's index, outputs of a batch of one, its label) -> v's with `Σ v vᵀ` in place of `∇²_f ℓ`."""
 
@@ -95,13 +97,19 @@ def dense_layer(
     pairs = []
     for index in range(x.shape[0]):
         calls: list[tuple[Tensor, Tensor]] = []
-        handle = module.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))  # noqa: B023
+        handle = module.register_forward_hook(
+            lambda _, args, kwargs, out: calls.append((*args, *kwargs.values(), out)),  # noqa: B023
+            with_kwargs=True,
+        )
         outputs = model(x[index : index + 1].clone().requires_grad_(x.is_floating_point()))
         handle.remove()
         per_direction = []
         for v in pseudo_gradients(index, outputs.detach(), y[index : index + 1]):
             found = torch.autograd.grad(outputs, [out for _, out in calls], v, retain_graph=True)
-            per_direction.append([g for piece in found for g in _output_tokens(module, piece, group)])
+            pieces = zip(calls, found, strict=True)
+            per_direction.append(
+                [g for (given, _), piece in pieces for g in _output_tokens(module, given, piece, group)]
+            )
         inputs = [a for given, out in calls for a in _input_tokens(module, given.detach(), out, group)]
         pairs.append(TokenPairs([_extended(module, a) for a in inputs], per_direction))
     every_input = [a for example in pairs for a in example.inputs]
@@ -115,14 +123,26 @@ def _extended(module: nn.Module, a: Tensor) -> Tensor:
     """`ã`: the part whose parameters require grad."""
     one = torch.ones(1, dtype=a.dtype)
     parts = [a] if module.weight.requires_grad else []
-    if module.bias is not None and module.bias.requires_grad:
+    if _bias(module) is not None and _bias(module).requires_grad:
         parts.append(one)
     return torch.cat(parts)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return getattr(module, "bias", None)
+
+
+def _looked_up(module: nn.Module, ids: Tensor) -> list[int]:
+    """The positions that hold tokens."""
+    return [place for place, token in enumerate(ids.reshape(-1).tolist()) if token != module.padding_idx]
 
 
 def _input_tokens(module: nn.Module, inputs: Tensor, outputs: Tensor, group: int) -> list[Tensor]:
     if isinstance(module, LINEAR):
         return list(inputs.reshape(-1, inputs.shape[-1]))
+    if isinstance(module, nn.Embedding):
+        one_hot = torch.eye(module.num_embeddings, dtype=torch.float64)
+        return [one_hot[inputs.reshape(-1)[place]] for place in _looked_up(module, inputs)]
     width = module.weight.shape[1]
     channels = inputs[0, group * width : (group + 1) * width]
     return [_patch(module, channels, place) for place in _positions(outputs)]
@@ -163,9 +183,11 @@ def _inside(at: int, extent: int, mode: str) -> int | None:
             return at if 0 <= at < extent else None
 
 
-def _output_tokens(module: nn.Module, gradients: Tensor, group: int) -> list[Tensor]:
+def _output_tokens(module: nn.Module, inputs: Tensor, gradients: Tensor, group: int) -> list[Tensor]:
     if isinstance(module, LINEAR):
         return list(gradients.reshape(-1, gradients.shape[-1]))
+    if isinstance(module, nn.Embedding):
+        return [gradients.reshape(-1, gradients.shape[-1])[place] for place in _looked_up(module, inputs)]
     rows = gradients.shape[1] // module.groups
     own = gradients[0, group * rows : (group + 1) * rows]
     return [own[(slice(None), *place)] for place in _positions(gradients)]
@@ -180,7 +202,8 @@ def curvature(
     width = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.zeros(width, width, dtype=torch.float64)
     for (name, group), (_, Q_A, Q_G, eigenvalues) in layers.items():
-        basis = torch.kron(Q_G, Q_A)
+        # `torch.kron` raises a RuntimeError where only one of two matrices is contiguous.
+        basis = torch.kron(Q_G.contiguous(), Q_A.contiguous())
         block = basis @ torch.diag(eigenvalues.reshape(-1)) @ basis.T
         places = _places(model, name, group)
         total[places[:, None], places] = block
@@ -191,13 +214,13 @@ def _places(model: nn.Module, name: str, group: int) -> Tensor:
     """Flat columns of a group's rows of the layer's `[o, j]` matrix, row by row."""
     module = model.get_submodule(name)
     prefix = f"{name}." if name else ""
-    transposed = isinstance(module, Conv1D)
+    transposed = isinstance(module, TRANSPOSED)
     o = module.weight.shape[1 if transposed else 0]
     parts = []
     if module.weight.requires_grad:
         weight = columns_of(model, (prefix + "weight",))
         parts.append(weight.reshape(-1, o).T if transposed else weight.reshape(o, -1))
-    if module.bias is not None and module.bias.requires_grad:
+    if _bias(module) is not None and _bias(module).requires_grad:
         parts.append(columns_of(model, (prefix + "bias",)).reshape(o, 1))
     rows = o // groups_of(module)
     return torch.cat(parts, dim=1)[group * rows : (group + 1) * rows].reshape(-1)

@@ -29,6 +29,8 @@ class EkfacCase:
     labels: Callable[[int, torch.Generator], Tensor]
     """(number of examples, generator) -> labels."""
     frozen: tuple[str, ...] = ()
+    vocabulary: int | None = None
+    """Number of token ids, for inputs that are token ids."""
 
     def __repr__(self) -> str:
         return self.name
@@ -43,7 +45,10 @@ class EkfacCase:
 
     def data(self, count: int, seed: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(count, *self.features, generator=generator, dtype=torch.float64)
+        if self.vocabulary is None:
+            x = torch.randn(count, *self.features, generator=generator, dtype=torch.float64)
+        else:
+            x = torch.randint(self.vocabulary, (count, *self.features), generator=generator)
         return x, self.labels(count, generator)
 
     def sampled(self, seed: int) -> PseudoGradients:
@@ -218,6 +223,34 @@ def _groups() -> nn.Module:
     )
 
 
+class _Words(nn.Module):
+    """Tokens of which one is padding, places looked up once for all examples, attention that sees padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5, 3, padding_idx=0)
+        self.places = nn.Embedding(4, 3)
+        self.attention = _SelfAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.words(x) + self.places(torch.arange(x.shape[1]))
+        seen: Tensor = self.attention(own.tanh()).tanh().mean(1)
+        return seen
+
+
+class _Pairs(nn.Module):
+    """An embedding called twice, in a vocabulary of which much is never seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 3)
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        halves = self.first(self.words(x[:, :2])).tanh() * self.second(self.words(input=x[:, 2:])).tanh()
+        return halves.sum(1)
+
+
 def _transposed() -> nn.Module:
     """Hugging Face's layers `x @ weight + bias`."""
     return nn.Sequential(Conv1D(5, 4), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), Conv1D(3, 4))
@@ -231,6 +264,7 @@ SOFTMAX = softmax_sampler(mean=True)
 
 MLP_CASE = EkfacCase("mlp", _mlp(3), F.cross_entropy, SOFTMAX, (4,), _classes())
 TOKENS_MEAN = EkfacCase("tokens, mean", _tokens, per_token("mean"), SOFTMAX, (4, 3), _classes(4))
+WORDS_CASE = EkfacCase("words", _Words, F.cross_entropy, SOFTMAX, (4,), _classes(), vocabulary=5)
 GROUPS_CASE = EkfacCase("groups", _groups, F.cross_entropy, SOFTMAX, (4, 3, 3), _classes())
 
 EKFAC_CASES = (
@@ -280,6 +314,26 @@ EKFAC_CASES = (
         (4,),
         _classes(),
         ("0.weight", "4.bias"),
+    ),
+    WORDS_CASE,
+    EkfacCase("pairs of words", _Pairs, F.cross_entropy, SOFTMAX, (4,), _classes(), vocabulary=6),
+    EkfacCase(
+        "a category",
+        lambda: nn.Sequential(nn.Embedding(6, 4), nn.Tanh(), nn.Linear(4, 3)),
+        F.cross_entropy,
+        SOFTMAX,
+        (),
+        _classes(),
+        vocabulary=6,
+    ),
+    EkfacCase(
+        "an embedding alone, of tokens",
+        lambda: nn.Embedding(5, 3, padding_idx=1),
+        per_token("mean"),
+        SOFTMAX,
+        (4,),
+        _classes(4),
+        vocabulary=4,
     ),
     EkfacCase("transposed", _transposed, F.cross_entropy, SOFTMAX, (4,), _classes()),
     EkfacCase(

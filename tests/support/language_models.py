@@ -41,8 +41,8 @@ def bert_with_adapters() -> nn.Module:
     return _random(lambda: peft.get_peft_model(base, config))
 
 
-def gpt2() -> nn.Module:
-    """A language model whose head shares its weight with the embedding."""
+def gpt2(tied: bool = True) -> nn.Module:
+    """A language model whose head shares its weight with the embedding, or does not."""
     config = transformers.GPT2Config(
         vocab_size=WORDS,
         n_positions=TOKENS,
@@ -50,6 +50,7 @@ def gpt2() -> nn.Module:
         n_layer=1,
         n_head=2,
         n_inner=6,
+        tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=0,
     )

@@ -1,6 +1,6 @@
 """Measures EK-FAC's memory in a process of its own and prints what was planned beside it, as JSON.
 
-Argument: the number of groups of the second convolution.
+Argument: the number of groups of the second of two convolutions, or `words`: an embedding.
 
 Run as a script: the largest resident size since a mark can be read once the mark is set through
 /proc/self/clear_refs, and only a process that did nothing else before starts from an idle heap.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from influence_calculator.maths.capture import measure
@@ -26,6 +26,7 @@ from training_sets import TrainingSet
 
 MICRO_BATCH, ROWS = 128, 32
 IMAGES = (3, 64, 64)
+WORDS, WIDTH, TOKENS = 20_000, 256, 448
 
 
 def _resident(key: str) -> int:
@@ -51,15 +52,31 @@ def _warm_up(method: Ekfac) -> None:
     fit(method, objective, TrainingSet((torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), 2))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    groups = int(sys.argv[1])
+def _convolutions(groups: int) -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(
         *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(32, 16 * groups, 3, padding=1, stride=2, groups=groups), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16 * groups, 10)),
     )
-    x, y = torch.randn(MICRO_BATCH, *IMAGES), torch.randint(10, (MICRO_BATCH,))
+    return model, torch.randn(MICRO_BATCH, *IMAGES)
+
+
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def _words() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        *(nn.Embedding(WORDS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 64), nn.Tanh(), _Mean(), nn.Linear(64, 10))
+    )
+    return model, torch.randint(WORDS, (MICRO_BATCH, TOKENS))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, x = _words() if sys.argv[1] == "words" else _convolutions(int(sys.argv[1]))
+    y = torch.randint(10, (MICRO_BATCH,))
     objective, method = xy_objective(model, F.cross_entropy), Ekfac(regularization=0.1)
     _warm_up(method)
     shapes = measure(objective, (x, y))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,7 +23,9 @@ from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.errors import UnsupportedModelError
+from influence_calculator.maths.layers import supported_embeddings
 from influence_calculator.maths.method import FitState, Method, fit
 from influence_calculator.maths.objective import Objective
 from influence_calculator.maths.probe import probe
@@ -50,7 +54,11 @@ FAMILIES = {
     "bert": Family(lm.bert, lm.sentences, lm.classification_loss, F.cross_entropy),
     "lora": Family(lm.bert_with_adapters, lm.sentences, lm.classification_loss, F.cross_entropy),
     "gpt2": Family(lm.gpt2, lm.texts, lm.language_loss, lm.next_token_loss),
+    "gpt2, untied": Family(lambda: lm.gpt2(tied=False), lm.texts, lm.language_loss, lm.next_token_loss),
 }
+LEFT_TO_A_DIAGONAL = {"gpt2": ["model.transformer.wte.weight"]}
+"""Of parameters that are no norm's."""
+NORM = re.compile(r"\.(LayerNorm|ln_\w)\.")
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -141,24 +149,34 @@ def test_influences_are_those_of_the_gauss_newton_matrix(name: str, method: Any)
         oracle.assert_close(found, expected, oracle.bound(_gauss_newton(name), λ))
 
 
+def _bases(objective: Objective, state: FitState) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> Q_A, Q_G; the inputs of an embedding are not turned."""
+    units = state["covariance"]
+    bases = {
+        layer.name: (units[layer.name]["input_vectors"], units[layer.name]["output_vectors"])
+        for layer in supported_layers(objective)
+    }
+    for embedding in supported_embeddings(objective):
+        identity = torch.eye(embedding.rows, dtype=torch.float64)
+        bases[embedding.name] = identity, units[embedding.name]["output_vectors"]
+    return bases
+
+
 @EVERY_FAMILY
 def test_ekfac_is_its_definition_with_a_diagonal_for_the_rest(name: str) -> None:
-    """Of the adapters no parameter is left to a diagonal; of GPT-2 the head is, which is the embedding."""
+    """Of the adapters nothing is left to a diagonal; of GPT-2 the head is, if it is the embedding too."""
     family = FAMILIES[name]
     objective, packed = family.objective(), lm.Packed(family.build())
     state = _fit(name, Ekfac(expectation="exact", unsupported="diagonal"))
     layers = {}
-    for layer in supported_layers(objective):
+    for layer, (Q_A, Q_G) in _bases(objective, state).items():
         data = lm.packed(family.data(N, 1))
-        inside = f"model.{layer.name}"
+        inside = f"model.{layer}"
         dense = dense_ekfac.dense_layer(packed, inside, *data, dense_ekfac.exact(family.loss_of_logits))
-        unit = state["covariance"][layer.name]
-        Q_A, Q_G = unit["input_vectors"], unit["output_vectors"]
         layers[inside, 0] = (dense, Q_A, Q_G, dense.eigenvalues(Q_A, Q_G))
     curvature = dense_ekfac.curvature(packed, layers)
-    captured = {f"model.{key}" for layer in supported_layers(objective) for key in layer.parameters}
-    rest = tuple(key for key in oracle.columns(packed) if key not in captured)
-    assert (rest == ()) is (name == "lora")
+    rest = tuple(f"model.{key}" for own in uncaptured_blocks(objective).values() for key in own)
+    assert [key for key in rest if not NORM.search(key)] == LEFT_TO_A_DIAGONAL.get(name, [])
     if rest:
         places = oracle.columns_of(packed, rest)
         curvature[places, places] = _gauss_newton(name).diagonal()[places]

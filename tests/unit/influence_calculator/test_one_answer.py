@@ -70,9 +70,17 @@ TRANSPOSED = ModelCase(
     (4,),
     3,
 )
+WORDS = ModelCase(
+    "words",
+    lambda: nn.Sequential(nn.Embedding(9, 2, padding_idx=0), nn.Flatten(), nn.Tanh(), nn.Linear(6, 3)),
+    F.cross_entropy,
+    (3,),
+    3,
+    vocabulary=7,
+)
 CASES = [
     *((method, case) for method in MODELS for case in (MLP, CONV2D)),
-    *((m, TRANSPOSED) for m in ("ekfac", "logra")),
+    *((method, TRANSPOSED) for method in ("ekfac", "logra")),
 ]
 
 
@@ -94,8 +102,10 @@ def client() -> Iterator[Client]:
         yield connected
 
 
-@pytest.mark.parametrize(("method", "case"), CASES)
-@pytest.mark.parametrize("mode", list(InfluenceMode))
+@pytest.mark.parametrize(
+    ("method", "case", "mode"),
+    [*((*pair, mode) for pair in CASES for mode in InfluenceMode), ("ekfac", WORDS, InfluenceMode.Up)],
+)
 def test_distributed_sequential_and_in_memory_agree(
     client: Client, method: str, case: ModelCase, mode: InfluenceMode
 ):

@@ -21,9 +21,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.errors import UnsupportedModelError
-from influence_calculator.maths.layers import LayerSpec, supported_layers, uncaptured_parameters
+from influence_calculator.maths.layers import (
+    LayerSpec,
+    supported_embeddings,
+    supported_layers,
+    uncaptured_parameters,
+)
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
-from influence_calculator.maths.shapes import LayerShape, ModelShapes
+from influence_calculator.maths.shapes import EmbeddingShape, LayerShape, ModelShapes
+from influence_calculator.maths.traced_gradients import positions
 
 __all__ = [
     "CapturedLayer",
@@ -264,6 +270,7 @@ def measure(objective: Objective, batch: Batch) -> ModelShapes:
         activation_bytes=kept.bytes_beside([*everything, *entries]),
         example_bytes=sum(leaf.nbytes for leaf in entries),
         outputs=sum(leaf.numel() for leaf in floats),
+        embeddings=_embedding_shapes(objective, example),
         checkpoints=0 if objective.checkpoints is None else len(objective.checkpoints),
     )
 
@@ -283,6 +290,12 @@ def _layer_shape(model: nn.Module, recording: Recording, layer: LayerSpec) -> La
         bias=layer.bias is not None,
         groups=layer.groups,
     )
+
+
+def _embedding_shapes(objective: Objective, example: Batch) -> tuple[EmbeddingShape, ...]:
+    embeddings = supported_embeddings(objective)
+    tokens = positions(objective, example, embeddings)
+    return tuple(EmbeddingShape(e.name, e.rows, e.columns, tokens[e.name]) for e in embeddings)
 
 
 class _KeptStorages:

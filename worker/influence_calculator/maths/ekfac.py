@@ -8,7 +8,10 @@ Two passes over the training data: `covariance` leaves the eigenvectors and eige
 `correction` the eigenvalues Λ. Without the second, `Λ = λ_G λ_Aᵀ` (KFAC).
 
 A convolution with k groups is k layers side by side, each with an A and a G of its own: the curvature is
-block-diagonal over them, as the groups share neither inputs nor rows of the weight.
+block-diagonal over them, as the groups share neither inputs nor rows of the weight. An embedding's inputs
+are one-hot and never formed: A is the diagonal of its tokens' frequencies, and Q_A the identity. With V rows
+of o columns it leaves V + o² numbers of the first pass and V·o of the second, and takes V·o per row of a left
+representation, as any layer of as many parameters does.
 
 Shapes: N training examples, S tokens per example, i inputs, o outputs, j = i + 1 with a bias.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -38,14 +42,16 @@ from influence_calculator.maths.ekfac_passes import (
     KeptCaptures,
     basis_of,
     matrix_shape,
+    output_basis_of,
     side_shapes,
     uncaptured_blocks,
 )
+from influence_calculator.maths.embeddings import EmbeddingRows
 from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.expectation import Expectation, OutputExpectation
 from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.kronecker import DiagonalSolver, LayerRows
-from influence_calculator.maths.layers import LayerSpec, described
+from influence_calculator.maths.layers import EmbeddingSpec, LayerSpec, described, supported_embeddings
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Objective, TrainingData
@@ -92,6 +98,7 @@ class Ekfac(Method):
 
     def layout(self, objective: Objective) -> Layout:
         block_of = {name: layer.name for layer in supported_layers(objective) for name in layer.parameters}
+        block_of |= {spec.weight: spec.name for spec in supported_embeddings(objective)}
         for block, names in uncaptured_blocks(objective).items():
             match Unsupported(self.unsupported):
                 case Unsupported.REFUSE:
@@ -106,8 +113,8 @@ class Ekfac(Method):
                 structure[block_of[name]] = (*structure.get(block_of[name], ()), name)
         if not structure:
             raise UnsupportedModelError(
-                "model: expected at least one tracked Linear or convolutional layer that shares its "
-                "parameters with no other, got none; unfreeze one, or take another method"
+                "model: expected at least one tracked Linear, convolutional or Embedding layer that shares "
+                "its parameters with no other, got none; unfreeze one, or take another method"
             )
         check_coverage(checked_regularization(self.regularization), tuple(structure))
         shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
@@ -130,17 +137,24 @@ class Ekfac(Method):
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         layers = {layer.name: layer for layer in supported_layers(objective)}
+        embeddings = {spec.name: spec for spec in supported_embeddings(objective)}
         solvers: dict[str, DiagonalSolver] = {}
         for block, width in layout.widths.items():
             if block in layers:
                 what, eigenvalues = f"layer {block!r}", self._eigenvalues(objective, layers[block], state)
+            elif block in embeddings:
+                what, eigenvalues = f"embedding {block!r}", self._of_embedding(embeddings[block], state)
             else:
                 what = f"block {block!r}"
                 eigenvalues = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,))
             eigenvalues = eigenvalues.to(objective.device)
             solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues))
         rows = {block: LayerRows(layer, basis_of(objective, layer, state)) for block, layer in layers.items()}
-        return EkfacFitted(layout, objective, rows, solvers)
+        looked_up = {
+            block: EmbeddingRows(spec, output_basis_of(objective, spec, state))
+            for block, spec in embeddings.items()
+        }
+        return EkfacFitted(layout, objective, rows, looked_up, solvers)
 
     def _eigenvalues(self, objective: Objective, layer: LayerSpec, state: FitState) -> Tensor:
         """`Λ` of a layer, `[o, j]`."""
@@ -151,6 +165,14 @@ class Ekfac(Method):
         λ_A = fitted_tensor(state, COVARIANCE, layer.name, "input_values", A)
         λ_G = fitted_tensor(state, COVARIANCE, layer.name, "output_values", G)
         return (λ_G.unsqueeze(-1) * λ_A.unsqueeze(-2)).view(o, j)
+
+    def _of_embedding(self, spec: EmbeddingSpec, state: FitState) -> Tensor:
+        """`Λ` of an embedding, `[V, o]`."""
+        if self.update_diagonal:
+            return fitted_tensor(state, CORRECTION, spec.name, "eigenvalues", (spec.rows, spec.columns))
+        λ_A = fitted_tensor(state, COVARIANCE, spec.name, "input_values", (spec.rows,))
+        λ_G = fitted_tensor(state, COVARIANCE, spec.name, "output_values", (spec.columns,))
+        return torch.outer(λ_A, λ_G)
 
     def _λ(self, block: str, eigenvalues: Tensor) -> float:
         trace = float(eigenvalues.sum())
@@ -169,9 +191,11 @@ def _refused(objective: Objective) -> UnsupportedModelError:
         for name in names
     ]
     return UnsupportedModelError(
-        "model: EK-FAC treats Linear, Conv1d, Conv2d and Conv3d layers, and the Conv1D of transformers, that "
-        f"are called as modules and whose parameters no other module shares, got {', '.join(named)}; take "
-        "unsupported='diagonal' or 'exclude', or freeze them (requires_grad_(False))"
+        "model: EK-FAC treats Linear, Conv1d, Conv2d, Conv3d and Embedding layers, and the Conv1D of "
+        "transformers, that are called as modules and whose parameters no other module shares (an Embedding "
+        "without max_norm and scale_grad_by_freq), got "
+        f"{', '.join(named)}; take unsupported='diagonal' or 'exclude', or freeze them "
+        "(requires_grad_(False))"
     )
 
 

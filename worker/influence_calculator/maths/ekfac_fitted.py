@@ -15,8 +15,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.capture import captured_layers
+from influence_calculator.maths.embeddings import EmbeddingRows
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
-from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
+from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
     DiagonalSolver,
     LayerRows,
@@ -27,6 +28,7 @@ from influence_calculator.maths.kronecker import (
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Compact, CompactFitted, Part, Solved
 from influence_calculator.maths.objective import Batch, Objective
+from influence_calculator.maths.traced_gradients import TracedGradients, traced_gradients
 
 
 class EkfacFitted(CompactFitted):
@@ -37,15 +39,20 @@ class EkfacFitted(CompactFitted):
         layout: Layout,
         objective: Objective,
         layers: Mapping[str, LayerRows],
+        embeddings: Mapping[str, EmbeddingRows],
         solvers: Mapping[str, DiagonalSolver],
     ) -> None:
-        """`layers` by block, without the blocks that are diagonal as they are; `solvers` of every block."""
+        """`layers` and `embeddings` by block, the rest being diagonal as it is; `solvers` of every block."""
         self.layout = layout
         self.objective = objective
         self._layers = layers
+        self._embeddings = embeddings
+        self._lookups = tuple(rows.spec for rows in embeddings.values())
+        self._bases: dict[str, LayerRows | EmbeddingRows] = {**layers, **embeddings}
         self._solvers = solvers
         self._specs = tuple(rows.layer for rows in layers.values())
         captured = {name for spec in self._specs for name in spec.parameters}
+        captured |= {spec.weight for spec in self._lookups}
         self._others = {slot.name: slot for slot in layout.slots if slot.name not in captured}
 
     @override
@@ -54,8 +61,11 @@ class EkfacFitted(CompactFitted):
         for layer in captured_layers(objective, batch, self._specs):
             block = layer.spec.name
             pieces[block].append(Part(block, 0, turned_gradients(layer, self._layers[block].basis)))
-        for part in self._diagonal(objective, batch):
+        traced = self._traced(objective, batch)
+        for part in self._diagonal(traced):
             pieces[part.block].append(part)
+        for block, seen in traced.lookups.items():
+            pieces[block].append(Part(block, 0, self._embeddings[block].gradients(seen)))
         return {block: _joined(pieces.pop(block)) for block in self.layout.blocks}
 
     def solve(self, gradients: Left) -> Solved:
@@ -67,11 +77,17 @@ class EkfacFitted(CompactFitted):
             block = layer.spec.name
             for row, values in turned_in_pieces(layer, self._layers[block].basis):
                 yield Part(block, 0, values, row)
-        yield from self._diagonal(self.objective, batch)
+        traced = self._traced(self.objective, batch)
+        yield from self._diagonal(traced)
+        for block, seen in traced.lookups.items():
+            yield from self._embeddings[block].parts(seen)
 
-    def _diagonal(self, objective: Objective, batch: Batch) -> Iterator[Part]:
-        for name, values in vmapped_gradients(objective, batch, tuple(self._others)):
-            slot = self._others[name]
+    def _traced(self, objective: Objective, batch: Batch) -> TracedGradients:
+        return traced_gradients(objective, batch, tuple(self._others), self._lookups)
+
+    def _diagonal(self, traced: TracedGradients) -> Iterator[Part]:
+        for name, slot in self._others.items():
+            values = traced.rows.pop(name)
             yield Part(slot.block, slot.start, values.to(accumulation_dtype(values.dtype)))
 
     @property
@@ -79,7 +95,8 @@ class EkfacFitted(CompactFitted):
     def compact_width(self) -> int | None:
         """Output gradients and activations side by side, where that is less than their products."""
         width = sum(sum(rows.basis.matrix_shape) for rows in self._layers.values())
-        narrower = width < self.layout.width and not self._others and self.layout.blocks_are_whole
+        captured = not self._others and not self._embeddings
+        narrower = width < self.layout.width and captured and self.layout.blocks_are_whole
         grouped = any(rows.basis.groups > 1 for rows in self._layers.values())
         return width if narrower and not grouped else None
 
@@ -112,13 +129,13 @@ class EkfacFitted(CompactFitted):
 
     def factors(self, left: Left) -> Left:
         return {
-            block: self._layers[block].turned_back(rows) if block in self._layers else rows
+            block: self._bases[block].turned_back(rows) if block in self._bases else rows
             for block, rows in left.items()
         }
 
     def left(self, factors: Left) -> Left:
         return {
-            block: self._layers[block].turned(rows) if block in self._layers else rows
+            block: self._bases[block].turned(rows) if block in self._bases else rows
             for block, rows in factors.items()
         }
 

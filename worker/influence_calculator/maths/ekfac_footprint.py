@@ -1,19 +1,23 @@
 """How many bytes EK-FAC takes on the device: formulas from plain sizes, named after what is alive.
 
 Shapes: n examples of a micro-batch, S tokens per example, k groups, o outputs, j inputs of a group (with
-a bias one more).
+a bias one more). Of embeddings: V rows, o columns, S positions per example.
 """
 
 from __future__ import annotations
 
 import math
 
+from influence_calculator.maths.embeddings import examples_at_once
 from influence_calculator.maths.kronecker import PRODUCT_ELEMENTS, turns_tokens
-from influence_calculator.maths.method import Footprint
-from influence_calculator.maths.shapes import LayerShape, ModelShapes
+from influence_calculator.maths.method import GATHERED_ELEMENTS, Footprint
+from influence_calculator.maths.shapes import EmbeddingShape, LayerShape, ModelShapes
 
 OUTPUT_COPIES_BYTES = 40
 """Per output element: probabilities, their cumulative sums in int64, draws and pseudo-gradients."""
+
+LOOKUP_COPIES = 3
+"""Of the gradients by what one embedding looks up: turned, in order, summed."""
 
 EIGENPROBLEM_COPIES = 5
 """Of the largest covariance in float64: the matrix, its eigenvectors and the solver's workspace."""
@@ -25,28 +29,60 @@ def ekfac_footprint(
     """Bytes above the model; `diagonal`: parameters outside of layers get a diagonal."""
     item = max(4, shapes.itemsize)
     captured = sum(_width(layer) for layer in shapes.layers)
+    captured += sum(embedding.rows * embedding.columns for embedding in shapes.embeddings)
     others = shapes.width - captured if diagonal else 0
     row = item * (captured + others)
-    bases = item * sum(_sides(layer) for layer in shapes.layers)
+    bases = item * sum(_sides(layer) for layer in shapes.layers) + _embedding_bases(shapes)
     eigenvalues = row
     largest_layer = item * max((_width(layer) for layer in shapes.layers), default=0)
     by_functions = 2 * item * micro_batch * others
     graph = _graph(shapes, micro_batch)
+    # Embeddings are traced once the graph of the layers is gone.
+    looked_up = by_functions + _lookups(shapes, micro_batch, graph)
     drawing = OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
-    covariance = item * others + graph + drawing + _covariance(shapes, micro_batch)
-    correction = eigenvalues + graph + drawing + _correction(shapes, micro_batch)
-    capture = graph + by_functions + _per_sample(shapes, micro_batch)
+    covariance = max(graph + drawing + _covariance(shapes, micro_batch), looked_up)
+    covariance += item * others + _checked(shapes)
+    correction = eigenvalues + max(graph + drawing + _correction(shapes, micro_batch), looked_up)
+    capture = max(graph + by_functions + _per_sample(shapes, micro_batch), looked_up)
     return Footprint(
         # Both passes hold one of: the covariances' sums, the bases.
         fit=bases + max(covariance, _eigen(shapes, bases), correction if update_diagonal else 0),
         # While rows are differentiated their gradients; then those and the left representation; then, in
-        # place of the gradients, factors by parameter, and of one layer the matrix and a turned copy.
+        # place of the gradients, factors by parameter, and of one layer the matrix and a turned copy (an
+        # embedding's rows are turned as they are).
         factors=bases + eigenvalues + rows * row + max(capture, rows * (row + 2 * largest_layer)),
         capture=capture,
         factor_row=row,
         resident=bases + eigenvalues,
         stored=max(bases + item * others, eigenvalues if update_diagonal else 0),
     )
+
+
+def _embedding_bases(shapes: ModelShapes) -> int:
+    """G of each embedding, and its tokens' frequencies in float64."""
+    item = max(4, shapes.itemsize)
+    return sum(item * e.columns**2 + 8 * e.rows for e in shapes.embeddings)
+
+
+def _lookups(shapes: ModelShapes, micro_batch: int, graph: int) -> int:
+    """Gradients by what embeddings look up, beside the graph they come from, then what one is turned into."""
+    if not shapes.embeddings:
+        return 0
+    item = max(4, shapes.itemsize)
+    each = [micro_batch * e.tokens * e.columns for e in shapes.embeddings]
+    scored = max(_scored(e, micro_batch) for e in shapes.embeddings)
+    return item * sum(each) + max(graph, item * (LOOKUP_COPIES * max(each) + scored))
+
+
+def _scored(embedding: EmbeddingShape, micro_batch: int) -> int:
+    """Elements of the rows that are scored at once, without tokens that none of their examples holds."""
+    p = min(micro_batch, examples_at_once(embedding.tokens, embedding.columns))
+    return p * min(p * embedding.tokens, embedding.rows) * embedding.columns + GATHERED_ELEMENTS
+
+
+def _checked(shapes: ModelShapes) -> int:
+    """Embeddings' gradients of one example, by the weights and by what is looked up."""
+    return 3 * max(4, shapes.itemsize) * sum(e.rows * e.columns for e in shapes.embeddings)
 
 
 def _inputs(layer: LayerShape) -> int:
@@ -105,6 +141,7 @@ def _covering(layer: LayerShape) -> int:
 def _eigen(shapes: ModelShapes, bases: int) -> int:
     """The state beside the sums, and the largest eigenproblem."""
     sides = [layer.groups * max(_inputs(layer), layer.group_outputs) ** 2 for layer in shapes.layers]
+    sides += [embedding.columns**2 for embedding in shapes.embeddings]
     return bases + EIGENPROBLEM_COPIES * 8 * max(sides, default=0)
 
 

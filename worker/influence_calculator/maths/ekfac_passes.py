@@ -1,7 +1,8 @@
 """The two passes of EK-FAC over the training data: sums of products, then of squared projections.
 
 Each batch costs one forward pass and, per pseudo-gradient, one backward pass that forms no weight
-gradient. The sums stay on the model's device, in float32 for half precision.
+gradient; where there are embeddings or diagonal blocks, `torch.func` takes another two per pseudo-gradient.
+The sums stay on the model's device, in float32 for half precision.
 
 Shapes: N training examples, n of a batch, S tokens per example, k groups of a convolution, o outputs,
 j = i + 1 with a bias.
@@ -10,7 +11,7 @@ j = i + 1 with a bias.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from typing_extensions import override
 
 from influence_calculator.maths.blocks import names_by_module
 from influence_calculator.maths.capture import CapturedLayer, float_leaves, record, supported_layers
+from influence_calculator.maths.embeddings import add_frequencies, add_squared_rows, refuse_other_uses
 from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.expectation import OutputExpectation
 from influence_calculator.maths.gradient_methods import fitted_tensor
-from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
+from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
     Basis,
     add_products,
@@ -31,9 +33,10 @@ from influence_calculator.maths.kronecker import (
     extended_activations,
     turned_tokens,
 )
-from influence_calculator.maths.layers import LayerSpec
+from influence_calculator.maths.layers import EmbeddingSpec, LayerSpec, supported_embeddings
 from influence_calculator.maths.method import FitPass, FitState, Sums
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective
+from influence_calculator.maths.traced_gradients import TracedGradients, traced_gradients
 
 COVARIANCE = "covariance"
 CORRECTION = "correction"
@@ -44,7 +47,9 @@ DiagonalBlocks = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class CovariancePass(FitPass):
-    """Leaves `Q_A`, `Q_G` and their eigenvalues of each layer, `Λ` of each diagonal block."""
+    """Leaves `Q_A`, `Q_G` and their eigenvalues of each layer, of an embedding without `Q_A`, which is the
+    identity; and `Λ` of each diagonal block.
+    """
 
     expectation: OutputExpectation
     diagonal: bool
@@ -55,8 +60,7 @@ class CovariancePass(FitPass):
     name = COVARIANCE
 
     def units(self, objective: Objective) -> tuple[str, ...]:
-        layers = tuple(layer.name for layer in supported_layers(objective))
-        return layers + tuple(self._diagonal_blocks(objective))
+        return treated_modules(objective) + tuple(self._diagonal_blocks(objective))
 
     def _diagonal_blocks(self, objective: Objective) -> DiagonalBlocks:
         return uncaptured_blocks(objective) if self.diagonal else {}
@@ -66,12 +70,23 @@ class CovariancePass(FitPass):
         layers = supported_layers(objective)
         blocks = self._diagonal_blocks(objective)
         sums: Sums = {layer.name: _zero_covariances(objective, layer) for layer in layers}
+        embeddings = supported_embeddings(objective)
+        sums |= {spec.name: _zero_frequencies(objective, spec) for spec in embeddings}
         sums |= {block: {"squares": _zero_diagonal(objective, names)} for block, names in blocks.items()}
+        names = tuple(name for own in blocks.values() for name in own)
+        checked = False
         for backward in backward_passes(objective, layers, batches, self.expectation):
             for layer in self.kept.keep(backward):
                 _add_covariances(sums[layer.spec.name], layer, first=backward.number == 0)
-            if blocks:
-                _add_squares(sums, blocks, objective, backward)
+            if embeddings and not checked:
+                refuse_other_uses(objective, backward.indexed.batch, embeddings)
+                checked = True
+            traced = _along_pseudo_gradients(objective, backward, names, embeddings)
+            _add_squares(sums, blocks, traced)
+            for name, seen in traced.lookups.items():
+                add_products(sums[name]["gradients"], seen.gradients.to(sums[name]["gradients"].dtype))
+                if backward.number == 0:
+                    add_frequencies(sums[name]["frequencies"], seen)
         return sums
 
     @override
@@ -80,6 +95,11 @@ class CovariancePass(FitPass):
     ) -> dict[str, Tensor]:
         if "squares" in sums:
             return {"diagonal": sums["squares"] / length}
+        if "frequencies" in sums:
+            G = sums["gradients"] / length
+            frequencies = (sums["frequencies"] / sums["frequencies"].sum().clamp(min=1)).to(G.dtype)
+            λ_G, Q_G = eigenbasis(G, f"embedding {unit!r}, output gradients")
+            return {"input_values": frequencies, "output_values": λ_G, "output_vectors": Q_G}
         A = sums["activations"] / sums["tokens"].to(sums["activations"].dtype)
         G = sums["gradients"] / length
         λ_A, Q_A = eigenbasis(A, f"layer {unit!r}, inputs")
@@ -102,16 +122,23 @@ class CorrectionPass(FitPass):
     name = CORRECTION
 
     def units(self, objective: Objective) -> tuple[str, ...]:
-        return tuple(layer.name for layer in supported_layers(objective))
+        return treated_modules(objective)
 
     def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
         layers = supported_layers(objective)
         bases = {layer.name: basis_of(objective, layer, state) for layer in layers}
         sums = {name: {"squares": _zero_squares(basis)} for name, basis in bases.items()}
+        embeddings = supported_embeddings(objective)
+        turns = {spec.name: output_basis_of(objective, spec, state) for spec in embeddings}
+        sums |= {
+            spec.name: {"squares": turns[spec.name].new_zeros(spec.rows, spec.columns)} for spec in embeddings
+        }
         for backward in backward_passes(objective, layers, batches, self.expectation, self.kept):
             for layer in backward.layers:
                 basis = bases[layer.spec.name]
                 add_squared_products(sums[layer.spec.name]["squares"], *turned_tokens(layer, basis))
+            for name, seen in _along_pseudo_gradients(objective, backward, (), embeddings).lookups.items():
+                add_squared_rows(sums[name]["squares"], seen, turns[name])
         return sums
 
     @override
@@ -121,9 +148,16 @@ class CorrectionPass(FitPass):
         return {"eigenvalues": sums["squares"] / length}
 
 
+def treated_modules(objective: Objective) -> tuple[str, ...]:
+    """Layers and embeddings that have a Kronecker product."""
+    layers = tuple(layer.name for layer in supported_layers(objective))
+    return layers + tuple(spec.name for spec in supported_embeddings(objective))
+
+
 def uncaptured_blocks(objective: Objective) -> dict[str, tuple[str, ...]]:
-    """Module -> its tracked parameters that hooks do not capture."""
+    """Module -> its tracked parameters that have no Kronecker product."""
     captured = {name for layer in supported_layers(objective) for name in layer.parameters}
+    captured |= {spec.weight for spec in supported_embeddings(objective)}
     return names_by_module(name for name in objective.names if name not in captured)
 
 
@@ -148,6 +182,12 @@ def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:
     return Basis(inputs.to(objective.device), outputs.to(objective.device))
 
 
+def output_basis_of(objective: Objective, spec: EmbeddingSpec, state: FitState) -> Tensor:
+    """An embedding's `Q_G`, from the state of the covariance pass."""
+    shape = (spec.columns, spec.columns)
+    return fitted_tensor(state, COVARIANCE, spec.name, "output_vectors", shape).to(objective.device)
+
+
 @dataclass(frozen=True)
 class BackwardPass:
     """One backward pass from one pseudo-gradient of one batch."""
@@ -166,11 +206,12 @@ class KeptCaptures:
     def __init__(self, limit: int) -> None:
         """`limit` in bytes; 0 keeps nothing."""
         self._room = limit
-        self._kept: dict[int, list[tuple[CapturedLayer, ...]]] = {}
+        self._kept: dict[int, list[BackwardPass]] = {}
 
     def keep(self, backward: BackwardPass) -> Iterator[CapturedLayer]:
         """The layers of a backward pass; a batch is kept if those of all its passes fit."""
         layers = []
+        self._room -= sum(v.nbytes for v in backward.pseudo_gradients)
         for layer in backward.layers:
             self._room -= layer.activations.nbytes + layer.gradients.nbytes
             if self._room >= 0:
@@ -178,14 +219,13 @@ class KeptCaptures:
             yield layer
         start = backward.indexed.start
         if self._room >= 0:
-            self._kept.setdefault(start, []).append(tuple(layers))
+            self._kept.setdefault(start, []).append(replace(backward, layers=tuple(layers)))
         else:
             self._kept.pop(start, None)
 
     def taken(self, indexed: IndexedBatch) -> list[BackwardPass]:
-        """A batch's backward passes, given away, with nothing but their layers; none if it was not kept."""
-        kept = self._kept.pop(indexed.start, [])
-        return [BackwardPass(indexed, number, [], layers) for number, layers in enumerate(kept)]
+        """A batch's backward passes, given away; none if it was not kept."""
+        return self._kept.pop(indexed.start, [])
 
 
 def backward_passes(
@@ -239,6 +279,12 @@ def _zero_covariances(objective: Objective, layer: LayerSpec) -> dict[str, Tenso
     }
 
 
+def _zero_frequencies(objective: Objective, spec: EmbeddingSpec) -> dict[str, Tensor]:
+    # Counts in float32 would stand still at 2^24 of one token.
+    counts = torch.zeros(spec.rows, dtype=torch.float64, device=objective.device)
+    return {"frequencies": counts, "gradients": _zeros(objective, spec.columns, spec.columns)}
+
+
 def _zero_diagonal(objective: Objective, names: tuple[str, ...]) -> Tensor:
     parameters = objective.parameters()
     return _zeros(objective, sum(parameters[name].numel() for name in names))
@@ -261,13 +307,22 @@ def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool)
         sums["tokens"] += a.shape[0] // layer.spec.groups * a.shape[1]
 
 
-def _add_squares(sums: Sums, blocks: DiagonalBlocks, objective: Objective, backward: BackwardPass) -> None:
-    names = tuple(name for own in blocks.values() for name in own)
-    linear = Objective(objective.model, _inner_product, _ForwardFirst(objective), names)
+def _along_pseudo_gradients(
+    objective: Objective,
+    backward: BackwardPass,
+    names: tuple[str, ...],
+    embeddings: tuple[EmbeddingSpec, ...],
+) -> TracedGradients:
+    """`Jᵀ v` of each example by parameters and by what embeddings look up."""
+    tracked = names + tuple(spec.weight for spec in embeddings)
+    linear = Objective(objective.model, _inner_product, _ForwardFirst(objective), tracked)
     batch = (backward.indexed.batch, tuple(backward.pseudo_gradients))
-    gradients = dict(vmapped_gradients(linear, batch, names))
+    return traced_gradients(linear, batch, names, embeddings)
+
+
+def _add_squares(sums: Sums, blocks: DiagonalBlocks, traced: TracedGradients) -> None:
     for block, own in blocks.items():
-        squares = torch.cat([gradients.pop(name).square().sum(0) for name in own])
+        squares = torch.cat([traced.rows.pop(name).square().sum(0) for name in own])
         sums[block]["squares"].add_(squares)
 
 

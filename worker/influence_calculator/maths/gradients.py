@@ -7,19 +7,17 @@ Shapes: n examples of a batch, P_b parameters of block b.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.capture import captured_gradients, uncaptured_parameters
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Part
 from influence_calculator.maths.objective import Batch, Objective, batch_size
+from influence_calculator.maths.traced_gradients import traced_gradients
 
 
 def per_sample_gradients(objective: Objective, batch: Batch, layout: Layout) -> Iterator[Part]:
@@ -40,33 +38,9 @@ def vmapped_gradients(
     objective: Objective, batch: Batch, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Tensor]]:
     """Gradients by `torch.func`, for parameters of any layer; all of them live at once."""
-    if not names:
-        return
-    own = objective.parameters()
-    parameters = {name: own[name] for name in names}
-    try:
-        # Attention by its formula: other kernels are not vmapped but looped over.
-        with sdpa_kernel(SDPBackend.MATH):
-            gradients = vmap(grad(objective.example_loss), in_dims=(None, 0))(parameters, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError):
-        # Control flow that depends on data (`.item()`, `if`) cannot be vmapped: one example at a time.
-        gradients = _one_by_one(objective, parameters, batch)
+    rows = traced_gradients(objective, batch, names).rows
     for name in names:
-        yield name, gradients.pop(name).flatten(1)
-
-
-def _one_by_one(objective: Objective, parameters: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
-    rows: dict[str, list[Tensor]] = {name: [] for name in leaves}
-    for i in range(batch_size(batch)):
-        example = pytree.tree_map(lambda leaf, i=i: leaf[i], batch)
-        loss = objective.example_loss(leaves, example)
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        for name, row in zip(leaves, found, strict=True):
-            rows[name].append(row)
-    return {name: torch.stack(values) for name, values in rows.items()}
+        yield name, rows.pop(name)
 
 
 def collected(objective: Objective, batch: Batch, layout: Layout) -> Left:

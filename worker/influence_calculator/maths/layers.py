@@ -163,6 +163,47 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """One `nn.Embedding` whose weight is tracked and its own."""
+
+    name: str
+    """The module's name in the model."""
+    weight: str
+    rows: int
+    """V."""
+    columns: int
+    """o."""
+    padding: int | None
+    """The id whose row takes no gradient."""
+
+
+def supported_embeddings(objective: Objective) -> tuple[EmbeddingSpec, ...]:
+    """The embeddings whose weight's gradient is the sum of that by what each token looks up.
+
+    Left out: a weight that another module shares, one that lookups change (`max_norm`), and gradients that
+    are divided by counts of the batch (`scale_grad_by_freq`).
+    """
+    model = objective.model
+    owners = _owners(model)
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+            continue
+        weight = f"{name}.weight" if name else "weight"
+        if module.max_norm is not None or module.scale_grad_by_freq or weight not in objective.names:
+            continue
+        if owners[id(module.weight)] == 1:
+            V, o = module.weight.shape
+            found.append(EmbeddingSpec(name, weight, V, o, module.padding_idx))
+    return tuple(found)
+
+
+def _owners(model: nn.Module) -> Counter[int]:
+    """By identity of a parameter, how many modules have it."""
+    return Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+
+
 def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
     """The layers that hooks capture, each with at least one tracked parameter, in `named_modules()` order.
 
@@ -171,7 +212,7 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
     """
     model = objective.model
     tracked = set(objective.names)
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    owners = _owners(model)
     layers = []
     for name, module in model.named_modules():
         kind = _kind(module)

@@ -32,6 +32,9 @@ FitState = Mapping[str, Mapping[str, Mapping[str, Tensor]]]
 """pass -> unit -> name -> tensor: all that a fit leaves behind, and all that is needed to resume."""
 
 
+GATHERED_ELEMENTS = 1 << 22
+"""Of a left representation, copied at once to face columns that do not stand together: 16 MiB in float32."""
+
 SETTLED = "settled"
 """Name of the boolean that a pass of a series leaves per unit: further passes would change nothing."""
 
@@ -88,13 +91,15 @@ class Compact(NamedTuple):
 
 class Part(NamedTuple):
     """Columns `start` to `start + width` of block `block` of a right representation, of the examples from
-    `row` on, `[rows, width]`.
+    `row` on, `[rows, width]`; all others are 0.
     """
 
     block: str
     start: int
     values: Tensor
     row: int = 0
+    places: Tensor | None = None
+    """Where the columns do not stand together: which of the block's runs of equal width are given."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,24 @@ def score_dtype(left: Tensor) -> torch.dtype:
 
 def add_scores(scores: Tensor, left: Left, part: Part) -> None:
     """Adds to scores `[t, n]` of a batch what one part of its right representation gives."""
-    columns = left[part.block][:, part.start : part.start + part.values.shape[1]]
     examples = scores[:, part.row : part.row + part.values.shape[0]]
-    examples.addmm_(columns.to(scores.dtype), part.values.to(scores.dtype).T)
+    for columns, values in _facing(left[part.block], part):
+        examples.addmm_(columns.to(scores.dtype), values.to(scores.dtype).T)
+
+
+def _facing(rows: Tensor, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns of a left representation beside those of a right one; copies are bounded."""
+    if part.places is None:
+        yield rows[:, part.start : part.start + part.values.shape[1]], part.values
+        return
+    if not len(part.places):
+        return
+    width = part.values.shape[1] // len(part.places)
+    at_once = max(1, GATHERED_ELEMENTS // max(1, rows.shape[0] * width))
+    by_run = rows.unflatten(1, (-1, width))
+    pieces = part.values.split(at_once * width, dim=1)
+    for places, values in zip(part.places.split(at_once), pieces, strict=True):
+        yield by_run.index_select(1, places).flatten(1), values
 
 
 class FitPass(ABC):

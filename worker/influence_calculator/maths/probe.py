@@ -95,9 +95,9 @@ def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
                 "that was averaged over the batch (pass no labels to the model)"
             )
         if isinstance(a, Tensor) and a.is_floating_point():
-            tolerance = _tolerance(a.dtype)
+            allowed = tolerance(a.dtype)
             largest = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max())
-            if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True):
+            if not torch.allclose(a, b, rtol=allowed, atol=allowed * largest, equal_nan=True):
                 raise TrainingModeError(
                     "forward: expected two passes of the same examples to agree, got different outputs; "
                     "call model.eval(), and take random numbers out of forward (functional dropout takes "
@@ -114,7 +114,7 @@ def _refuse_other_gradients(objective: Objective, few: Batch) -> None:
     wrong = []
     for part in per_sample_gradients(objective, few, layout):
         rows = expected[part.block][finite]
-        allowed = _tolerance(rows.dtype) * max(float(rows.norm()), NOISE * whole)
+        allowed = tolerance(rows.dtype) * max(float(rows.norm()), NOISE * whole)
         if not float((part.values.to(rows.dtype)[finite] - rows).norm()) <= allowed:
             wrong.append(part.block)
     if wrong:
@@ -143,5 +143,6 @@ def _one_by_one(objective: Objective, batch: Batch) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in rows.items()}
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """Allowed relative difference of two gradients of one parameter."""
     return TOLERANCE.get(dtype, HALF_TOLERANCE)

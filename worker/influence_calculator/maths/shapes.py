@@ -33,6 +33,19 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class EmbeddingShape:
+    """One embedding that EK-FAC treats."""
+
+    name: str
+    rows: int
+    """V."""
+    columns: int
+    """o."""
+    tokens: int
+    """S: positions per example over all calls."""
+
+
+@dataclass(frozen=True)
 class ModelShapes:
     """Sizes of the tracked part of a model and of one example."""
 
@@ -49,6 +62,8 @@ class ModelShapes:
     """One training example as a batch entry."""
     outputs: int
     """Elements of the model's outputs for one example."""
+    embeddings: tuple[EmbeddingShape, ...] = ()
+    """Tracked embeddings with weights of their own."""
     checkpoints: int = 0
     """C: states of the model that scores are summed over; 0 for methods that differentiate the model."""
 

@@ -1,4 +1,4 @@
-"""EK-FAC with pyDVL's constructor, for any loss and for convolutions too."""
+"""EK-FAC with pyDVL's constructor, for any loss, and for convolutions and embeddings too."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from influence_calculator.types import InfluenceMode
 
 class EkfacInfluence(TorchBlockwiseInfluence):
     """Solves with the eigenvalue-corrected Kronecker approximation of the Gauss-Newton matrix, layer by
-    layer, for Linear and Conv1d, Conv2d, Conv3d, with or without bias, and Hugging Face's Conv1D, called
-    once or more often.
+    layer, for Linear and Conv1d, Conv2d, Conv3d, with or without bias, Embedding, and Hugging Face's Conv1D,
+    called once or more often.
 
     Args:
         model: in eval mode; parameters that do not require grad are not tracked.
@@ -43,6 +43,7 @@ class EkfacInfluence(TorchBlockwiseInfluence):
 
     Raises:
         NotImplementedLayerRepresentationException: layers that are refused, by name.
+        CaptureMismatchError: when `fit` begins, an embedding whose weight is used without calling it.
     """
 
     method: Ekfac

@@ -95,10 +95,12 @@ def _gradient(shapes: ModelShapes) -> float:
 def _fit_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
     shapes = sizes.shapes
     rotation = sum(2 * layer.tokens * _per_group(layer, 2) for layer in shapes.layers)
+    rotation += sum(2 * e.tokens * e.columns**2 for e in shapes.embeddings)
     example = _capture(shapes) + rotation
     if spec.update_diagonal:
         example += _capture(shapes) + rotation + _gradient(shapes)
     eigenproblems = sum(10 * _per_group(layer, 3) for layer in shapes.layers)
+    eigenproblems += sum(10 * e.columns**3 for e in shapes.embeddings)
     return sizes.train * example + eigenproblems
 
 
