@@ -74,7 +74,7 @@ def fit(model: nn.Module, train: Data, draws: int | None, chunk: int | None) -> 
         found = [(gram(layer.a), gram(layer.g)) for layer in layers]
         covariances = [
             (A + more_A, G + more_G)
-            for (A, G), (more_A, more_G) in zip(covariances or found, found, strict=True)
+            for (A, G), (more_A, more_G) in zip(covariances or [(0, 0)] * len(found), found, strict=True)
         ]
     bases = [(eigenvectors(A), eigenvectors(G)) for A, G in covariances]
     diagonals = [torch.zeros(len(Q_G), len(Q_A)) for Q_A, Q_G in bases]
@@ -159,7 +159,7 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def eigenvectors(matrix: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.eigh(matrix.double())[1].float()
+    found: Tensor = torch.linalg.eigh(matrix.double())[1].to(matrix.dtype)
     return found
 
 
