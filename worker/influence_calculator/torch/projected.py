@@ -59,7 +59,7 @@ class LograInfluence(TorchBlockwiseInfluence):
         model: in eval mode; parameters that do not require grad are not tracked.
         loss: `loss(model(x), y)`; its reduction over a batch does not matter.
         regularization: λ, added to the diagonal of each projected matrix, whose trace is about that of the
-            matrix itself: one number, one per module, or `Relative(0.1)`, the authors' choice.
+            matrix itself: one number, one per module, or `Relative(0.1)`, a usual start.
         rank: k, columns of the projection of each side. A side with no more is taken as it is.
         seed: of the projections, which depend on nothing else but the names and sizes of layers.
     """
