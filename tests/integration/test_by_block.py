@@ -15,7 +15,6 @@ import xarray
 from torch import Tensor
 
 import checkpoints_task
-import stored
 import traced_task
 from influence_calculator import (
     ArnoldiInfluence,
@@ -24,8 +23,8 @@ from influence_calculator import (
     SecondOrderMode,
     TracInInfluence,
 )
-from jobs import INFLUENCE, Barrier, Jobs
-from resuming import count, resume_and_check
+from jobs import INFLUENCE, Jobs
+from resuming import kill_and_resume
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
 """x and y of the test side, then of the training side."""
@@ -124,16 +123,7 @@ def test_the_parts_sum_to_the_influences_of_the_same_job(jobs: Jobs, tmp_path: P
 
 
 def test_a_killed_job_computes_what_was_in_flight_and_nothing_else(jobs: Jobs, tmp_path: Path) -> None:
-    jobs.finish(jobs.manifest(JOB), output=tmp_path / "undisturbed.zarr")
-    expected = stored.result(stored.open_store(tmp_path / "undisturbed.zarr"))
-    path = tmp_path / "killed.zarr"
-    barrier = Barrier("put", "before", "^influences/c/0/", 3)
-    run = jobs.start(jobs.manifest(JOB), output=path, pace=0.6, barrier=barrier)
-    run.wait_for_barrier()
-    run.wait_until(lambda: count(stored.held(stored.open_store(path)))["region"] > 0, "a flush")
-    run.kill()
-    assert 0 < count(stored.held(stored.open_store(path)))["region"] < 3
-    resume_and_check(jobs, path, expected, JOB, workers=1)
+    kill_and_resume(jobs, tmp_path, JOB)
 
 
 def test_the_plan_counts_every_block(jobs: Jobs) -> None:

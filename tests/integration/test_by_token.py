@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import xarray
 
-import stored
 import tokens_task
 from influence_calculator import EkfacInfluence
-from jobs import INFLUENCE, Barrier, Jobs
-from resuming import count, resume_and_check
+from jobs import INFLUENCE, Jobs
+from resuming import kill_and_resume
 
 TRAIN, TEST, S = 90, 12, tokens_task.TOKENS
 TASK: dict[str, Any] = {"entrypoint": "tokens_task:task", "arguments": {"train": TRAIN, "test": TEST}}
@@ -51,16 +50,7 @@ def test_a_job_gives_the_librarys_parts(jobs: Jobs, tmp_path: Path) -> None:
 
 
 def test_a_killed_job_computes_what_was_in_flight_and_nothing_else(jobs: Jobs, tmp_path: Path) -> None:
-    jobs.finish(jobs.manifest(JOB), output=tmp_path / "undisturbed.zarr")
-    expected = stored.result(stored.open_store(tmp_path / "undisturbed.zarr"))
-    path = tmp_path / "killed.zarr"
-    barrier = Barrier("put", "before", "^influences/c/0/", 3)
-    run = jobs.start(jobs.manifest(JOB), output=path, pace=0.6, barrier=barrier)
-    run.wait_for_barrier()
-    run.wait_until(lambda: count(stored.held(stored.open_store(path)))["region"] > 0, "a flush")
-    run.kill()
-    assert 0 < count(stored.held(stored.open_store(path)))["region"] < 3
-    resume_and_check(jobs, path, expected, JOB, workers=1)
+    kill_and_resume(jobs, tmp_path, JOB)
 
 
 def test_the_plan_counts_every_token(jobs: Jobs) -> None:

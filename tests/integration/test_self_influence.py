@@ -14,7 +14,6 @@ import xarray
 from torch import Tensor
 
 import checkpoints_task
-import stored
 import traced_task
 from influence_calculator import (
     ArnoldiInfluence,
@@ -23,8 +22,8 @@ from influence_calculator import (
     SecondOrderMode,
     TracInInfluence,
 )
-from jobs import INFLUENCE, Barrier, Jobs
-from resuming import count, resume_and_check
+from jobs import INFLUENCE, Jobs
+from resuming import kill_and_resume
 
 TRAIN = 90
 GGN = SecondOrderMode.GENERALIZED_GAUSS_NEWTON
@@ -85,17 +84,7 @@ def test_a_job_gives_the_diagonal_of_the_librarys_influences(name: str, jobs: Jo
 
 
 def test_a_killed_job_computes_what_was_in_flight_and_nothing_else(jobs: Jobs, tmp_path: Path) -> None:
-    jobs.finish(jobs.manifest(JOB), output=tmp_path / "undisturbed.zarr")
-    expected = stored.result(stored.open_store(tmp_path / "undisturbed.zarr"))
-    path = tmp_path / "killed.zarr"
-    run = jobs.start(
-        jobs.manifest(JOB), output=path, pace=0.6, barrier=Barrier("put", "before", "^self_influences/c/", 5)
-    )
-    run.wait_for_barrier()
-    run.wait_until(lambda: count(stored.held(stored.open_store(path)))["self"] > 0, "a flush")
-    run.kill()
-    assert 0 < count(stored.held(stored.open_store(path)))["self"] < 6
-    resume_and_check(jobs, path, expected, JOB, workers=1)
+    path = kill_and_resume(jobs, tmp_path, JOB, "self", "^self_influences/c/", 6)
     shown = subprocess.run(
         [INFLUENCE, "show", str(path), "--json", "--top", "3"], capture_output=True, text=True, check=True
     )

@@ -8,7 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import stored
-from jobs import Jobs, Run, times_written
+from jobs import Barrier, Jobs, Run, times_written
+
+
+def kill_and_resume(
+    jobs: Jobs,
+    folder: Path,
+    changes: Mapping[str, Any],
+    kind: str = "region",
+    objects: str = "^influences/c/0/",
+    last: int = 3,
+) -> Path:
+    """Kills a job before the object number `last` of those that match is written, and checks its rerun.
+
+    Each belongs to a row of this kind in the ledger. Returns where the store is.
+    """
+    jobs.finish(jobs.manifest(changes), output=folder / "undisturbed.zarr")
+    expected = stored.result(stored.open_store(folder / "undisturbed.zarr"))
+    path = folder / "killed.zarr"
+    barrier = Barrier("put", "before", objects, last)
+    run = jobs.start(jobs.manifest(changes), output=path, pace=0.6, barrier=barrier)
+    run.wait_for_barrier()
+    run.wait_until(lambda: count(stored.held(stored.open_store(path)))[kind] > 0, "a flush")
+    run.kill()
+    assert 0 < count(stored.held(stored.open_store(path)))[kind] < last
+    resume_and_check(jobs, path, expected, changes, workers=1)
+    return path
 
 
 def resume_and_check(
