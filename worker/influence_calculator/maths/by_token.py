@@ -138,8 +138,7 @@ def _refuse(found: Iterable[str]) -> NoReturn:
     raise UnsupportedModelError(
         "model: influences by token need Linear and Conv1d layers that are called with one and the same "
         f"sequence, [n, S, …], got {', '.join(found) or 'none that was called'}; do not track the parameters "
-        "of others (requires_grad_(False); in a job InfluenceTask.parameters), or take Ekfac with "
-        "unsupported='exclude', which leaves out all that it has no formula for"
+        "of others (requires_grad_(False); in a job InfluenceTask.parameters)"
     )
 
 
