@@ -108,9 +108,9 @@ def test_a_worker_that_is_told_to_stop_goes_at_once_and_costs_no_more_than_a_kil
     victim, _ = dask.worker(), dask.worker()
     run = start(drives, path)
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
+    held = held_regions(path)
     victim.terminate()
     victim.wait(10)
-    held = held_regions(path)
     finished(run, path, undisturbed)
     assert not twice(dask, path, held)
     assert run.last_words.regions.failed == 0

@@ -48,8 +48,9 @@ def _since(mark: int) -> int:
 
 def _warm_up(method: Ekfac) -> None:
     """Loads what torch loads on first use."""
-    objective = xy_objective(nn.Linear(3, 2), F.cross_entropy)
-    fit(method, objective, TrainingSet((torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)), 2))
+    objective = xy_objective(nn.Sequential(nn.Embedding(3, 3), nn.Linear(3, 2)), F.cross_entropy)
+    zeros = torch.zeros(4, dtype=torch.int64)
+    fit(method, objective, TrainingSet((zeros, zeros), 2))
 
 
 def _convolutions(groups: int) -> tuple[nn.Module, Tensor]:

@@ -33,7 +33,7 @@ MODULES = (
     "influence_job.methods",
     "influence_job.plan",
     "influence_job.worker.loading",
-    "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes",
     "numpy",
     "gcsfs",
     "s3fs",

@@ -684,4 +684,4 @@ def test_a_footprint_is_what_a_process_takes(model: str) -> None:
     slack = 200 * 2**20
     for stage, (taken, planned) in measured.items():
         assert abs(taken - planned) <= 0.2 * planned + slack, f"{stage}: took {taken}, planned {planned}"
-    assert measured["fit"][0] > 2 * slack
+    assert measured["fit"][0] > slack

@@ -29,10 +29,11 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.capture import captured_layers, supported_layers
 from influence_calculator.maths.direct import DenseSolver
-from influence_calculator.maths.ekfac_passes import matrix_shape, uncaptured_blocks
+from influence_calculator.maths.ekfac_passes import matrix_shape
 from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
 from influence_calculator.maths.layer_projection import LayerProjection
+from influence_calculator.maths.layers import uncaptured_parameters
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.logra_footprint import logra_footprint
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Part, Sums
@@ -141,7 +142,7 @@ class BlockProjections:
             layer.name: LayerProjection(layer, matrix_shape(objective, layer), rank, seed, like)
             for layer in supported_layers(objective)
         }
-        others = uncaptured_blocks(objective)
+        others = names_by_module(uncaptured_parameters(objective))
         self._others = {
             block: Projection(layout.widths[block], rank * rank, _seed_of(seed, block), like)
             for block in others

@@ -180,7 +180,8 @@ class Objective:
             return self.one_loss(rebuilt(own), example)
 
         try:
-            return vmap(one)(tensors, batch)
+            with GatheredLosses():
+                return vmap(one)(tensors, batch)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError):
@@ -199,15 +200,11 @@ class Objective:
     def example_loss(self, parameters: Mapping[str, Tensor], example: Batch) -> Tensor:
         """`ℓ_i(θ)` of one example, given without its batch dimension."""
         batch = unsqueezed(example)
-        return self._loss(self.outputs(batch, parameters), batch)
+        return self.loss(self.outputs(batch, parameters), batch).sum()
 
     def one_loss(self, output: Any, example: Batch) -> Tensor:
         """One example's loss of its output, both given without their batch dimension."""
-        return self._loss(unsqueezed(output), unsqueezed(example))
-
-    def _loss(self, outputs: Any, batch: Batch) -> Tensor:
-        with GatheredLosses():
-            return self.loss(outputs, batch).sum()
+        return self.loss(unsqueezed(output), unsqueezed(example)).sum()
 
 
 def xy_objective(
