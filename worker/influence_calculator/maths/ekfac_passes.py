@@ -33,7 +33,12 @@ from influence_calculator.maths.kronecker import (
     extended_activations,
     turned_tokens,
 )
-from influence_calculator.maths.layers import EmbeddingSpec, LayerSpec, supported_embeddings
+from influence_calculator.maths.layers import (
+    EmbeddingSpec,
+    LayerSpec,
+    supported_embeddings,
+    uncaptured_parameters,
+)
 from influence_calculator.maths.method import FitPass, FitState, Sums
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective
 from influence_calculator.maths.traced_gradients import TracedGradients, traced_gradients
@@ -156,9 +161,8 @@ def treated_modules(objective: Objective) -> tuple[str, ...]:
 
 def uncaptured_blocks(objective: Objective) -> dict[str, tuple[str, ...]]:
     """Module -> its tracked parameters that have no Kronecker product."""
-    captured = {name for layer in supported_layers(objective) for name in layer.parameters}
-    captured |= {spec.weight for spec in supported_embeddings(objective)}
-    return names_by_module(name for name in objective.names if name not in captured)
+    looked_up = {spec.weight for spec in supported_embeddings(objective)}
+    return names_by_module(name for name in uncaptured_parameters(objective) if name not in looked_up)
 
 
 def matrix_shape(objective: Objective, layer: LayerSpec) -> tuple[int, int]:

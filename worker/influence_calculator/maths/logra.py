@@ -13,32 +13,34 @@ Shapes: t test examples, n training examples, P_b parameters of block b, k_b ≤
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.blocks import (
     Regularization,
-    block_regularization,
     checked_regularization,
     names_by_module,
     regularized_layout,
 )
 from influence_calculator.maths.capture import captured_layers, supported_layers
-from influence_calculator.maths.direct import DenseSolver
 from influence_calculator.maths.ekfac_passes import matrix_shape
-from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
-from influence_calculator.maths.gradients import accumulation_dtype, vmapped_gradients
+from influence_calculator.maths.gradient_methods import BlockwiseFitted
+from influence_calculator.maths.gradients import vmapped_gradients
 from influence_calculator.maths.layer_projection import LayerProjection
 from influence_calculator.maths.layers import uncaptured_parameters
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.logra_footprint import logra_footprint
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Part, Sums
-from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData, batch_size
-from influence_calculator.maths.projected_methods import ProjectedFitted, Unprojected
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Part
+from influence_calculator.maths.objective import Batch, Objective, TrainingData, batch_size
+from influence_calculator.maths.projected_methods import (
+    Coordinates,
+    FisherPass,
+    ProjectedFitted,
+    Unprojected,
+    coordinates_like,
+)
 from influence_calculator.maths.projection import Projection
 from influence_calculator.maths.shapes import ModelShapes
 
@@ -78,18 +80,20 @@ class Logra(Method):
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
-        return (LayersPass(self.rank, self.seed),)
+        return (self._fisher,)
+
+    @property
+    def _fisher(self) -> LayersPass:
+        return LayersPass(self.rank, self.seed)
 
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         projections = BlockProjections(objective, self.rank, self.seed)
-        regularization = checked_regularization(self.regularization)
-        solvers = {}
-        for block, k in projections.widths.items():
-            matrix = fitted_tensor(state, LayersPass.name, block, "matrix", (k, k)).to(objective.device)
-            λ = block_regularization(regularization, block, float(matrix.diagonal().sum()), k)
-            solvers[block] = DenseSolver(block, matrix, λ)
+        solvers = {
+            block: self._fisher.solver(objective, state, block, k, self.regularization)
+            for block, k in projections.widths.items()
+        }
         if self.projected:
             return ProjectedFitted(layout, objective, projections.parts, projections.of_block, solvers)
         wide = {b: Unprojected(projections.of_block[b], solver) for b, solver in solvers.items()}
@@ -101,8 +105,8 @@ class Logra(Method):
 
 
 @dataclass(frozen=True)
-class LayersPass(FitPass):
-    """The mean over examples of `φ_b φ_bᵀ`: `matrix`, `[k_b, k_b]`, of each block."""
+class LayersPass(FisherPass):
+    """One block per module."""
 
     rank: int
     seed: int
@@ -114,20 +118,9 @@ class LayersPass(FitPass):
         return tuple(names_by_module(objective.names))
 
     @override
-    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+    def coordinates(self, objective: Objective) -> tuple[Mapping[str, int], Coordinates]:
         projections = BlockProjections(objective, self.rank, self.seed)
-        like = _like(objective)
-        totals = {block: like.new_zeros(k, k) for block, k in projections.widths.items()}
-        for _, batch in batches:
-            for part in projections.parts(objective, batch):
-                totals[part.block].addmm_(part.values.T, part.values)
-        return {block: {"matrix": total} for block, total in totals.items()}
-
-    @override
-    def finish(
-        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
-    ) -> dict[str, Tensor]:
-        return {"matrix": sums["matrix"].div_(length)}
+        return projections.widths, projections.parts
 
 
 class BlockProjections:
@@ -135,7 +128,7 @@ class BlockProjections:
 
     def __init__(self, objective: Objective, rank: int, seed: int) -> None:
         layout = regularized_layout(objective, names_by_module(objective.names), None)
-        like = _like(objective)
+        like = coordinates_like(objective)
         self.widths = _coordinate_widths(objective, layout, rank)
         """k_b, in the layout's order."""
         self._layers = {
@@ -178,8 +171,3 @@ def _coordinate_widths(objective: Objective, layout: Layout, rank: int) -> dict[
 def _seed_of(seed: int, block: str) -> int:
     """Of a block's signs: blocks are projected independently of each other."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{block}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _like(objective: Objective) -> Tensor:
-    """Of the dtype in which projected gradients are summed, where the model is."""
-    return torch.zeros((), dtype=accumulation_dtype(objective.dtype), device=objective.device)

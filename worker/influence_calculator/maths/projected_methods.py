@@ -1,23 +1,28 @@
 """What the methods share that score projected gradients `φ = Sᵀg`: `left = (F + λI)^-1 φ`, `right = φ`.
 
-They differ in S, block by block: what it is, and how gradients come into it.
+They differ in S, block by block: what it is, and how gradients come into it. F is the mean of `φ φᵀ`.
 
 Shapes: t test examples, n training examples, P_b parameters of block b, k_b columns of its projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.gradient_methods import BlockSolver, solve_by_block
+from influence_calculator.maths.blocks import Regularization, block_regularization, checked_regularization
+from influence_calculator.maths.direct import DenseSolver
+from influence_calculator.maths.gradient_methods import BlockSolver, fitted_tensor, solve_by_block
+from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left
-from influence_calculator.maths.method import Fitted, Part, Solved, SolverReport
-from influence_calculator.maths.objective import Batch, Objective
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Part, Solved, SolverReport, Sums
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective
 
 Coordinates = Callable[[Objective, Batch], Iterator[Part]]
 """φ of each example of a batch, `[n, k_b]`: one part per block."""
@@ -46,6 +51,45 @@ class Unprojected:
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         solved, report = self.solver.solve(self.projection.project(right_hand_sides))
         return self.projection.back(solved).to(right_hand_sides.dtype), report
+
+
+class FisherPass(FitPass):
+    """The mean over examples of `φ_b φ_bᵀ`: `matrix`, `[k_b, k_b]`, of each block."""
+
+    @abstractmethod
+    def coordinates(self, objective: Objective) -> tuple[Mapping[str, int], Coordinates]:
+        """k_b of every block, and φ."""
+
+    @override
+    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+        widths, coordinates = self.coordinates(objective)
+        like = coordinates_like(objective)
+        totals = {block: like.new_zeros(k, k) for block, k in widths.items()}
+        for _, batch in batches:
+            for part in coordinates(objective, batch):
+                totals[part.block].addmm_(part.values.T, part.values)
+        return {block: {"matrix": total} for block, total in totals.items()}
+
+    @override
+    def finish(
+        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        return {"matrix": sums["matrix"].div_(length)}
+
+    def solver(
+        self, objective: Objective, state: FitState, block: str, k: int, regularization: Regularization | None
+    ) -> DenseSolver:
+        """Of `F_b + λI` as this pass left it."""
+        matrix = fitted_tensor(state, self.name, block, "matrix", (k, k)).to(objective.device)
+        checked = checked_regularization(regularization)
+        return DenseSolver(
+            block, matrix, block_regularization(checked, block, float(matrix.diagonal().sum()), k)
+        )
+
+
+def coordinates_like(objective: Objective) -> Tensor:
+    """Of the dtype in which projected gradients are summed, where the model is."""
+    return torch.zeros((), dtype=accumulation_dtype(objective.dtype), device=objective.device)
 
 
 class ProjectedFitted(Fitted):

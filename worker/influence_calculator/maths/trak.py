@@ -9,38 +9,32 @@ Shapes: t test examples, n training examples, P parameters, k columns of the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.blocks import (
     BlockMode,
     Regularization,
     block_layout,
-    block_regularization,
     check_coverage,
     checked_regularization,
 )
-from influence_calculator.maths.direct import DenseSolver
 from influence_calculator.maths.footprints import capture_bytes, row_bytes
-from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
-from influence_calculator.maths.gradients import accumulation_dtype, per_sample_gradients
+from influence_calculator.maths.gradient_methods import BlockwiseFitted
+from influence_calculator.maths.gradients import per_sample_gradients
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import (
-    FitPass,
-    FitState,
-    Fitted,
-    Footprint,
-    Method,
-    Part,
-    Sums,
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Part
+from influence_calculator.maths.objective import Batch, Objective, TrainingData, batch_size
+from influence_calculator.maths.projected_methods import (
+    Coordinates,
+    FisherPass,
+    ProjectedFitted,
+    Unprojected,
+    coordinates_like,
 )
-from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, TrainingData, batch_size
-from influence_calculator.maths.projected_methods import ProjectedFitted, Unprojected
 from influence_calculator.maths.projection import Projection, projection_bytes
 from influence_calculator.maths.shapes import ModelShapes
 
@@ -81,17 +75,17 @@ class Trak(Method):
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
-        return (ProjectedPass(self.rank, self.seed),)
+        return (self._fisher,)
+
+    @property
+    def _fisher(self) -> ProjectedPass:
+        return ProjectedPass(self.rank, self.seed)
 
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         projection = _projection(objective, layout, self.rank, self.seed)
-        k = projection.rank
-        matrix = fitted_tensor(state, ProjectedPass.name, BLOCK, "matrix", (k, k)).to(objective.device)
-        regularization = checked_regularization(self.regularization)
-        λ = block_regularization(regularization, BLOCK, float(matrix.diagonal().sum()), k)
-        solver = DenseSolver(BLOCK, matrix, λ)
+        solver = self._fisher.solver(objective, state, BLOCK, projection.rank, self.regularization)
         if self.projected:
             parts = partial(_parts, layout, projection)
             return ProjectedFitted(layout, objective, parts, {BLOCK: projection}, {BLOCK: solver})
@@ -119,8 +113,8 @@ class Trak(Method):
 
 
 @dataclass(frozen=True)
-class ProjectedPass(FitPass):
-    """The mean over examples of `φ φᵀ`: `matrix`, `[k, k]`."""
+class ProjectedPass(FisherPass):
+    """One block."""
 
     rank: int
     seed: int
@@ -132,38 +126,19 @@ class ProjectedPass(FitPass):
         return (BLOCK,)
 
     @override
-    def accumulate(self, objective: Objective, batches: Iterable[IndexedBatch], state: FitState) -> Sums:
+    def coordinates(self, objective: Objective) -> tuple[Mapping[str, int], Coordinates]:
         layout = block_layout(objective, BlockMode.FULL)
         projection = _projection(objective, layout, self.rank, self.seed)
-        total = _like(objective).new_zeros(projection.rank, projection.rank)
-        for _, batch in batches:
-            coordinates = _coordinates(objective, batch, layout, projection)
-            total.addmm_(coordinates.T, coordinates)
-        return {BLOCK: {"matrix": total}}
-
-    @override
-    def finish(
-        self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
-    ) -> dict[str, Tensor]:
-        return {"matrix": sums["matrix"].div_(length)}
+        return {BLOCK: projection.rank}, partial(_parts, layout, projection)
 
 
 def _projection(objective: Objective, layout: Layout, rank: int, seed: int) -> Projection:
-    return Projection(layout.width, rank, seed, _like(objective))
+    return Projection(layout.width, rank, seed, coordinates_like(objective))
 
 
 def _parts(layout: Layout, projection: Projection, objective: Objective, batch: Batch) -> Iterator[Part]:
-    yield Part(BLOCK, 0, _coordinates(objective, batch, layout, projection))
-
-
-def _like(objective: Objective) -> Tensor:
-    """Of the dtype in which projected gradients are summed, where the model is."""
-    return torch.zeros((), dtype=accumulation_dtype(objective.dtype), device=objective.device)
-
-
-def _coordinates(objective: Objective, batch: Batch, layout: Layout, projection: Projection) -> Tensor:
     """`φ` of each example, `[n, k]`; no gradient is held as a whole."""
-    coordinates = _like(objective).new_zeros(batch_size(batch), projection.rank)
+    coordinates = coordinates_like(objective).new_zeros(batch_size(batch), projection.rank)
     for part in per_sample_gradients(objective, batch, layout):
         projection.add(coordinates, part.start, part.values)
-    return coordinates
+    yield Part(BLOCK, 0, coordinates)
