@@ -140,12 +140,12 @@ class Objective:
     @property
     def device(self) -> torch.device:
         """Where the tracked parameters are."""
-        return next(iter(self.parameters().values())).device
+        return self.model.get_parameter(self.names[0]).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first tracked parameter."""
-        return next(iter(self.parameters().values())).dtype
+        return self.model.get_parameter(self.names[0]).dtype
 
     def with_loss(self, loss: Loss) -> Objective:
         """The same model under another loss (a job's `measurement`)."""

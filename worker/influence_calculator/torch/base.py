@@ -9,11 +9,12 @@ dimensions of x.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
+from influence_calculator.torch.buffers import packed, unpacked
 from influence_calculator.torch.composable import TorchComposableInfluence
 from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
 from influence_calculator.torch.solver_warnings import warn_of_report
@@ -404,6 +406,20 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def __getstate__(self) -> dict[str, Any]:
         # A worker builds solvers and their caches itself, from the fit's state.
         return {**self.__dict__, "_fitted": None}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # Below 5, of which copies are made too, memory cannot stay beside the pickle.
+        if operator.index(protocol) < 5:
+            return super().__reduce_ex__(protocol)
+        return _restored, (type(self), *packed(self.__getstate__()))
+
+
+def _restored(
+    kind: type[TorchInfluenceFunctionModel], pickled: bytes, buffers: Sequence[Any]
+) -> TorchInfluenceFunctionModel:
+    model = kind.__new__(kind)
+    model.__dict__.update(unpacked(pickled, buffers))
+    return model
 
 
 def regularization_of(value: GivenRegularization) -> Regularization:
