@@ -176,6 +176,6 @@ def _rounds_of_peer(peer: Peer, side: Side, repeats: int) -> Rounds:
     """One process; none where it failed, which its own words on standard error explain."""
     try:
         return [side.seconds(repeats)]
-    except subprocess.CalledProcessError as failure:
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as failure:
         print(f"{peer.name} failed on {side.workload.name}: {failure}", file=sys.stderr)
         return []

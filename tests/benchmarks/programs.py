@@ -20,6 +20,9 @@ from workload import Workload
 
 HERE = Path(__file__).parent
 CORES = 2
+HUNG_AFTER = 1200.0
+"""Seconds of one process, several times what the slowest takes: workers of pyDVL's side were once seen to wait
+for ever."""
 
 Array = NDArray[np.float32]
 
@@ -51,6 +54,7 @@ class Side:
 
         Raises:
             subprocess.CalledProcessError: the program failed; what it said is on standard error.
+            subprocess.TimeoutExpired: it hung.
         """
         given = [self.workload.name, self.folder, self._output(*arguments), "--repeats", repeats, *arguments]
         seconds: list[float] = json.loads(output(self.python, self.program, *given))
@@ -70,7 +74,7 @@ def output(python: Path, program: str, *arguments: Any) -> str:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [python, HERE / program, *map(str, arguments)],
-        stdout=subprocess.PIPE, text=True, cwd=HERE, env=environment, check=True,
+        stdout=subprocess.PIPE, text=True, cwd=HERE, env=environment, check=True, timeout=HUNG_AFTER,
     )  # fmt: skip
     return done.stdout.splitlines()[-1]
 
