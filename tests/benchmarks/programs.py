@@ -21,7 +21,7 @@ from workload import Workload
 HERE = Path(__file__).parent
 CORES = 2
 HUNG_AFTER = 1200.0
-"""Seconds of one process, several times what the slowest takes: workers of pyDVL's side were once seen to wait
+"""Seconds of one process, several times what the slowest takes: pyDVL's workers were once seen to wait
 for ever."""
 
 Array = NDArray[np.float32]
