@@ -31,7 +31,7 @@ SCRIPTS = CHECKOUT / "tests/cluster/machine"
 HOME = Path(os.environ.get("K8S_HOME", "~/.cache/influence-cluster")).expanduser()
 OWN_LABEL = "influence-tests"
 """On every namespace that tests make."""
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.4
 FAKE_GPUS_VARIABLE = "TEST_FAKE_GPUS"
 """`yes`: nodes of a cluster that is somebody else's may be made to advertise GPUs, too."""
 
