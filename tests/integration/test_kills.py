@@ -1,6 +1,7 @@
 """A run that is killed at any moment costs what was in flight, and the rerun gives the same bits.
 
-What is killed is the installed command with all its processes.
+At random moments what is killed is the installed command with all its processes; at named points such as are
+forked (`preloaded`), which differ in who imported.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def test_a_run_killed_at_a_named_point_resumes_with_the_same_bits(
 ) -> None:
     """Two workers are killed; one or three workers finish what the ledger lacks, and only that."""
     kill, path = KILLS[name], tmp_path / "result.zarr"
-    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=kill.barrier, installed=True)
+    run = jobs.start(jobs.manifest(), output=path, pace=PACE, barrier=kill.barrier)
     run.wait_for_barrier()
     if kill.flushed:
         run.wait_until(lambda: _rows(path)[kill.flushed] > 0, f"a flush of a {kill.flushed}")
