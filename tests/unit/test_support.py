@@ -36,7 +36,10 @@ def run(home: Path, *arguments: str, **variables: str) -> tuple[int, str]:
     """The exit code of a test run and what it said."""
     environment = {name: value for name, value in os.environ.items() if not OWN.fullmatch(name)}
     environment |= {"K8S_HOME": str(home), "PATH": f"{home}/first:{os.environ['PATH']}"} | variables
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    # Only the plugins that our settings need: others import Hypothesis and Zarr for each process.
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plugins = ("-p", "xdist", "-p", "timeout", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *plugins, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
