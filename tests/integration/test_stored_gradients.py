@@ -1,4 +1,4 @@
-"""TrainingGradients once, then InfluencesFromGradients for one test set after another: the scores of Influences."""
+"""TrainingGradients once, then InfluencesFromGradients for one test set after another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The traced task with test examples to choose, for jobs that score several test sets from one gradient store.
+"""The traced task with test examples to choose, for jobs that score several test sets from one store.
 
 QUERIES_NO_TRAIN in the environment stands for training data that are gone: reading any raises.
 """

@@ -1,4 +1,4 @@
-"""Scores from gradients of the training examples that are kept: of every method, as if they were formed anew."""
+"""Scores from gradients of the training examples that are kept: as if they were formed anew."""
 
 from __future__ import annotations
 
