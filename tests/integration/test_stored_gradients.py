@@ -34,16 +34,6 @@ STORING: dict[str, Any] = {
 }
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Trak": ({"name": "Trak", "regularization": LAMBDA, "rank": 7}, {}),
-    "Arnoldi": (
-        {
-            "name": "Arnoldi",
-            "regularization": LAMBDA,
-            "rank": 4,
-            "complement": False,
-            "secondOrder": "GeneralizedGaussNewton",
-        },
-        {},
-    ),
     "Ekfac": ({"name": "Ekfac", "regularization": LAMBDA}, {}),
     "TracIn": ({"name": "TracIn", "regularization": None}, {"measured": True}),
 }
