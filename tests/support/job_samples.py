@@ -214,6 +214,21 @@ _SPECS: dict[str, dict[str, Json]] = {
         "chunks": {"train": 100},
         "output": OUTPUT,
     },
+    "gradients": {
+        "task": TASK,
+        "operation": "TrainingGradients",
+        "method": {"name": "Trak", "regularization": 0.1, "rank": 512},
+        "chunks": {"train": 100},
+        "output": OUTPUT,
+    },
+    "from gradients": {
+        "task": TASK,
+        "operation": "InfluencesFromGradients",
+        "method": {"name": "Logra", "regularization": 0.1, "rank": 8},
+        "gradients": {"url": "s3://bucket/gradients.zarr"},
+        "chunks": {"test": 10, "train": 100},
+        "output": {**OUTPUT, "dense": False},
+    },
     "by block": {
         "task": TASK,
         "operation": "InfluencesByBlock",
@@ -336,6 +351,36 @@ def broken_rules() -> Iterator[Broken]:
         ("factors without need", ("factors",), {"factors": factors}),
         ("factors missing", ("factors",), {"operation": "InfluencesFromFactors"}),
         ("a mode for factors", ("mode",), {"operation": "InfluenceFactors", "mode": "Perturbation"}),
+        ("gradients without need", ("gradients",), {"gradients": {"url": "gs://bucket/gradients.zarr"}}),
+        ("gradients missing", ("gradients",), {"operation": "InfluencesFromGradients"}),
+        ("a mode for gradients", ("mode",), {"operation": "TrainingGradients", "mode": "Perturbation"}),
+        (
+            "a mode for scores of gradients",
+            ("mode",),
+            {
+                "operation": "InfluencesFromGradients",
+                "gradients": {"url": "gs://bucket/gradients.zarr"},
+                "mode": "Perturbation",
+            },
+        ),
+        (
+            "test examples of gradients",
+            ("chunks", "test"),
+            {"operation": "TrainingGradients", "chunks": {"test": 3, "train": 3}},
+        ),
+        (
+            "no gradients stored",
+            ("output", "dense"),
+            {"operation": "TrainingGradients", "output": {**OUTPUT, "dense": False}},
+        ),
+        *(
+            (
+                f"stored gradients for {name}",
+                ("method",),
+                {"operation": "TrainingGradients", "method": {"name": name, "regularization": 0.1}},
+            )
+            for name in ("Cg", "Lissa", "InverseHarmonicMean")
+        ),
         (
             "nothing stored",
             ("output", "dense"),
@@ -390,6 +435,11 @@ def broken_rules() -> Iterator[Broken]:
             "a scheme of the factors",
             ("factors", "url"),
             {"operation": "InfluencesFromFactors", "factors": {"url": "javascript://x"}},
+        ),
+        (
+            "a scheme of the gradients",
+            ("gradients", "url"),
+            {"operation": "InfluencesFromGradients", "gradients": {"url": "ftp://host/x"}},
         ),
         ("λ of 0 for EK-FAC", ("method", "regularization"), {"method": {**EKFAC, "regularization": 0}}),
         (
@@ -494,7 +544,13 @@ _TOKEN = {"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path"
 
 CHANGES: dict[str, tuple[Json, ...]] = {
     "task": ({"entrypoint": "package.module:other"}, {**TASK, "arguments": {"deep": {"list": [2]}}}),
-    "operation": ("InfluenceFactors", "SelfInfluence", "InfluencesByBlock", "InfluencesByToken"),
+    "operation": (
+        "InfluenceFactors",
+        "TrainingGradients",
+        "SelfInfluence",
+        "InfluencesByBlock",
+        "InfluencesByToken",
+    ),
     "mode": ("Perturbation",),
     "method": (
         {**EKFAC, "regularization": 0.02},

@@ -72,7 +72,17 @@ def count(rows: set[tuple[str, int]]) -> Counter[str]:
 
 def _computed_twice(written: Counter[str]) -> list[str]:
     """Objects of computed things (not bookkeeping) that one run wrote more than once."""
-    computed = ("influences/c/", "factors/", "partials/", "fit/", "most_", "score_", "solver_", "self_")
+    computed = (
+        "influences/c/",
+        "factors/",
+        "gradients/",
+        "partials/",
+        "fit/",
+        "most_",
+        "score_",
+        "solver_",
+        "self_",
+    )
     return sorted(
         n for n, times in written.items() if times > 1 and n.startswith(computed) and n != "fit/model.json"
     )

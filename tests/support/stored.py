@@ -65,11 +65,14 @@ def object_pattern(plan: Plan, kind: str, index: int) -> re.Pattern[str]:
         group, chunk = plan.unravel(index)
         place = "/".join(map(str, plan.result_index(group, chunk)))
         own = rf"influences/c/{place}|partials/{group}/{chunk}"
-        return re.compile(own + (rf"|train_\w+/c/{chunk}" if group == 0 else ""))
+        annotated = group == 0 and plan.operation.reads_training
+        return re.compile(own + (rf"|train_\w+/c/{chunk}" if annotated else ""))
     if kind == "factors":
         return re.compile(rf"factors/\d+/c/{index}/\d+|(solver|test)_\w+/c/{index}")
     if kind == "self":
         return re.compile(rf"(self_influences|solver_\w+|train_\w+)/c/{index}")
+    if kind == "gradients":
+        return re.compile(rf"gradients/\d+/c/{index}/\d+|train_\w+/c/{index}")
     if kind == "merge":
         return re.compile(rf"(most|score)_\w+/c/{index}(/0)?")
     step, what = kind.removeprefix("fit/").rsplit("/", 1)

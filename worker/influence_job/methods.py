@@ -44,7 +44,13 @@ from influence_job.spec import (
     TrakSpec,
 )
 
-_NARROW = (Operation.INFLUENCES, Operation.INFLUENCES_BY_BLOCK, Operation.SELF_INFLUENCE)
+_NARROW = (
+    Operation.INFLUENCES,
+    Operation.INFLUENCES_BY_BLOCK,
+    Operation.SELF_INFLUENCE,
+    Operation.TRAINING_GRADIENTS,
+    Operation.INFLUENCES_FROM_GRADIENTS,
+)
 SolverSpec = DirectSpec | CgSpec | ArnoldiSpec | NystroemSketchSpec | LissaSpec
 
 

@@ -22,6 +22,7 @@ class Stage(StrEnum):
     PREFLIGHT = "Preflight"
     LOADING = "Loading"
     FITTING = "Fitting"
+    GRADIENTS = "Gradients"
     FACTORS = "Factors"
     SCORES = "Scores"
     VERIFYING = "Verifying"

@@ -466,6 +466,37 @@ def test_show_of_factors_has_no_test_cases(tmp_path: Path, capsys: pytest.Captur
     assert (document["tests"], document["scores"], document["ledger"]["total"]) == ([], None, {"factors": 4})
 
 
+def test_show_of_gradients_says_what_they_are_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_store(tmp_path / "s.zarr", operation="TrainingGradients")
+    document = shown(capsys, tmp_path / "s.zarr")
+    assert (document["tests"], document["scores"], document["ledger"]["total"]) == (
+        [],
+        None,
+        {"gradients": 2},
+    )
+    execute(["show", str(tmp_path / "s.zarr")])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "TrainingGradients (Up), complete 4 training examples, 11 columns, float32, 64 B" in text
+    assert "operation: InfluencesFromGradients, gradients: {url: " in text
+
+
+def test_show_of_gradients_that_are_not_all_there_says_how_far_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "s.zarr", operation="TrainingGradients", finished=False)
+    execute(["show", str(tmp_path / "s.zarr")])
+    assert "not finished: loading" in capsys.readouterr().out
+
+
+def test_show_of_scores_from_gradients_counts_factors_and_regions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "s.zarr", operation="InfluencesFromGradients")
+    document = shown(capsys, tmp_path / "s.zarr")
+    assert document["ledger"]["total"] == {"factors": 4, "region": 4}
+    assert document["tests"]
+
+
 def test_show_of_a_store_that_is_only_claimed_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

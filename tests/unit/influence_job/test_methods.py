@@ -224,6 +224,8 @@ def test_every_word_of_ekfac_is_one_of_the_calculators(field: str, words: tuple[
     [
         ({}, True),
         ({"operation": "SelfInfluence"}, True),
+        ({"operation": "TrainingGradients"}, True),
+        ({"operation": "InfluencesFromGradients", "gradients": {"url": "gradients.zarr"}}, True),
         ({"mode": "Perturbation"}, False),
         ({"operation": "InfluenceFactors"}, False),
         ({"operation": "InfluencesFromFactors", "factors": {"url": "factors.zarr"}}, False),

@@ -436,6 +436,69 @@ def test_influences_from_factors_run_no_fit() -> None:
     assert list(plan.memory) == ["Loading", "Scores"]
 
 
+def test_gradients_are_one_array_per_block_of_chunks_that_can_be_read_again() -> None:
+    blocks = {"0": 600, "2": 400}
+    plan = make_plan(
+        spec(operation="TrainingGradients", device="cuda"), Linear(), sizes(5000, 5000, blocks=blocks)
+    )
+    assert [(a.path, a.block, a.dims, a.shape, a.chunks) for a in plan.arrays] == [
+        ("gradients/0", "0", ("train", "column_0"), (5000, 600), (256, 600)),
+        ("gradients/1", "2", ("train", "column_1"), (5000, 400), (256, 400)),
+    ]
+    assert (plan.train_chunk, plan.train_chunks, plan.groups, plan.regions) == (256, 20, 0, 0)
+    assert (plan.result_dims, plan.result_shape) == (("train", "column"), (5000, 1000))
+    assert (plan.result_bytes, plan.training_passes) == (5000 * 1000 * 4, 3)
+    assert list(plan.memory) == ["Loading", "Fitting", "Gradients"]
+    # The model; the gradients of a chunk and all of them once more; what is read, and what is written.
+    rows = 256 * 4000
+    assert plan.memory["Gradients"].device == 4000 + 2 * rows
+    wide = sizes(5000, 5000, parameters=4 * MIB, blocks={"": 4 * MIB})
+    assert make_plan(spec(operation="TrainingGradients", device="cuda"), Linear(), wide).train_chunk == 4
+    with pytest.raises(PermanentError, match=r"5000 × 1000 of float32 .* Trak or Logra with a smaller rank"):
+        make_plan(
+            spec(operation="TrainingGradients", output={"maxBytes": "19M"}), Linear(), sizes(5000, 5000)
+        )
+    tight = with_memory("1Gi", operation="TrainingGradients", chunks={"train": 64})
+    with pytest.raises(PermanentError, match=r"chunks.train: differentiating 64 train examples at once"):
+        make_plan(tight, Linear(), sizes(5000, 5000, parameters=8 * MIB))
+
+
+def from_gradients(sizes_given: Sizes, **changes: Any) -> Plan:
+    given = {"operation": "InfluencesFromGradients", "gradients": {"url": "x"}, **changes}
+    return make_plan(spec(**given), Linear(), sizes_given)
+
+
+def test_influences_from_gradients_run_no_fit_and_read_no_training_example() -> None:
+    plan = from_gradients(sizes(stored_chunk=100))
+    assert (plan.fit_passes, plan.training_passes, plan.groups) == (0, 0, 1)
+    assert list(plan.memory) == ["Loading", "Factors", "Scores"]
+    assert plan.result_shape == (300, 1400)
+    region, chunk, group = 300 * plan.train_chunk * 4, plan.train_chunk * 4000, 300 * 4000
+    assert plan.memory["Scores"].device == 4000 + group + region
+    assert plan.memory["Scores"].host == plan.memory["Scores"].device + 2 * chunk + 2 * region + group
+    on_gpu = from_gradients(sizes(stored_chunk=100), device="cuda").memory["Scores"]
+    assert on_gpu.device == 4000 + 64 * MIB + group + region
+
+
+@pytest.mark.parametrize(
+    ("train", "stored", "parameters", "chunk"),
+    [
+        (1400, 100, 1000, 100),  # 44 would make regions enough
+        (100_000, 256, 1000, 3072),  # 3 125 make as many as there should be
+        (10_000_000, 256, 1000, 16_640),  # 64 MiB of gradients are read at once
+        (1000, 256, 10**6, 16),  # 16 are 64 MiB: 16 times a sixteenth of a chunk
+        (50, 50, 1000, 50),
+    ],
+)
+def test_a_training_chunk_is_of_whole_chunks_of_stored_gradients_where_these_are_small(
+    train: int, stored: int, parameters: int, chunk: int
+) -> None:
+    given = sizes(300, train, parameters, stored_chunk=stored)
+    plan = from_gradients(given, device="cuda", workers={"deviceMemory": "40Gi"})
+    assert plan.train_chunk == chunk
+    assert from_gradients(given, chunks={"train": 7}).train_chunk == 7
+
+
 def test_passes_of_an_iterative_solver_are_told_apart() -> None:
     plan = make_plan(spec(chunks={"test": 100}), Linear(needs_data=True), sizes())
     assert (plan.training_passes, plan.passes_per_iteration) == (2 + plan.groups, 3)
@@ -476,6 +539,18 @@ def test_the_cost_is_counted_from_the_formulas_and_shared_by_the_workers() -> No
     assert by_token["Scores"] == pytest.approx((1400 * 4 + 2 * 300 * 1400) * products / 1e9)
     slow, fast = cost.seconds(one, gflop), cost.seconds(two, gflop)
     assert all(slow[name] == 2 * fast[name] > 0 for name in gflop)
+
+
+def test_stored_gradients_cost_a_product_per_pair_and_are_formed_once() -> None:
+    measured = sizes(stored_chunk=100)
+    storing = spec(operation="TrainingGradients")
+    gflop = cost.gflop(storing, measured, make_plan(storing, Linear(), sizes(1400)))
+    assert list(gflop) == ["Fitting", "Gradients"]
+    assert gflop["Gradients"] == pytest.approx(1400 * 6 * 1000 / 1e9)
+    asking = spec(operation="InfluencesFromGradients", gradients={"url": "x"})
+    gflop = cost.gflop(asking, measured, make_plan(asking, Linear(), measured))
+    assert list(gflop) == ["Factors", "Scores"]
+    assert gflop["Scores"] == pytest.approx(2 * 1000 * 300 * 1400 / 1e9)
 
 
 def test_logra_pays_for_projected_tokens_and_for_no_gradient() -> None:

@@ -165,6 +165,17 @@ def test_a_number_is_a_quantity_and_a_truth_value_is_none() -> None:
         ({"factors": {"url": "x"}}, "spec", "only for operation InfluencesFromFactors"),
         ({"operation": "InfluencesFromFactors"}, "spec", "expected {url"),
         ({"operation": "InfluenceFactors", "mode": "Perturbation"}, "spec", "expected Up"),
+        ({"gradients": {"url": "x"}}, "spec", "only for operation InfluencesFromGradients, got Influences"),
+        (
+            {"operation": "InfluencesFromGradients"},
+            "spec",
+            "expected {url: store of a TrainingGradients job}",
+        ),
+        (
+            {"operation": "TrainingGradients", "method": {"name": "Cg", "regularization": 1}},
+            "spec",
+            "they solve by going over the training examples",
+        ),
         ({"operation": "InfluenceFactors", "output": {"dense": False}}, "spec", "nothing would be stored"),
         ({"mode": "Perturbation", "output": {"dense": False}}, "spec", "nothing would be stored"),
         (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.layout import Left
-from influence_calculator.maths.method import Fitted, add_scores, score_dtype
+from influence_calculator.maths.method import Fitted, Part, add_scores, score_dtype
 from influence_calculator.maths.objective import Batch, IndexedBatch, batch_size, micro_batches
 
 
@@ -43,6 +43,19 @@ def influences_by_block(fitted: Fitted, left: Left, batch: Batch, micro_batch: i
             add_scores(scores[numbers[part.block], :, piece.start :], left, part)
             # What comes next is formed while this name lasts.
             del part
+    return scores
+
+
+def influences_from_gradients(left: Left, gradients: Left) -> Tensor:
+    """The same as `influences`, `[t, n]`, from training gradients that are there already, on any device.
+
+    They are what the method's `gradients` answers for its own objective.
+    """
+    rows = next(iter(left.values()))
+    n = next(iter(gradients.values())).shape[0]
+    scores = rows.new_zeros(rows.shape[0], n, dtype=score_dtype(rows))
+    for block, values in gradients.items():
+        add_scores(scores, left, Part(block, 0, values.to(rows.device)))
     return scores
 
 

@@ -91,9 +91,9 @@ def draw(job: InfluenceJob, sizes: Sizes, plan: Plan, console: Console) -> None:
 def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
     method = job.spec.method.name
     what = f"{job.metadata.name}: {plan.operation} ({plan.mode}) with {method} on {job.spec.resolved_device}"
-    tests = "" if plan.on_itself else f"{plan.test} test, "
+    tests = "" if plan.operation.is_of_training else f"{plan.test} test, "
     lines = [what, f"  examples   {tests}{plan.train} training; {sizes.shapes.width} parameters"]
-    if plan.on_itself:
+    if plan.operation.is_of_training:
         lines.append(
             f"  grid       {plan.train_chunks} chunks of {min(plan.train_chunk, plan.train)} examples"
         )
@@ -105,10 +105,12 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
             f"examples{parts} (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
         )
         groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"
-        lines.append(f"  groups     {groups}: one pass over the training set each")
+        over = "the training set" if plan.operation.reads_training else "the stored gradients"
+        lines.append(f"  groups     {groups}: one pass over {over} each")
+    purpose = "to differentiate" if plan.gradients_only else "to score"
     passes = (
         f"{plan.training_passes} over the training set ({plan.fit_passes} to fit, "
-        f"{plan.training_passes - plan.fit_passes} to score)"
+        f"{plan.training_passes - plan.fit_passes} {purpose})"
     )
     if plan.passes_per_iteration:
         passes += f", and {plan.passes_per_iteration} {_what_repeats(job.spec.method)}"

@@ -154,7 +154,7 @@ def _headline(summary: Summary) -> list[str]:
     state = "complete" if summary.finished else f"not finished: {_how_far(summary)}"
     lines = [
         f"{summary.url}: {record.get('name')}, {plan['operation']} ({plan['mode']}), {state}",
-        f"  {_examples(plan)}, {sum(plan['blocks'].values())} parameters{_stored(summary)}",
+        f"  {_examples(plan)}, {sum(plan['blocks'].values())} {_columns(plan)}{_stored(summary)}",
         f"  method {method['name']}"
         + (f", regularization {method['regularization']}" if "regularization" in method else ""),
         f"  {_made(record)}",
@@ -169,6 +169,11 @@ def _headline(summary: Summary) -> list[str]:
             f"  scores: mean {scores.mean:.3g}, from {scores.minimum:.3g} to {scores.maximum:.3g}, "
             f"{scores.nonfinite} not finite"
         )
+    if summary.finished and plan["operation"] == Operation.TRAINING_GRADIENTS:
+        lines.append(
+            "  score test examples from them, with the same task and method: operation: "
+            f"InfluencesFromGradients, gradients: {{url: {summary.url}}}"
+        )
     if not summary.finished:
         lines.append("  go on with: influence run FILE --output " + summary.url)
     return lines
@@ -176,8 +181,12 @@ def _headline(summary: Summary) -> list[str]:
 
 def _examples(plan: dict[str, Any]) -> str:
     training = f"{plan['train']} training examples"
-    on_itself = plan["operation"] == Operation.SELF_INFLUENCE
-    return training if on_itself else f"{plan['test']} test × {training}{_parts(plan)}"
+    alone = Operation(plan["operation"]).is_of_training
+    return training if alone else f"{plan['test']} test × {training}{_parts(plan)}"
+
+
+def _columns(plan: dict[str, Any]) -> str:
+    return "columns" if plan["operation"] == Operation.TRAINING_GRADIENTS else "parameters"
 
 
 def _parts(plan: dict[str, Any]) -> str:
@@ -213,16 +222,17 @@ def _how_far(summary: Summary) -> str:
     fit = sum(count for kind, count in summary.done.items() if kind.startswith("fit/"))
     for kind, total in summary.total.items():
         done = summary.done.get(kind, 0)
-        if kind in ("factors", "self") and done == 0:
+        if kind in ("factors", "gradients", "self") and done == 0:
             return f"fitting, {fit} steps done" if fit else "loading"
         if done < total:
-            names = {"factors": "factors", "region": "regions", "self": "chunks"}
+            names = {"factors": "factors", "gradients": "chunks", "region": "regions", "self": "chunks"}
             return f"{done} of {total} {names[kind]}"
-    if summary.record["plan"]["operation"] == Operation.INFLUENCE_FACTORS:
-        return "all factors are there, verifying"
-    if summary.record["plan"]["operation"] == Operation.SELF_INFLUENCE:
-        return "all self-influences are there, verifying"
-    return "all regions are there, verifying"
+    what = {
+        Operation.INFLUENCE_FACTORS: "factors",
+        Operation.TRAINING_GRADIENTS: "gradients",
+        Operation.SELF_INFLUENCE: "self-influences",
+    }
+    return f"all {what.get(Operation(summary.record['plan']['operation']), 'regions')} are there, verifying"
 
 
 def _draw_largest(summary: Summary, console: Console) -> None:

@@ -95,7 +95,8 @@ def read_summary(store: Store, tests: Sequence[int] | None, top: int) -> Summary
     finished = existing.finished
     operation = plan.get("operation")
     on_itself = finished and operation == Operation.SELF_INFLUENCE
-    scored = finished and operation != Operation.INFLUENCE_FACTORS and not on_itself
+    unscored = (Operation.INFLUENCE_FACTORS, Operation.TRAINING_GRADIENTS, Operation.SELF_INFLUENCE)
+    scored = finished and operation not in unscored
     cases: tuple[TestCase, ...] = ()
     if scored:
         chosen = _choose(store, record, tests)
@@ -128,12 +129,14 @@ def _total(plan: dict[str, Any]) -> dict[str, int]:
         return {}
     # The plan's own class needs torch, and two divisions do not.
     test_chunks = -(-plan["test"] // plan["testChunk"])
-    if plan["operation"] == Operation.SELF_INFLUENCE:
-        return {"self": -(-plan["train"] // plan["trainChunk"])}
+    operation = Operation(plan["operation"])
+    if operation.is_of_training:
+        kind = "self" if operation is Operation.SELF_INFLUENCE else "gradients"
+        return {kind: -(-plan["train"] // plan["trainChunk"])}
     total = {}
-    if plan["operation"] != Operation.INFLUENCES_FROM_FACTORS:
+    if operation.solves_tests:
         total["factors"] = test_chunks
-    if plan["operation"] != Operation.INFLUENCE_FACTORS:
+    if operation is not Operation.INFLUENCE_FACTORS:
         groups = -(-test_chunks // plan["groupChunks"])
         total["region"] = groups * -(-plan["train"] // plan["trainChunk"])
     return total

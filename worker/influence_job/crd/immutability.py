@@ -23,6 +23,7 @@ OF_THE_SPEC = (
     "factorDtype",
     "chunks",
     "factors",
+    "gradients",
 )
 OF_THE_OUTPUT = ("url", "onExisting", "dense", "topK", "verify", "maxBytes")
 """Not what says how the store is reached, and on what it may be resumed."""

@@ -14,8 +14,10 @@ from influence_job.worker.loading import Loaded
 SOURCE_CURE = "use another output.url, or output.onExisting: Overwrite to throw away what is stored"
 
 
-def of_spec(spec: InfluenceJobSpec, factors: str | None) -> dict[str, Any]:
-    """The part that is known without the model; `factors` is the digest of those that are taken over."""
+def of_spec(
+    spec: InfluenceJobSpec, factors: str | None = None, gradients: str | None = None
+) -> dict[str, Any]:
+    """The part that is known without the model; digests are of what is taken over from an earlier job."""
     return _known(
         {
             "numericsVersion": NUMERICS_VERSION,
@@ -31,6 +33,7 @@ def of_spec(spec: InfluenceJobSpec, factors: str | None) -> dict[str, Any]:
                 "source": entrypoint.source_digest(spec.task.entrypoint),
             },
             "factors": factors,
+            "gradients": gradients,
         }
     )
 

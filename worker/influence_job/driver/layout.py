@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from influence_job.plan import Plan
-from influence_job.spec import InfluenceJob, Operation
+from influence_job.spec import InfluenceJob
 from influence_job.storage import arrays, sink_arrays
 from influence_job.storage.claim import Epoch
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.provenance import provenance
 from influence_job.storage.store import Store
-from influence_job.worker import factors, scores, self_influences
+from influence_job.worker import factors, scores, self_influences, training_gradients
 from influence_job.worker.loading import Loaded
 
 SOLVER_ARRAYS = {"solver_status": "int8", "solver_iterations": "int32", "solver_residual": "float64"}
@@ -30,19 +30,17 @@ def create(
     plan: Plan,
     loaded: Loaded,
     fingerprint: dict[str, Any],
-    noted: Mapping[str, np.ndarray[Any, Any]],
+    copied: Sequence[str],
 ) -> None:
     """Creates every array, filled with NaN, then notes the job: that note is what makes it begun.
 
-    `noted` is known of the test examples before: coordinates that came with stored factors.
+    `copied` names the coordinates that are there already: they came with an earlier job's results.
     """
     for name, dtype in loaded.annotations.items():
         side = name.split("_", 1)[0]
         length, chunk = (plan.test, plan.test_chunk) if side == "test" else (plan.train, plan.train_chunk)
         _create_vector(store, name, length, chunk, np.dtype(dtype), side)
-    for name, values in noted.items():
-        arrays.write_array(store, name, values, ("test",))
-    annotations = sorted({*loaded.annotations, *noted})
+    annotations = sorted({*loaded.annotations, *copied})
     coordinates = {"coordinates": " ".join(annotations)}
     if plan.on_itself:
         arrays.create_array(
@@ -55,8 +53,10 @@ def create(
             coordinates,
         )
         _create_report(store, plan.train, plan.train_chunk, "train")
-    elif job.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
-        _create_factors(store, plan, factors.stored_basis(job.spec))
+    elif plan.gradients_only:
+        _create_rows(store, plan, training_gradients.gradient_path, plan.train, "train", factors.Basis.METHOD)
+    elif plan.operation.solves_tests:
+        _create_rows(store, plan, factors.factor_path, plan.test, "test", factors.stored_basis(job.spec))
         _create_report(store, plan.test, plan.test_chunk, "test")
     if plan.has_scores:
         if plan.dense:
@@ -89,15 +89,18 @@ def create(
     )
 
 
-def _create_factors(store: Store, plan: Plan, basis: factors.Basis) -> None:
+def _create_rows(
+    store: Store, plan: Plan, path: Callable[[int], str], length: int, dim: str, basis: factors.Basis
+) -> None:
+    """Factors or gradients, one array per block."""
     for number, (block, width) in enumerate(plan.blocks.items()):
         arrays.create_array(
             store,
-            factors.factor_path(number),
-            (plan.test, width),
-            (min(plan.test_chunk, plan.test), plan.factor_columns(number)),
+            path(number),
+            (length, width),
+            (min(plan.test_chunk, length), plan.factor_columns(number)),
             np.dtype(plan.dtype),
-            ("test", f"column_{number}"),
+            (dim, f"column_{number}"),
             {"block": block, "basis": str(basis)},
         )
 
@@ -119,6 +122,8 @@ def _result_rows(plan: Plan) -> tuple[str, int]:
         return scores.KIND, plan.regions
     if plan.on_itself:
         return self_influences.KIND, plan.train_chunks
+    if plan.gradients_only:
+        return training_gradients.KIND, plan.train_chunks
     return factors.KIND, plan.test_chunks
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from influence_job import entrypoint
-from influence_job.driver import factor_source, fingerprints
+from influence_job.driver import earlier_job, fingerprints
 from influence_job.identity import JobIdentity
 from influence_job.spec import InfluenceJobSpec
 from influence_job.storage.arrays import OURS
@@ -26,8 +26,8 @@ class Opened:
     """What is known without the model."""
     record: dict[str, Any]
     """What an earlier job noted at the root (fingerprint, plan, ...), as far as it still counts."""
-    factors: dict[str, Any] | None
-    """What the job that computed the factors noted at the root of its store, for InfluencesFromFactors."""
+    earlier: dict[str, Any] | None
+    """What the job noted whose factors or gradients are taken, at the root of its store."""
 
     @property
     def begun(self) -> bool:
@@ -47,9 +47,9 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
         PermanentError: the task, the output or what it holds does not allow this job.
     """
     entrypoint.find(spec.task.entrypoint)
-    factors = factor_source.read_record(spec)
-    fingerprint = fingerprints.of_spec(spec, factor_source.digest_of(factors))
-    factor_source.refuse_other(spec, factors, fingerprint)
+    earlier = earlier_job.read_record(spec)
+    fingerprint = fingerprints.of_spec(spec, **earlier_job.digests(spec, earlier))
+    earlier_job.refuse_other(spec, earlier, fingerprint)
     store = Store.open(spec.output.url, spec.output.storage_options)
     existing = inspect(store)
     store.probe()
@@ -66,4 +66,4 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
     epoch = claim(store, wanted)
     ledger = Ledger(store, epoch)
     ledger.load()
-    return Opened(store, epoch, ledger, fingerprint, record, factors)
+    return Opened(store, epoch, ledger, fingerprint, record, earlier)

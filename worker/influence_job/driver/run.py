@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed import Client
 
-from influence_job.driver import factor_source, fingerprints, layout
+from influence_job.driver import earlier_job, fingerprints, layout
 from influence_job.driver.preflight import Opened, preflight
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stages import Stages
@@ -97,7 +97,7 @@ def _compute(
     loaded: Loaded = submitter.call(load, context)
     fingerprint = fingerprints.with_model(opened.fingerprint, loaded)
     fingerprints.refuse_differences(opened.store.url, opened.record.get("fingerprint"), fingerprint, [])
-    factor_source.refuse_other(job.spec, opened.factors, fingerprint)
+    earlier_job.refuse_other(job.spec, opened.earlier, fingerprint)
     _refuse_other_hardware(job, opened, loaded)
     plan = _plan(job, opened, loaded)
     if opened.begun:
@@ -106,8 +106,8 @@ def _compute(
         delete_previous(opened.store, opened.epoch)
         # Any worker may be the one that stores its model, and each may have trained another.
         fingerprint["model"] = submitter.call(save_model, context)
-        noted = factor_source.coordinates(job.spec, opened.factors)
-        layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, noted)
+        copied = earlier_job.copy_coordinates(job.spec, opened.earlier, opened.store)
+        layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, copied)
     context = replace(context, plan=plan)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
     tracker.finish(layout.complete(opened.store, opened.ledger, plan))

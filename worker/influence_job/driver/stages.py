@@ -16,9 +16,9 @@ from influence_job.driver.submission import Submitter, Work
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan
 from influence_job.progress import Stage
-from influence_job.spec import InfluenceJobSpec, Mode, Operation, Verify
+from influence_job.spec import InfluenceJobSpec, Mode, Verify
 from influence_job.storage import arrays
-from influence_job.worker import closing, factors, fitting, scores, self_influences
+from influence_job.worker import closing, factors, fitting, scores, self_influences, training_gradients
 from influence_job.worker.fit_state import partial_prefix, pass_prefix, range_kind, settled_kind, unit_kind
 from influence_job.worker.loading import Loaded
 from influence_job.worker.session import WorkerContext, data_changed
@@ -44,11 +44,14 @@ class Stages:
 
     def run(self) -> None:
         """All stages in order; a stage that is done already costs a look at the ledger."""
-        if self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        operation = self.spec.operation
+        if operation.fits:
             self.fit()
         if self.plan.on_itself:
             self.self_influences()
-        elif self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        elif self.plan.gradients_only:
+            self.gradients()
+        elif operation.solves_tests:
             self.factors()
         if self.plan.has_scores:
             self.scores()
@@ -77,11 +80,13 @@ class Stages:
     def self_influences(self) -> None:
         """Every training chunk against itself."""
         self._enter(Stage.SCORES)
-        kind, chunks = self_influences.KIND, self.plan.train_chunks
-        compute = self_influences.compute_self_influences
-        self._rows(kind, chunks, compute, on_value=self._tell_notes)
+        self._training_chunks(self_influences.KIND, self_influences.compute_self_influences)
         self._count_solver()
-        self._check_fit_read([self.opened.ledger.row(kind, chunk).inputs for chunk in range(chunks)])
+
+    def gradients(self) -> None:
+        """Every training chunk in the coordinates in which the method scores."""
+        self._enter(Stage.GRADIENTS)
+        self._training_chunks(training_gradients.KIND, training_gradients.compute_gradients)
 
     def scores(self) -> None:
         """Every region, group by group, and each group's merge when its regions are there."""
@@ -158,6 +163,12 @@ class Stages:
             self._work(kind, total, function, *leading), lambda: self.tracker.count(count(kind)), on_value
         )
 
+    def _training_chunks(self, kind: str, function: object) -> None:
+        """One row per training chunk, which is what the fit read."""
+        chunks = self.plan.train_chunks
+        self._rows(kind, chunks, function, on_value=self._tell_notes)
+        self._check_fit_read([self.opened.ledger.row(kind, chunk).inputs for chunk in range(chunks)])
+
     def _work(self, kind: str, total: int, function: object, *leading: object) -> Iterator[Work]:
         for index in self._missing(kind, total).tolist():
             yield Work(
@@ -206,9 +217,20 @@ class Stages:
         for chunk in range(plan.train_chunks):
             seen = {ledger.row(scores.KIND, plan.region(g, chunk)).inputs for g in range(plan.groups)}
             if len(seen) > 1:
-                raise data_changed("train", *plan.train_range(chunk))
+                raise self._changed(*plan.train_range(chunk))
             chunk_inputs.append(seen.pop())
         self._check_fit_read(chunk_inputs)
+
+    def _changed(self, start: int, stop: int) -> PermanentError:
+        """The error for training examples, or their gradients, that one group read otherwise than another."""
+        if self.spec.gradients is None:
+            return data_changed("train", start, stop)
+        return PermanentError(
+            Reason.STORE_MISMATCH,
+            f"spec.gradients.url: the gradients of training examples {start} to {stop - 1} in "
+            f"{self.spec.gradients.url} changed while they were scored; let the job that writes there end, "
+            "then run this one with output.onExisting: Overwrite",
+        )
 
     def _check_fit_read(self, chunk_inputs: list[str]) -> None:
         """The training chunks, of which these are the digests, are what the fit read."""

@@ -28,7 +28,6 @@ from influence_job.spec import (
     LograSpec,
     Mode,
     NystroemSketchSpec,
-    Operation,
     SecondOrder,
     TracInSpec,
     TrakSpec,
@@ -51,18 +50,21 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     capture = states * _capture(shapes)
     # LoGra projects what a layer captured and forms no gradient of it.
     gradient = 0.0 if isinstance(spec.method, LograSpec) else states * _gradient(shapes)
+    turn = _TURNS.get(type(spec.method), _nothing)(spec.method, sizes)
     stages: dict[str, float] = {}
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
     if plan.on_itself:
         each = capture + gradient + 2 * states * shapes.width
         stages["Scores"] = plan.train * each + _of_method(_SOLVES, spec, sizes)
-    elif spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+    elif plan.gradients_only:
+        stages["Gradients"] = plan.train * (capture + gradient + turn)
+    elif plan.operation.solves_tests:
         stages["Factors"] = plan.test * (capture + gradient) + _of_method(_SOLVES, spec, sizes)
     if plan.has_scores:
         pairs = float(plan.test) * plan.train
-        turn = _TURNS.get(type(spec.method), _nothing)(spec.method, sizes)
-        training = plan.groups * plan.train * (capture + gradient + turn)
+        differentiated = plan.groups * plan.train if plan.operation.reads_training else 0
+        training = differentiated * (capture + gradient + turn)
         stages["Scores"] = training + 2.0 * sum(plan.blocks.values()) * pairs
         if plan.by_token:
             stages["Scores"] = plan.groups * plan.train * capture + gradient * pairs  # Z ã of every token

@@ -1,8 +1,8 @@
 """The plan as a document: sizes in, grid out, and the arithmetic of its indices.
 
 A region, one group of test chunks × one training chunk, is one chunk of the result, of all blocks or tokens
-where these are told apart. For SelfInfluence a training chunk is: the training examples are their own test
-examples, in the same chunks.
+where these are told apart. For SelfInfluence and TrainingGradients a training chunk is: the training examples
+stand in the place of test examples too, in the same chunks.
 
 Symbols: T test examples, N training examples, R fit ranges, G groups.
 """
@@ -24,7 +24,7 @@ FACTOR_CHUNK_BYTES = 32 * MIB
 class Sizes(SpecModel):
     """What a worker measured of model and data."""
 
-    test: int = Field(ge=1, description="T, test examples; for SelfInfluence the training examples again.")
+    test: int = Field(ge=1, description="T, test examples; without any the training examples again.")
     train: int = Field(ge=1, description="N, training examples.")
     shapes: ModelShapes = Field(description="Sizes of the tracked part of the model.")
     feature_shape: tuple[int, ...] = Field(
@@ -33,6 +33,9 @@ class Sizes(SpecModel):
     dtype: str = Field("float32", description="Of the result: float32 or float64.")
     blocks: dict[str, int] = Field(description="Block name -> parameters.")
     test_example_bytes: int = Field(0, ge=0, description="One test example as a batch entry.")
+    stored_chunk: int | None = Field(
+        None, ge=1, description="Training examples per chunk of the gradients that an earlier job stored."
+    )
 
 
 class ResultArray(SpecModel):
@@ -43,7 +46,7 @@ class ResultArray(SpecModel):
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     block: str | None = None
-    """The block of parameters, of factors."""
+    """The block of parameters, of factors and gradients."""
 
 
 class Plan(SpecModel):
@@ -83,13 +86,20 @@ class Plan(SpecModel):
 
     @property
     def has_scores(self) -> bool:
-        """Whether test examples meet training examples; else factors or self-influences are the result."""
-        return self.operation not in (Operation.INFLUENCE_FACTORS, Operation.SELF_INFLUENCE)
+        """Whether test examples meet training examples; else factors, gradients or self-influences are the
+        result.
+        """
+        return not self.operation.is_of_training and self.operation is not Operation.INFLUENCE_FACTORS
 
     @property
     def on_itself(self) -> bool:
         """Whether each training example meets itself alone."""
         return self.operation is Operation.SELF_INFLUENCE
+
+    @property
+    def gradients_only(self) -> bool:
+        """Whether gradients of the training examples are the result."""
+        return self.operation is Operation.TRAINING_GRADIENTS
 
     @property
     def by_block(self) -> bool:
@@ -121,7 +131,7 @@ class Plan(SpecModel):
 
     @property
     def groups(self) -> int:
-        """G: passes over the training set that scoring takes; 0 if nothing is scored."""
+        """G: passes over the training set, or its stored gradients, that scoring takes; 0 without scores."""
         return -(-self.test // self.group_rows) if self.has_scores else 0
 
     @property
@@ -182,7 +192,7 @@ class Plan(SpecModel):
                 ),
             )
         if not self.has_scores:
-            return tuple(self._factor_array(i, block) for i, block in enumerate(self.blocks))
+            return tuple(self._rows_array(i, block) for i, block in enumerate(self.blocks))
         if not self.dense:
             return ()
         return (
@@ -191,10 +201,11 @@ class Plan(SpecModel):
             ),
         )
 
-    def _factor_array(self, number: int, block: str) -> ResultArray:
+    def _rows_array(self, number: int, block: str) -> ResultArray:
         return ResultArray(
-            path=f"factors/{number}",
-            dims=("test", f"column_{number}"),  # blocks differ in width, so each has a dimension of its own
+            path=f"{'gradients' if self.gradients_only else 'factors'}/{number}",
+            # Blocks differ in width, so each has a dimension of its own.
+            dims=(self.result_dims[0], f"column_{number}"),
             shape=(self.test, self.blocks[block]),
             chunks=(min(self.test_chunk, self.test), self.factor_columns(number)),
             block=block,
@@ -205,7 +216,7 @@ class Plan(SpecModel):
         if self.on_itself:
             return ("train",)
         if not self.has_scores:
-            return ("test", "column")
+            return ("train" if self.gradients_only else "test", "column")
         if self.by_block:
             return ("block", "test", "train")
         if self.by_token:
@@ -214,7 +225,7 @@ class Plan(SpecModel):
 
     @property
     def result_shape(self) -> tuple[int, ...]:
-        """Of the matrix, stored or not; of factors over all blocks."""
+        """Of the matrix, stored or not; of factors and gradients over all blocks."""
         if self.on_itself:
             return (self.train,)
         if not self.has_scores:
@@ -246,7 +257,7 @@ class Plan(SpecModel):
 
     @property
     def factor_bytes(self) -> int:
-        """Of the factors of all test examples, in the store."""
+        """Of the factors of all test examples, in the store; of the gradients, for TrainingGradients."""
         return self.test * sum(self.blocks.values()) * self.itemsize
 
     @property
@@ -259,7 +270,8 @@ class Plan(SpecModel):
     @property
     def training_passes(self) -> int:
         """Passes over the training set, without those of an iterative solver."""
-        return self.fit_passes + self.groups + self.on_itself
+        scored = self.groups if self.operation.reads_training else 0
+        return self.fit_passes + scored + self.operation.is_of_training
 
     @property
     def passes_per_iteration(self) -> int:

@@ -39,18 +39,17 @@ def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
     Raises:
         PermanentError: PlanImpossible, for a result above `output.maxBytes` or work that does not fit.
     """
-    fits = spec.operation is not Operation.INFLUENCES_FROM_FACTORS
+    fits = spec.operation.fits
     micro_batch = memory.choose_micro_batch(spec, method, sizes.shapes, fits=fits)
     region_bytes = _region_bytes(spec, method, sizes, micro_batch)
     most_rows = _most_rows(spec, method, sizes, micro_batch, region_bytes)
-    on_itself = spec.operation is Operation.SELF_INFLUENCE
     test_chunk = _test_chunk(spec, method, sizes, micro_batch, most_rows)
     test_chunks = -(-sizes.test // test_chunk)
     groups = -(-test_chunks // max(1, min(most_rows, _column_rows(spec, sizes)) // test_chunk))
     group_chunks = -(-test_chunks // groups)
     group_rows = min(group_chunks * test_chunk, sizes.test)
     train_chunk = test_chunk
-    if not on_itself:
+    if not spec.operation.is_of_training:
         train_chunk = _train_chunk(spec, sizes, group_rows, micro_batch, region_bytes)
     passes = len(method.passes()) if fits else 0
     plan = Plan(
@@ -109,10 +108,33 @@ def _used(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int
 
 
 def _capture(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
-    """Differentiating one micro-batch of training examples in the score stage."""
+    """Differentiating one micro-batch of training examples in the score stage.
+
+    In place of it a chunk of stored gradients, which on cpu is where it was read to.
+    """
+    if not spec.operation.reads_training:
+        on_host = memory.factor_copies(spec) > 1
+        return 0 if on_host else max(READ_BYTES, _training_bytes(spec, sizes))
     by_token = spec.operation is Operation.INFLUENCES_BY_TOKEN
     products = product_bytes(sizes.shapes, micro_batch) if by_token else 0
     return method.footprint(sizes.shapes, micro_batch, 1).capture + products
+
+
+def _training_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
+    """What scoring reads of one training example."""
+    if spec.operation.reads_training:
+        return sizes.shapes.example_bytes
+    return sum(sizes.blocks.values()) * _itemsize(sizes)
+
+
+def _differentiated(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, rows: int) -> int:
+    """Solving `rows` examples at once, or for TrainingGradients differentiating them, above the model."""
+    footprint = method.footprint(sizes.shapes, micro_batch, rows)
+    if spec.operation is not Operation.TRAINING_GRADIENTS:
+        return footprint.factors
+    gradients = rows * footprint.factor_row
+    # The gradients, and beside them the last micro-batch or all of them once more, joined.
+    return footprint.resident + gradients + max(gradients, footprint.capture)
 
 
 def _region_bytes(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
@@ -142,28 +164,34 @@ def _test_chunk(
 ) -> int:
     """As given, or what leaves `FACTOR_TASKS` chunks, fits, and divides a group evenly.
 
-    For SelfInfluence of the training examples, which are solved chunk by chunk.
+    For SelfInfluence and TrainingGradients of the training examples, which are solved or differentiated
+    chunk by chunk.
     """
-    side = "train" if spec.operation is Operation.SELF_INFLUENCE else "test"
+    side = "train" if spec.operation.is_of_training else "test"
     given = None if spec.chunks is None else getattr(spec.chunks, side)
     budget = memory.device_budget(spec) - sizes.shapes.model_bytes
 
     def fits(rows: int) -> bool:
-        return rows <= most_rows and method.footprint(sizes.shapes, micro_batch, rows).factors <= budget
+        return rows <= most_rows and _differentiated(spec, method, sizes, micro_batch, rows) <= budget
 
     if given is not None:
         rows = min(given, sizes.test)
         if not fits(rows):
             limit = _largest_power(1, most_rows, fits)
+            what = "differentiating" if spec.operation is Operation.TRAINING_GRADIENTS else "solving"
             raise memory.impossible(
                 spec,
-                f"chunks.{side}: solving {rows} {side} examples at once does not fit",
+                f"chunks.{side}: {what} {rows} {side} examples at once does not fit",
                 f", or set {limit} or less",
             )
         return int(given)
     wanted = min(
         LARGEST_TEST_CHUNK, max(8, sizes.test // FACTOR_TASKS), sizes.test, _column_rows(spec, sizes)
     )
+    if spec.operation is Operation.TRAINING_GRADIENTS:
+        # A job that scores them reads whole chunks.
+        wanted = min(wanted, max(1, READ_BYTES // (sum(sizes.blocks.values()) * _itemsize(sizes))))
+        return _largest_power(1, min(wanted, most_rows), fits)
     if most_rows >= sizes.test:
         return _largest_power(1, wanted, fits)
     # Several groups: chunks that fill a group leave no memory unused.
@@ -190,10 +218,22 @@ def _train_chunk(
     column = group_rows * _pair_bytes(spec, sizes)
     groups = -(-sizes.test // group_rows)
     by_size = region_bytes // column
-    by_reading = READ_BYTES // max(1, sizes.shapes.example_bytes)
+    by_reading = READ_BYTES // max(1, _training_bytes(spec, sizes))
     by_count = sizes.train // -(-LEAST_REGIONS // groups)
+    if sizes.stored_chunk is not None:
+        return _of_stored_chunks(max(1, min(by_size, by_reading, sizes.train)), by_count, sizes.stored_chunk)
     chunk = max(1, min(by_size, by_reading, by_count, sizes.train))
     return chunk - chunk % micro_batch if chunk > micro_batch else chunk
+
+
+def _of_stored_chunks(most: int, wanted: int, stored: int) -> int:
+    """Whole chunks of stored gradients, so that each is read once per group; even parts of one, where that is
+    more than `most`.
+    """
+    if most < stored:
+        return -(-stored // -(-stored // most))
+    chunk = max(stored, min(most, wanted))
+    return chunk - chunk % stored
 
 
 def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) -> dict[str, StageMemory]:
@@ -201,8 +241,11 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     shapes = sizes.shapes
     footprint = method.footprint(shapes, plan.micro_batch, min(plan.test_chunk, plan.test))
     on_host = memory.factor_copies(spec) > 1
-    reads = 2 * min(plan.train_chunk, plan.train) * shapes.example_bytes
-    tests = min(plan.test_chunk, plan.test) * sizes.test_example_bytes
+    rows = min(plan.test_chunk, plan.test)
+    reads = 2 * min(plan.train_chunk, plan.train) * _training_bytes(spec, sizes)
+    tests = rows * sizes.test_example_bytes
+    solved = shapes.model_bytes + _differentiated(spec, method, sizes, plan.micro_batch, rows)
+    chunk_rows = rows * sum(plan.blocks.values()) * plan.itemsize
     scratch = 0
 
     def stage(device: int, host: int) -> StageMemory:
@@ -213,15 +256,19 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
         scratch += (plan.fit_ranges + plan.fit_passes) * footprint.stored
         stages["Fitting"] = stage(shapes.model_bytes + footprint.fit, reads)
     if plan.on_itself:
-        stages["Scores"] = stage(shapes.model_bytes + footprint.factors, reads)
-    elif spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
+        stages["Scores"] = stage(solved, reads)
+    elif plan.gradients_only:
+        stages["Gradients"] = stage(solved, tests + chunk_rows)
+    elif spec.operation.solves_tests:
         scratch += plan.factor_bytes if plan.has_scores else 0
-        chunk_factors = min(plan.test_chunk, plan.test) * sum(plan.blocks.values()) * plan.itemsize
-        stages["Factors"] = stage(shapes.model_bytes + footprint.factors, tests + chunk_factors)
+        stages["Factors"] = stage(solved, tests + chunk_rows)
     if plan.has_scores:
         region = math.prod(plan.result_chunks) * plan.itemsize
         group = plan.group_rows * _factor_row(spec, method, sizes)
-        device = _used(spec, method, sizes, plan.micro_batch) + group + region
+        used = _used(spec, method, sizes, plan.micro_batch)
+        if not on_host and not spec.operation.reads_training:
+            used = max(used, _resident(method, sizes) + reads // 2)
+        device = used + group + region
         stages["Scores"] = stage(device, reads + 2 * region + group)
     return stages
 
@@ -237,6 +284,10 @@ def _refuse_large_result(spec: InfluenceJobSpec, plan: Plan) -> None:
         cure = "take fewer test examples, shorter texts, operation: Influences, or raise output.maxBytes"
     elif plan.has_scores and spec.mode is Mode.UP:
         cure = "set output.dense: false, which keeps the top k and the statistics, or raise output.maxBytes"
+    elif plan.gradients_only:
+        cure = (
+            "take method Trak or Logra with a smaller rank, track fewer parameters, or raise output.maxBytes"
+        )
     else:
         cure = "take fewer test examples, track fewer parameters, or raise output.maxBytes"
     raise PermanentError(

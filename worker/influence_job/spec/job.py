@@ -181,6 +181,12 @@ class FactorsSpec(SpecModel):
     url: StoreUrl = Field(description="Store of an InfluenceFactors job.")
 
 
+class GradientsSpec(SpecModel):
+    """Training gradients of an earlier job."""
+
+    url: StoreUrl = Field(description="Store of a TrainingGradients job.")
+
+
 Seconds = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
 
 
@@ -209,6 +215,7 @@ class InfluenceJobSpec(SpecModel):
     chunks: ChunksSpec | None = Field(None, description="The result's grid. Default: chosen by the plan.")
     output: OutputSpec = Field(description="Where the result goes.")
     factors: FactorsSpec | None = Field(None, description="For InfluencesFromFactors, and only for it.")
+    gradients: GradientsSpec | None = Field(None, description="For InfluencesFromGradients, and only for it.")
     image: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[!-~]+$")] | None = Field(
         None,
         description="Container image of driver, scheduler and workers. Default: the chart's. "
@@ -257,6 +264,12 @@ class InfluenceJobSpec(SpecModel):
     def _operation_fits(self) -> InfluenceJobSpec:
         check_operation(self)
         return self
+
+    @property
+    def earlier_store(self) -> str | None:
+        """URL of the store that fit and factors or gradients are taken from; None: the job makes them."""
+        given = self.factors or self.gradients
+        return None if given is None else given.url
 
     @property
     def worker_limits(self) -> dict[str, Quantity]:

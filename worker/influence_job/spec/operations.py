@@ -31,8 +31,32 @@ class Operation(StrEnum):
     """(H + λI)^-1 g of the test examples alone."""
     INFLUENCES_FROM_FACTORS = "InfluencesFromFactors"
     """Influences, from factors that an earlier job stored."""
+    TRAINING_GRADIENTS = "TrainingGradients"
+    """The gradients of the training examples alone, in the coordinates in which the method scores."""
+    INFLUENCES_FROM_GRADIENTS = "InfluencesFromGradients"
+    """Influences, from training gradients that an earlier job stored: no training example is read."""
     SELF_INFLUENCE = "SelfInfluence"
     """Every training example on itself: outliers and wrong labels have large ones."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the job fits the method; else it takes the fit of the store that it reads from."""
+        return self not in (Operation.INFLUENCES_FROM_FACTORS, Operation.INFLUENCES_FROM_GRADIENTS)
+
+    @property
+    def reads_training(self) -> bool:
+        """Whether training examples are read, to fit or to score."""
+        return self is not Operation.INFLUENCES_FROM_GRADIENTS
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether there are training examples alone, and no test examples."""
+        return self in (Operation.TRAINING_GRADIENTS, Operation.SELF_INFLUENCE)
+
+    @property
+    def solves_tests(self) -> bool:
+        """Whether test examples are differentiated and solved."""
+        return not self.is_of_training and self is not Operation.INFLUENCES_FROM_FACTORS
 
 
 class Mode(StrEnum):
@@ -48,41 +72,65 @@ _WITHOUT_PERTURBATION = {
     Operation.INFLUENCE_FACTORS: "expected Up: factors are the same in both modes; Perturbation is for "
     "Influences and InfluencesFromFactors",
     Operation.SELF_INFLUENCE: "expected Up: an example's influence on itself has no perturbation",
+    Operation.TRAINING_GRADIENTS: "expected Up: gradients are stored as up-weighting scores them",
+    Operation.INFLUENCES_FROM_GRADIENTS: "expected Up: a perturbation takes the training examples themselves",
     Operation.INFLUENCES_BY_BLOCK: "expected Up: the parts of blocks are stored of up-weighting alone",
     Operation.INFLUENCES_BY_TOKEN: "expected Up: the parts of tokens are stored of up-weighting alone",
 }
-_NO_TEST_CHUNKS = "not for SelfInfluence, which has no test examples; set chunks.train or remove it"
+_NO_TEST_CHUNKS = (
+    "not for SelfInfluence and TrainingGradients, which have no test examples; set chunks.train or remove it"
+)
 _ONE_BLOCK = (
     "expected Ekfac, Logra or TracIn, or blocks other than Full, for InfluencesByBlock: one block of all "
     "parameters has one part, the whole; set method.blocks: LayerWise, or operation: Influences"
 )
+_SOLVES_WITH_DATA = ("Cg", "Lissa", "InverseHarmonicMean")
+_STORED_GRADIENTS = (
+    "not Cg, Lissa or InverseHarmonicMean for TrainingGradients and InfluencesFromGradients: they solve by "
+    "going over the training examples, which stored gradients are to spare; take another method (Trak and "
+    "Logra have the shortest gradients), or operation: Influences"
+)
 _DENSE = {
     Operation.INFLUENCE_FACTORS: "factors",
+    Operation.TRAINING_GRADIENTS: "gradients",
     Operation.SELF_INFLUENCE: "self-influences",
     Operation.INFLUENCES_BY_BLOCK: "the parts of blocks",
     Operation.INFLUENCES_BY_TOKEN: "the parts of tokens",
 }
 """What has no top k of its own."""
 
+_SOURCES = (
+    ("factors", Operation.INFLUENCES_FROM_FACTORS, "an InfluenceFactors job"),
+    ("gradients", Operation.INFLUENCES_FROM_GRADIENTS, "a TrainingGradients job"),
+)
+"""Field that names the store of an earlier job, the operation that needs it, and whose store it is."""
+
 OPERATION_RULES = (
-    rule(
-        "self.operation != 'InfluencesFromFactors' || has(self.factors)",
-        "expected {url: store of an InfluenceFactors job} for InfluencesFromFactors",
-        "factors",
-        Refusal.REQUIRED,
-    ),
-    rule(
-        "self.operation == 'InfluencesFromFactors' || !has(self.factors)",
-        "only for operation InfluencesFromFactors; remove it or change operation",
-        "factors",
-        Refusal.FORBIDDEN,
+    *(
+        made
+        for field, operation, maker in _SOURCES
+        for made in (
+            rule(
+                f"self.operation != '{operation}' || has(self.{field})",
+                f"expected {{url: store of {maker}}} for {operation}",
+                field,
+                Refusal.REQUIRED,
+            ),
+            rule(
+                f"self.operation == '{operation}' || !has(self.{field})",
+                f"only for operation {operation}; remove it or change operation",
+                field,
+                Refusal.FORBIDDEN,
+            ),
+        )
     ),
     *(
         rule(f"self.operation != '{operation}' || self.mode == 'Up'", message, "mode")
         for operation, message in _WITHOUT_PERTURBATION.items()
     ),
     rule(
-        "self.operation != 'SelfInfluence' || !has(self.chunks) || !has(self.chunks.test)",
+        "!(self.operation in ['SelfInfluence', 'TrainingGradients']) || !has(self.chunks) || "
+        "!has(self.chunks.test)",
         _NO_TEST_CHUNKS,
         "chunks.test",
         Refusal.FORBIDDEN,
@@ -94,10 +142,16 @@ OPERATION_RULES = (
         "method",
     ),
     rule(
+        "!(self.operation in ['TrainingGradients', 'InfluencesFromGradients']) || "
+        f"!(self.method.name in [{', '.join(map(repr, _SOLVES_WITH_DATA))}])",
+        _STORED_GRADIENTS,
+        "method",
+    ),
+    rule(
         "self.output.dense || (self.mode == 'Up' && "
         f"!(self.operation in [{', '.join(repr(str(operation)) for operation in _DENSE)}]))",
-        "expected true: factors, self-influences, perturbations and the parts of blocks and tokens have no "
-        "top k, so nothing would be stored",
+        "expected true: factors, gradients, self-influences, perturbations and the parts of blocks and "
+        "tokens have no top k, so nothing would be stored",
         "output.dense",
     ),
 )
@@ -113,15 +167,15 @@ def check_operation(spec: InfluenceJobSpec) -> None:
         check(spec)
 
 
-def _check_factors(spec: InfluenceJobSpec) -> None:
-    reads_factors = spec.operation is Operation.INFLUENCES_FROM_FACTORS
-    if reads_factors and spec.factors is None:
-        raise refuse("factors", "expected {url: store of an InfluenceFactors job} for InfluencesFromFactors")
-    if not reads_factors and spec.factors is not None:
-        raise refuse(
-            "factors",
-            f"only for operation InfluencesFromFactors, got {spec.operation}; remove it or change it",
-        )
+def _check_sources(spec: InfluenceJobSpec) -> None:
+    for field, operation, maker in _SOURCES:
+        given = getattr(spec, field) is not None
+        if spec.operation is operation and not given:
+            raise refuse(field, f"expected {{url: store of {maker}}} for {operation}")
+        if spec.operation is not operation and given:
+            raise refuse(
+                field, f"only for operation {operation}, got {spec.operation}; remove it or change it"
+            )
 
 
 def _check_mode(spec: InfluenceJobSpec) -> None:
@@ -130,8 +184,7 @@ def _check_mode(spec: InfluenceJobSpec) -> None:
 
 
 def _check_chunks(spec: InfluenceJobSpec) -> None:
-    on_itself = spec.operation is Operation.SELF_INFLUENCE
-    if on_itself and spec.chunks is not None and spec.chunks.test is not None:
+    if spec.operation.is_of_training and spec.chunks is not None and spec.chunks.test is not None:
         raise refuse("chunks.test", _NO_TEST_CHUNKS)
 
 
@@ -151,6 +204,12 @@ def _divides(method: MethodSpec) -> bool:
             return method.blocks is not BlockStructure.FULL
 
 
+def _check_gradients(spec: InfluenceJobSpec) -> None:
+    stored = spec.operation in (Operation.TRAINING_GRADIENTS, Operation.INFLUENCES_FROM_GRADIENTS)
+    if stored and spec.method.name in _SOLVES_WITH_DATA:
+        raise refuse("method", _STORED_GRADIENTS)
+
+
 def _check_dense(spec: InfluenceJobSpec) -> None:
     what = _DENSE.get(spec.operation, "perturbations" if spec.mode is Mode.PERTURBATION else None)
     if not spec.output.dense and what is not None:
@@ -158,9 +217,10 @@ def _check_dense(spec: InfluenceJobSpec) -> None:
 
 
 _CHECKS: tuple[Callable[[InfluenceJobSpec], None], ...] = (
-    _check_factors,
+    _check_sources,
     _check_mode,
     _check_chunks,
     _check_blocks,
+    _check_gradients,
     _check_dense,
 )

@@ -30,7 +30,7 @@ OURS = "influence_operator"
 """The attribute that marks a root group, and an array, as written by a job."""
 CONTRACT_VERSION = 1
 """Raised when a reader of the previous version would misread the store."""
-GROUPS = ("factors", "fit", "ledger", "partials")
+GROUPS = ("factors", "fit", "gradients", "ledger", "partials")
 """Folders of the root that hold no arrays of their own; declared so that zarr knows what they are."""
 _SEALED = (
     "shape",

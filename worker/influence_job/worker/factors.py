@@ -15,6 +15,7 @@ from influence_calculator.maths.objective import IndexedBatch, Objective, micro_
 from influence_job.spec import InfluenceJobSpec, Mode, Operation
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
+from influence_job.storage.store import Store
 from influence_job.worker.annotations import write_annotations
 from influence_job.worker.blame import blame, blaming, not_finite
 from influence_job.worker.outcome import Outcome
@@ -39,7 +40,11 @@ class Basis(StrEnum):
 
 def stored_basis(spec: InfluenceJobSpec) -> Basis:
     """A job that only needs factors to score them stores them as they are scored."""
-    scores = spec.operation in (Operation.INFLUENCES, Operation.INFLUENCES_BY_BLOCK)
+    scores = spec.operation in (
+        Operation.INFLUENCES,
+        Operation.INFLUENCES_BY_BLOCK,
+        Operation.INFLUENCES_FROM_GRADIENTS,
+    )
     only_scored = scores and spec.mode is Mode.UP
     return Basis.METHOD if only_scored else Basis.PARAMETERS
 
@@ -100,7 +105,7 @@ def load_group(own: Session, group: int) -> Left:
     for number, block in enumerate(own.layout.blocks):
         # Memory that torch allocated: the alignment of foreign memory changes bits.
         rows = torch.empty(stop - start, own.layout.factor_widths[block], dtype=own.result_dtype)
-        _read_rows(own, factor_path(number), start, stop, rows)
+        read_rows(own.factor_store, factor_path(number), start, stop, rows)
         basis = Basis(arrays.array_info(own.factor_store, factor_path(number)).attributes["basis"])
         loaded[block] = _resident(own, block, rows, basis)
     return loaded
@@ -119,13 +124,13 @@ def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
     return resident
 
 
-def _read_rows(own: Session, path: str, start: int, stop: int, into: Tensor) -> None:
-    """Copies rows `start` to `stop` of a factor array, which may be another job's, chunk by chunk."""
-    info = arrays.array_info(own.factor_store, path)
+def read_rows(store: Store, path: str, start: int, stop: int, into: Tensor) -> None:
+    """Copies rows `start` to `stop` of an array, which may be another job's, chunk by chunk."""
+    info = arrays.array_info(store, path)
     height, width = info.chunks
     for i in range(start // height, -(-stop // height)):
         for j in range(info.grid[1]):
-            chunk = torch.from_numpy(arrays.read_chunk(own.factor_store, path, (i, j)))
+            chunk = torch.from_numpy(arrays.read_chunk(store, path, (i, j)))
             first = max(start, i * height)
             rows = chunk[first - i * height : stop - i * height]
             into[first - start : first - start + len(rows), j * width : j * width + chunk.shape[1]] = rows
@@ -150,14 +155,21 @@ def _store(own: Session, index: int, solved: Solved) -> str:
     """Writes the factor chunks and the solver's report; the digest covers all of them."""
     state = hashlib.blake2b(digest_size=16)
     for number, block in enumerate(own.layout.blocks):
-        values = as_array(_as_stored(own, block, solved.left[block]))
-        width = own.plan.factor_columns(number)
-        for column, first in enumerate(range(0, values.shape[1], width)):
-            piece = values[:, first : first + width]
-            digest = arrays.write_chunk(own.store, factor_path(number), (index, column), piece)
-            state.update(digest.encode())
+        rows = _as_stored(own, block, solved.left[block])
+        state.update(write_rows(own, factor_path(number), number, index, rows).encode())
     state.update(store_report(own, index, solved.report).encode())
     return state.hexdigest()
+
+
+def write_rows(own: Session, path: str, number: int, index: int, rows: Tensor) -> str:
+    """Writes chunk `index` of one array of factors or gradients, that of block `number`; the digests of its
+    pieces.
+    """
+    values, width = as_array(rows), own.plan.factor_columns(number)
+    return "".join(
+        arrays.write_chunk(own.store, path, (index, column), values[:, first : first + width])
+        for column, first in enumerate(range(0, values.shape[1], width))
+    )
 
 
 def store_report(own: Session, index: int, report: SolverReport) -> str:

@@ -13,7 +13,7 @@ from influence_calculator.maths import perturbation
 from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import CalculatorError, UnsupportedInputError
-from influence_calculator.maths.objective import slice_batch
+from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
 from influence_calculator.maths.probe import probe
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
@@ -26,6 +26,7 @@ from influence_job.worker.blame import blaming
 from influence_job.worker.factors import factor_path
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, build, session
+from influence_job.worker.training_gradients import gradient_path
 
 KIND = "load"
 PROBED = 4
@@ -38,7 +39,8 @@ class Loaded:
 
     sizes: Sizes
     model_digest: str
-    train_identity: dict[str, Any]
+    train_identity: dict[str, Any] | None
+    """None where gradients of another store take their place."""
     test_identity: dict[str, Any] | None
     """None where there is none: factors of another store take its place, or training examples do."""
     environment: str
@@ -78,15 +80,13 @@ def save_model(context: WorkerContext) -> Outcome:
 def describe(own: Session) -> Loaded:
     """Probes a few examples and measures sizes; reads 64 examples of each side at most."""
     task, passes = own.task, own.method.passes()
+    operation, version = own.spec.operation, task.data_version
     annotations = _probed(own)
-    test_identity = None
-    if test_side(own.spec):
-        test_identity = data_identity(task.test, "test", task.data_version)
     return Loaded(
         sizes=measure_sizes(own),
         model_digest=own.model_digest,
-        train_identity=data_identity(task.train, "train", task.data_version),
-        test_identity=test_identity,
+        train_identity=data_identity(task.train, "train", version) if operation.reads_training else None,
+        test_identity=data_identity(task.test, "test", version) if operation.solves_tests else None,
         environment=own.environment,
         units={step.name: len(step.units(own.objective)) for step in passes},
         follows={step.name: step.follows for step in passes if step.follows is not None},
@@ -96,15 +96,29 @@ def describe(own: Session) -> Loaded:
 
 def _probed(own: Session) -> dict[str, str]:
     """Tries a few examples of each side; the dtypes of what they are annotated with, by coordinate."""
-    task = own.task
-    few, _ = own.read("train", 0, min(PROBED, len(task.train)))
-    with blaming(own, own.objective, "train", 0, min(PROBED, len(task.train))):
-        probe(own.objective, few)
-    annotations = {f"train_{name}": str(c.dtype) for name, c in annotate(task, own.objective, few).items()}
-    if test_side(own.spec):
-        tests, _ = own.read("test", 0, min(PROBED, len(task.test)))
-        annotations |= {f"test_{n}": str(c.dtype) for n, c in annotate(task, own.objective, tests).items()}
+    sides = _sides(own.spec)
+    annotations: dict[str, str] = {}
+    for side in sides:
+        few, objective = _few(own, side)
+        if side == sides[0]:
+            with blaming(own, objective, side, 0, batch_size(few)):
+                probe(objective, few)
+        columns = annotate(own.task, own.objective, few)
+        annotations |= {f"{side}_{name}": str(column.dtype) for name, column in columns.items()}
     return annotations
+
+
+def _sides(spec: InfluenceJobSpec) -> tuple[str, ...]:
+    """Whose examples are read; the first is probed and measured."""
+    read = {"train": spec.operation.reads_training, "test": spec.operation.solves_tests}
+    return tuple(side for side, is_read in read.items() if is_read)
+
+
+def _few(own: Session, side: str, most: int = PROBED) -> tuple[Batch, Objective]:
+    """The first examples of a side, and what is differentiated there."""
+    source = own.task.train if side == "train" else own.task.test
+    batch, _ = own.read(side, 0, min(most, len(source)))
+    return batch, own.objective if side == "train" else own.test_objective
 
 
 @contextmanager
@@ -121,7 +135,9 @@ def _refusals_named() -> Iterator[None]:
 
 def measure_sizes(own: Session) -> Sizes:
     """Sizes of model and data, from one example of each."""
-    one, _ = own.read("train", 0, 1)
+    one, objective = _few(own, _sides(own.spec)[0], 1)
+    stored = own.spec.operation is Operation.INFLUENCES_FROM_GRADIENTS
+    gradients = arrays.array_info(own.fit_store, gradient_path(0)) if stored else None
     feature_shape: tuple[int, ...] = ()
     if own.spec.mode is Mode.PERTURBATION:
         feature_shape = tuple(perturbation.perturbed_input(one).shape[1:])
@@ -129,17 +145,19 @@ def measure_sizes(own: Session) -> Sizes:
         feature_shape = (token_count(own.objective, own.layout, one),)
     return Sizes(
         test=_test_length(own),
-        train=len(own.task.train),
-        shapes=measure(own.objective, slice_batch(one, 0, 1)),
+        train=len(own.task.train) if gradients is None else gradients.shape[0],
+        shapes=measure(objective, slice_batch(one, 0, 1)),
         feature_shape=feature_shape,
         dtype=_dtype(own),
         blocks=own.layout.factor_widths,
         test_example_bytes=_test_example_bytes(own, one),
+        stored_chunk=None if gradients is None else gradients.chunks[0],
     )
 
 
 def measure_job(spec: InfluenceJobSpec) -> Sizes:
-    """The sizes of a job, measured in this process; writes nothing and reads no store but `factors.url`.
+    """The sizes of a job, measured in this process; writes nothing and reads no store but that of
+    `factors.url` or `gradients.url`.
 
     Refuses what Loading would refuse.
 
@@ -156,21 +174,17 @@ def measure_job(spec: InfluenceJobSpec) -> Sizes:
         raise PermanentError(Reason.INVALID_DATA, str(error)) from error
 
 
-def test_side(spec: InfluenceJobSpec) -> bool:
-    """Whether the operation differentiates test examples."""
-    return spec.operation not in (Operation.INFLUENCES_FROM_FACTORS, Operation.SELF_INFLUENCE)
-
-
-def _test_example_bytes(own: Session, train_example: Any) -> int:
-    if own.spec.operation is Operation.SELF_INFLUENCE:
-        return _bytes(train_example)
-    return _bytes(own.read("test", 0, 1)[0]) if test_side(own.spec) else 0
+def _test_example_bytes(own: Session, first_example: Any) -> int:
+    operation = own.spec.operation
+    if operation.is_of_training:
+        return _bytes(first_example)
+    return _bytes(own.read("test", 0, 1)[0]) if operation.solves_tests else 0
 
 
 def _test_length(own: Session) -> int:
-    if own.spec.operation is Operation.SELF_INFLUENCE:
+    if own.spec.operation.is_of_training:
         return len(own.task.train)
-    if test_side(own.spec):
+    if own.spec.operation.solves_tests:
         return len(own.task.test)
     return int(arrays.array_info(own.factor_store, factor_path(0)).shape[0])
 

@@ -10,24 +10,21 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from influence_calculator.maths import by_token, perturbation, region
 from influence_calculator.maths.layout import Left
-from influence_calculator.maths.objective import Batch
-from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan
-from influence_job.spec import Mode
 from influence_job.storage import arrays, sink_arrays
 from influence_job.storage.ledger import Row, indices_since
 from influence_job.storage.sinks import Partial
-from influence_job.worker.annotations import write_annotations
-from influence_job.worker.blame import blame, blaming, not_finite
-from influence_job.worker.factors import as_array, load_group
+from influence_job.worker.blame import not_finite
+from influence_job.worker.factors import load_group
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, session
+from influence_job.worker.training_side import training_side
 
 KIND = "region"
 INFLUENCES = "influences"
@@ -65,7 +62,7 @@ class _Pipeline:
     outcome: Outcome
     reads: ThreadPoolExecutor
     writes: ThreadPoolExecutor
-    _next: Future[tuple[Batch, str]] | None = None
+    _next: Future[tuple[Any, str]] | None = None
     _previous: _Written | None = None
 
     def run(self) -> None:
@@ -93,6 +90,7 @@ class _Pipeline:
 
     def _open(self) -> None:
         self.own: Session = session(self.context)
+        self.side = training_side(self.own)
         self.chunks = self._not_done()
         self.left: Left = self.own.group(self.group, lambda g: load_group(self.own, g))
         self._prefetch(0)
@@ -107,45 +105,20 @@ class _Pipeline:
     def _prefetch(self, position: int) -> None:
         self._next = None
         if position < len(self.chunks):
-            start, stop = self.plan.train_range(self.chunks[position])
-            self._next = self.reads.submit(self.own.read, "train", start, stop)
+            self._next = self.reads.submit(self.side.read, self.chunks[position])
 
     def _step(self, position: int) -> None:
         chunk = self.chunks[position]
         assert self._next is not None
         pending, self._next = self._next, None
-        batch, inputs = pending.result()
+        content, inputs = pending.result()
         self._prefetch(position + 1)
-        with blaming(self.own, self.own.objective, "train", *self.plan.train_range(chunk)):
-            if self.group == 0:
-                write_annotations(self.own, "train", chunk, batch)
-            values = as_array(self._compute(batch))
+        values = self.side.scores(self.left, chunk, content, annotate=self.group == 0)
         whole = values if self.plan.parts_axis is None else values.sum(axis=self.plan.parts_axis)
         self._require_finite(whole, chunk)
         self._settle()
         put = self.writes.submit(_store, self.own, self.group, chunk, values, whole)
         self._previous = _Written(self.plan.region(self.group, chunk), inputs, put)
-
-    def _compute(self, batch: Batch) -> torch.Tensor:
-        fitted, micro_batch = self.own.fitted, self.plan.micro_batch
-        if self.own.spec.mode is Mode.PERTURBATION:
-            return perturbation.perturbations(fitted, self.own.objective, self.left, batch, micro_batch)
-        if self.plan.by_token:
-            return self._by_token(batch)
-        score = region.influences_by_block if self.plan.by_block else region.influences
-        return score(fitted, self.left, batch, micro_batch)
-
-    def _by_token(self, batch: Batch) -> torch.Tensor:
-        parts = by_token.influences_by_token(
-            self.own.fitted, self.own.objective, self.left, batch, self.plan.micro_batch
-        )
-        if parts.shape[2:] != self.plan.feature_shape:
-            raise PermanentError(
-                Reason.INVALID_DATA,
-                f"training examples: expected {self.plan.feature_shape[0]} tokens, as the first one has, got "
-                f"{parts.shape[2]}; pad all of them to one length",
-            )
-        return parts
 
     def _require_finite(self, whole: np.ndarray, chunk: int) -> None:
         """Refuses a training example without finite scores.
@@ -156,11 +129,11 @@ class _Pipeline:
         if finite.all():
             return
         bad = ~finite.reshape(*whole.shape[:2], -1).all(axis=2)
-        start, stop = self.plan.train_range(chunk)
         columns = bad[self._solved_rows()].any(axis=0)
         if columns.any():
+            start, _ = self.plan.train_range(chunk)
             raise not_finite("train", start + int(columns.argmax()))
-        error = blame(self.own, self.own.objective, "train", start, stop)
+        error = self.side.blame(chunk)
         if error is not None:
             raise error
 

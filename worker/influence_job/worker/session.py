@@ -100,15 +100,20 @@ class Session:
     @cached_property
     def fitted(self) -> Fitted:
         """The fitted method, read from the store's finished fit."""
-        state = FitReader(self.factor_store, self.method, self.objective).state(self.device)
+        state = FitReader(self.fit_store, self.method, self.objective).state(self.device)
         return self.method.fitted(self.objective, state, self if self.method.needs_data else None)
 
     @cached_property
+    def fit_store(self) -> Store:
+        """Where the fit lies: this store, or the one of an earlier job, with its factors or gradients."""
+        url = self.spec.earlier_store
+        return self.store if url is None else Store.open(url, self.spec.output.storage_options)
+
+    @property
     def factor_store(self) -> Store:
-        """Where fit and factors lie: this store, or the one that `factors.url` names."""
-        if self.spec.operation is not Operation.INFLUENCES_FROM_FACTORS or self.spec.factors is None:
-            return self.store
-        return Store.open(self.spec.factors.url, self.spec.output.storage_options)
+        """Where the factors lie."""
+        taken = self.spec.operation is Operation.INFLUENCES_FROM_FACTORS
+        return self.fit_store if taken else self.store
 
     # TrainingData, for methods that solve by going over the training set again
     @property

@@ -1,0 +1,211 @@
+"""TrainingGradients once, then InfluencesFromGradients for one test set after another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray
+import zarr
+
+import oracle
+import queries_task
+import stored
+from explicit_projections import explicit_layer
+from jobs import INFLUENCE, Jobs, times_written
+from resuming import kill_and_resume
+
+LAMBDA, RANK = 0.05, 2
+LOGRA = {"name": "Logra", "regularization": LAMBDA, "rank": RANK}
+TASK = {"entrypoint": "queries_task:task"}
+GONE = {"QUERIES_NO_TRAIN": "1"}
+STORING: dict[str, Any] = {
+    "task": TASK,
+    "operation": "TrainingGradients",
+    "method": LOGRA,
+    "chunks": {"test": None, "train": 16},
+}
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Trak": ({"name": "Trak", "regularization": LAMBDA, "rank": 7}, {}),
+    "Ekfac": ({"name": "Ekfac", "regularization": LAMBDA}, {}),
+    "TracIn": ({"name": "TracIn", "regularization": None}, {"measured": True}),
+}
+
+
+def storing(method: Mapping[str, Any] = LOGRA, **arguments: Any) -> dict[str, Any]:
+    return {**STORING, "method": dict(method), "task": {**TASK, "arguments": arguments}}
+
+
+def asking(store: Path, method: Mapping[str, Any] = LOGRA, **arguments: Any) -> dict[str, Any]:
+    return {
+        **storing(method, **arguments),
+        "operation": "InfluencesFromGradients",
+        "gradients": {"url": str(store)},
+        "chunks": {"test": 4, "train": None},
+    }
+
+
+def at_once(method: Mapping[str, Any] = LOGRA, **arguments: Any) -> dict[str, Any]:
+    return {**storing(method, **arguments), "operation": "Influences", "chunks": {"test": 4, "train": 16}}
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gradient store that nobody may change."""
+    made = Jobs(tmp_path_factory.mktemp("gradients"))
+    path = made.folder / "gradients.zarr"
+    made.finish(made.manifest(STORING), output=path)
+    return path
+
+
+def test_two_test_sets_are_scored_from_one_store_without_training_data(
+    jobs: Jobs, tmp_path: Path, gradients: Path
+) -> None:
+    """Scores, top, statistics and coordinates are those of one job; the store is read and never written."""
+    before = stored.contents(stored.open_store(gradients))
+    for first in (0, 12):
+        path, whole = tmp_path / f"{first}.zarr", tmp_path / f"whole-{first}.zarr"
+        run = jobs.finish(jobs.manifest(asking(gradients, first=first)), "--json", output=path, env=GONE)
+        jobs.finish(jobs.manifest(at_once(first=first)), output=whole)
+        assert not [name for name in times_written(run, path) if name.startswith(("gradients/0", "fit/p"))]
+        assert json.loads(run.stdout)["solver"]["converged"] == 8
+        found, expected = (xarray.open_zarr(place, consolidated=False) for place in (path, whole))
+        scale = np.abs(expected["influences"].values).max()
+        for name in ("influences", "most_harmful_score", "most_helpful_score", "score_mean"):
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6 * scale)
+        assert found["influences"].dims == ("test", "train")
+        for name in ("train_label", "train_confidence", "test_label", "test_confidence", "solver_status"):
+            np.testing.assert_array_equal(found[name], expected[name])
+        assert set(found.variables) == set(expected.variables)
+        assert set(found["influences"].coords) == set(expected["influences"].coords)
+    assert stored.contents(stored.open_store(gradients)) == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_that_solves_by_its_fit_alone_takes_both_steps(
+    name: str, jobs: Jobs, tmp_path: Path
+) -> None:
+    method, arguments = METHODS[name]
+    store, path, whole = (tmp_path / f"{place}.zarr" for place in ("gradients", "result", "whole"))
+    jobs.finish(jobs.manifest(storing(method, **arguments)), output=store)
+    jobs.finish(jobs.manifest(asking(store, method, **arguments)), output=path, env=GONE)
+    jobs.finish(jobs.manifest(at_once(method, **arguments)), output=whole)
+    found, expected = (zarr.open_group(place, mode="r")["influences"][:] for place in (path, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_in_float64_gradients_and_scores_are_those_of_explicit_projections(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    """`φ = Sᵀg`; `Σ_b φ_test · ((1/N) Σ φ φᵀ + λI)^-1 φ_train`, from gradients of one example at a time."""
+    store, path = tmp_path / "gradients.zarr", tmp_path / "result.zarr"
+    jobs.finish(jobs.manifest(storing(double=True)), output=store)
+    jobs.finish(jobs.manifest(asking(store, double=True)), output=path, env=GONE)
+    task = queries_task.task(double=True)
+    train, test = (
+        oracle.example_gradients(task.model, F.cross_entropy, *source.read(0, len(source)))
+        for source in (task.train, task.test)
+    )
+    opened = zarr.open_group(store, mode="r")
+    expected = torch.zeros(len(test), len(train), dtype=torch.float64)
+    for number, (block, o, i) in enumerate((("0", 5, 6), ("2", 3, 5))):
+        columns = oracle.columns_of(task.model, (f"{block}.weight", f"{block}.bias"))
+        S = explicit_layer(o, i, True, RANK, 0, block)
+        φ, tests = train[:, columns] @ S, test[:, columns] @ S
+        array = opened[f"gradients/{number}"]
+        assert (array.attrs["block"], array.attrs["basis"]) == (block, "method")
+        oracle.assert_close(torch.from_numpy(array[:]), φ, 1e-9)
+        expected += oracle.influences(φ.T @ φ / len(φ), LAMBDA, tests, φ)
+    found = torch.from_numpy(zarr.open_group(path, mode="r")["influences"][:])
+    oracle.assert_close(found, expected, 1e-9)
+
+
+def test_a_killed_job_that_stores_gradients_computes_the_rest_alone(jobs: Jobs, tmp_path: Path) -> None:
+    kill_and_resume(jobs, tmp_path, STORING, "gradients", "^gradients/0/c/", 6)
+
+
+def test_a_killed_job_that_scores_stored_gradients_computes_the_rest_alone(
+    jobs: Jobs, tmp_path: Path, gradients: Path
+) -> None:
+    kill_and_resume(jobs, tmp_path, asking(gradients), objects="^influences/c/0/", last=5)
+
+
+def test_gradients_of_another_model_or_method_are_refused(
+    jobs: Jobs, tmp_path: Path, gradients: Path
+) -> None:
+    """Both values are named."""
+    path = tmp_path / "result.zarr"
+    other = {"TRACED_MODEL_SCALE": "0.6"}
+    run = jobs.run(jobs.manifest(asking(gradients)), output=path, env=other, workers=1)
+    assert run.code == 64
+    assert "spec.gradients.url" in run.stderr
+    assert "model: the store was made with" in run.stderr
+    for field, value, was in (("rank", 3, RANK), ("regularization", 0.1, LAMBDA), ("seed", 1, 0)):
+        changed = asking(gradients, {**LOGRA, field: value})
+        run = jobs.run(jobs.manifest(changed), output=path, workers=1)
+        assert run.code == 64
+        assert f"method.{field}: the store was made with {was}, this job says {value}" in run.stderr
+        assert "run a TrainingGradients job with the same task and method" in run.stderr
+
+
+def test_a_store_without_gradients_is_refused(
+    jobs: Jobs, tmp_path: Path, half_done: Any, undisturbed: Any, gradients: Path
+) -> None:
+    """Before any worker starts, and with what to do; a gradient store holds no factors either."""
+    for place, words in (
+        (half_done.path, "not finished; run it again first"),
+        (tmp_path / "nothing.zarr", "found none"),
+        (undisturbed.path, "of operation Influences, which holds no gradients"),
+    ):
+        run = jobs.run(jobs.manifest(asking(place)), output=tmp_path / "result.zarr")
+        assert run.code == 64
+        assert "spec.gradients.url" in run.stderr
+        assert words in run.stderr
+    factors = {"operation": "InfluencesFromFactors", "factors": {"url": str(gradients)}}
+    run = jobs.run(jobs.manifest(factors), output=tmp_path / "result.zarr")
+    assert run.code == 64
+    assert "spec.factors.url" in run.stderr
+    assert "of operation TrainingGradients, which holds no factors" in run.stderr
+
+
+def test_a_store_that_holds_other_gradients_now_does_not_finish_what_it_began(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    """The result would be of two training sets."""
+    store, path = tmp_path / "gradients.zarr", tmp_path / "result.zarr"
+    jobs.finish(jobs.manifest(STORING), output=store)
+    jobs.finish(jobs.manifest(asking(store)), output=path)
+    again = {**STORING, "output": {"onExisting": "Overwrite"}}
+    jobs.finish(jobs.manifest(again), output=store, env={"TRACED_DATA_SHIFT": "0.5"})
+    run = jobs.run(jobs.manifest(asking(store)), output=path, workers=1)
+    assert run.code == 64
+    assert "\n  gradients: the store was made with" in run.stderr
+
+
+def test_show_says_what_a_gradient_store_is_for(gradients: Path) -> None:
+    shown = subprocess.run([INFLUENCE, "show", str(gradients)], capture_output=True, text=True, check=True)
+    text = " ".join(shown.stdout.split())
+    assert "TrainingGradients (Up), complete 96 training examples, 8 columns, float32" in text
+    assert f"operation: InfluencesFromGradients, gradients: {{url: {gradients}}}" in text
+
+
+def test_the_plan_of_each_step_tells_its_passes(jobs: Jobs, gradients: Path) -> None:
+    planned = jobs.plan(jobs.manifest(STORING))
+    assert planned.returncode == 0, planned.stderr
+    text = " ".join(planned.stdout.split())
+    assert "examples 96 training; 53 parameters" in text
+    assert "2 over the training set (1 to fit, 1 to differentiate)" in text
+    assert "result 96 × 8 of float32" in text
+    planned = jobs.plan(jobs.manifest(asking(gradients)))
+    assert planned.returncode == 0, planned.stderr
+    text = " ".join(planned.stdout.split())
+    assert "8 test, 96 training" in text
+    assert "one pass over the stored gradients each" in text
+    assert "0 over the training set" in text

@@ -1,0 +1,144 @@
+"""The store of an earlier job that a job takes its fit from, with factors or training gradients.
+
+It must be complete, and of the same model and method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from influence_job.errors import PermanentError, Reason
+from influence_job.spec import InfluenceJobSpec
+from influence_job.storage import arrays
+from influence_job.storage.fingerprint import differences
+from influence_job.storage.store import Store
+from influence_job.worker.factors import factor_path
+from influence_job.worker.training_gradients import gradient_path
+
+SHARED = ("numericsVersion", "method", "precision", "model")
+"""Parts of the fingerprint in which both jobs agree. The data of one side may differ: others are scored."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a job takes from an earlier one."""
+
+    what: str
+    """factors or gradients: the field that names the store, and the part of the fingerprint for them."""
+    url: str
+    maker: str
+    """Whose store it is."""
+    array: str
+    """One array that it holds."""
+    side: str
+    """Whose coordinates come along: test or train."""
+    shared: tuple[str, ...]
+
+    @property
+    def field(self) -> str:
+        return f"spec.{self.what}.url"
+
+
+def taken(spec: InfluenceJobSpec) -> Taken | None:
+    """What the operation takes; None for those that make all themselves."""
+    if spec.factors is not None:
+        maker = "an InfluenceFactors job"
+        shared = (*SHARED, "factorDtype")
+        return Taken("factors", spec.factors.url, maker, factor_path(0), "test", shared)
+    if spec.gradients is not None:
+        maker = "a TrainingGradients job"
+        return Taken("gradients", spec.gradients.url, maker, gradient_path(0), "train", SHARED)
+    return None
+
+
+def read_record(spec: InfluenceJobSpec) -> dict[str, Any] | None:
+    """What the earlier job noted at the root of its store; None for the other operations.
+
+    Raises:
+        PermanentError: no store of ours, one that is not finished, or one of another operation.
+    """
+    wanted = taken(spec)
+    if wanted is None:
+        return None
+    with Store.open(wanted.url, spec.output.storage_options) as store:
+        record = dict(arrays.read_attributes(store).get(arrays.OURS, {}))
+        if record.get("finished") is True and not arrays.has_array(store, wanted.array):
+            raise PermanentError(
+                Reason.INVALID_SPEC,
+                f"{wanted.field}: expected the store of {wanted.maker}, got {wanted.url}, of operation "
+                f"{record['plan']['operation']}, which holds no {wanted.what}",
+            )
+    if not record:
+        raise PermanentError(
+            Reason.INVALID_SPEC,
+            f"{wanted.field}: expected the store of {wanted.maker}, found none at {wanted.url}",
+        )
+    if record.get("finished") is not True:
+        raise PermanentError(
+            Reason.STORE_MISMATCH,
+            f"{wanted.field}: the job that fills {wanted.url} is not finished; run it again first, it "
+            "resumes",
+        )
+    return record
+
+
+def digests(spec: InfluenceJobSpec, record: dict[str, Any] | None) -> dict[str, str | None]:
+    """Identify what is taken, wherever its store lies, for the fingerprint."""
+    found: dict[str, str | None] = {"factors": None, "gradients": None}
+    wanted = taken(spec)
+    if wanted is not None and record is not None:
+        found[wanted.what] = str(record["result"]["digest"])
+    return found
+
+
+def copy_coordinates(spec: InfluenceJobSpec, record: dict[str, Any] | None, store: Store) -> tuple[str, ...]:
+    """Copies what the earlier job noted of its examples, `test_<name>` or `train_<name>`; the names.
+
+    Raises:
+        PermanentError: a byte of them was changed.
+    """
+    wanted = taken(spec)
+    if wanted is None or record is None:
+        return ()
+    names = tuple(name for name in record.get("annotations", []) if name.startswith(f"{wanted.side}_"))
+    with Store.open(wanted.url, spec.output.storage_options) as source:
+        for name in names:
+            _copy(source, store, name)
+    return names
+
+
+def _copy(source: Store, store: Store, name: str) -> None:
+    info = arrays.array_info(source, name)
+    arrays.create_array(
+        store,
+        name,
+        info.shape,
+        info.chunks,
+        info.dtype,
+        info.dims,
+        info.attributes,
+        info.fill_value,
+    )
+    for index in info.indices():
+        arrays.write_chunk(store, name, index, arrays.read_chunk(source, name, index))
+
+
+def refuse_other(spec: InfluenceJobSpec, record: dict[str, Any] | None, fingerprint: dict[str, Any]) -> None:
+    """Refuses what another model or method left: its scores would mean nothing.
+
+    Raises:
+        PermanentError: STORE_MISMATCH, with every difference.
+    """
+    wanted = taken(spec)
+    if wanted is None or record is None:
+        return
+    stored = {name: record["fingerprint"].get(name) for name in wanted.shared}
+    found = differences(stored, {name: fingerprint.get(name) for name in wanted.shared})
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        raise PermanentError(
+            Reason.STORE_MISMATCH,
+            f"{wanted.field}: {wanted.url} holds the {wanted.what} of another job:{lines}\nuse {wanted.what} "
+            f"of this model and method: run {wanted.maker} with the same task and method",
+        )
