@@ -259,16 +259,37 @@ def test_one_example_at_a_time_scores_as_many_together() -> None:
     torch.testing.assert_close(singly, _influences(fitted, case)[:1])
 
 
+@pytest.mark.parametrize("turns_tokens", [True, False])
 @pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN, GROUPS_CASE], ids=repr)
-def test_examples_that_are_scored_piece_by_piece_score_as_together(
-    case: EkfacCase, monkeypatch: pytest.MonkeyPatch
+def test_gradients_that_are_formed_piece_by_piece_are_those_formed_together(
+    case: EkfacCase, turns_tokens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces share their memory; batches of 4 end with a piece of one."""
+    """Pieces share their memory and cut both examples and outputs; tokens are turned or their sums."""
     fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
     together = _influences(fitted, case)
-    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: True)
-    monkeypatch.setattr(kronecker, "PIECE", 3)
+    objective, data = _objective(case), TrainingSet(case.data(N, 1), 4)
+    state = _fitted_state(case, "sampled")
+    correction = Ekfac(seed=SEED).passes()[1]
+    summed = correction.accumulate(objective, data.batches(), state)
+    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: turns_tokens)
+    monkeypatch.setattr(kronecker, "OUTPUTS", 2)
+    monkeypatch.setattr(kronecker, "CACHED_ELEMENTS", 30)
+    monkeypatch.setattr(kronecker, "PRODUCT_ELEMENTS", 30)
     torch.testing.assert_close(_influences(fitted, case), together)
+    torch.testing.assert_close(correction.accumulate(objective, data.batches(), state), summed)
+
+
+@pytest.mark.parametrize("w", [3, 7, 12])
+def test_a_covariance_that_is_summed_in_blocks_is_the_whole_one(
+    w: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upper triangle is the mirrored lower one, also of what stood there before."""
+    monkeypatch.setattr(kronecker, "COVARIANCE_COLUMNS", 3)
+    tokens = torch.randn(4, 5, w, dtype=torch.float64)
+    total = torch.zeros(w, w, dtype=torch.float64)
+    for piece in (tokens[:1], tokens[1:]):
+        kronecker.add_products(total, piece)
+    torch.testing.assert_close(total, torch.einsum("nsv,nsw->vw", tokens, tokens))
 
 
 def test_a_layer_without_bias_keeps_the_order_of_its_weight() -> None:

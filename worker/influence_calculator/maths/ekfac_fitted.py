@@ -75,8 +75,8 @@ class EkfacFitted(CompactFitted):
     def right(self, batch: Batch) -> Iterator[Part]:
         for layer in captured_layers(self.objective, batch, self._specs):
             block = layer.spec.name
-            for row, values in turned_in_pieces(layer, self._layers[block].basis):
-                yield Part(block, 0, values, row)
+            for row, column, values in turned_in_pieces(layer, self._layers[block].basis):
+                yield Part(block, column, values, row)
         traced = self._traced(self.objective, batch)
         yield from self._diagonal(traced)
         for block, seen in traced.lookups.items():
