@@ -259,16 +259,37 @@ def test_one_example_at_a_time_scores_as_many_together() -> None:
     torch.testing.assert_close(singly, _influences(fitted, case)[:1])
 
 
+@pytest.mark.parametrize("turns_tokens", [True, False])
 @pytest.mark.parametrize("case", [MLP_CASE, TOKENS_MEAN, GROUPS_CASE], ids=repr)
-def test_examples_that_are_scored_piece_by_piece_score_as_together(
-    case: EkfacCase, monkeypatch: pytest.MonkeyPatch
+def test_gradients_that_are_formed_piece_by_piece_are_those_formed_together(
+    case: EkfacCase, turns_tokens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces share their memory; batches of 4 end with a piece of one."""
+    """Pieces share their memory and cut both examples and outputs; tokens are turned or their sums."""
     fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
     together = _influences(fitted, case)
-    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: True)
-    monkeypatch.setattr(kronecker, "PIECE", 3)
+    objective, data = _objective(case), TrainingSet(case.data(N, 1), 4)
+    state = _fitted_state(case, "sampled")
+    correction = Ekfac(seed=SEED).passes()[1]
+    summed = correction.accumulate(objective, data.batches(), state)
+    monkeypatch.setattr(kronecker, "turns_tokens", lambda *_: turns_tokens)
+    monkeypatch.setattr(kronecker, "OUTPUTS", 2)
+    monkeypatch.setattr(kronecker, "CACHED_ELEMENTS", 30)
+    monkeypatch.setattr(kronecker, "PRODUCT_ELEMENTS", 30)
     torch.testing.assert_close(_influences(fitted, case), together)
+    torch.testing.assert_close(correction.accumulate(objective, data.batches(), state), summed)
+
+
+@pytest.mark.parametrize("w", [3, 7, 12])
+def test_a_covariance_that_is_summed_in_blocks_is_the_whole_one(
+    w: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upper triangle is the mirrored lower one, also of what stood there before."""
+    monkeypatch.setattr(kronecker, "COVARIANCE_COLUMNS", 3)
+    tokens = torch.randn(4, 5, w, dtype=torch.float64)
+    total = torch.zeros(w, w, dtype=torch.float64)
+    for piece in (tokens[:1], tokens[1:]):
+        kronecker.add_products(total, piece)
+    torch.testing.assert_close(total, torch.einsum("nsv,nsw->vw", tokens, tokens))
 
 
 def test_a_layer_without_bias_keeps_the_order_of_its_weight() -> None:
@@ -602,18 +623,32 @@ def test_a_test_example_that_is_not_finite_spoils_its_own_row_alone() -> None:
 
 @pytest.mark.parametrize("case", EKFAC_CASES, ids=repr)
 def test_compact_rows_expand_to_the_left_representation(case: EkfacCase) -> None:
-    """Only layers that see one token per example have such rows."""
+    """Only layers that see one token per example have narrower rows; those of others are whole."""
     fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
     compact = fitted.compact(_objective(case), case.data(T, 2))
-    assert (compact is None) == (len(case.features) > 1 or case.vocabulary is not None)
+    assert (compact is None) == (case.vocabulary is not None)
     if compact is None:
         return
     solved = fitted.solve(fitted.gradients(_objective(case), case.data(T, 2)))
-    assert compact.rows.shape == (T, fitted.compact_width)
-    assert fitted.compact_width < fitted.layout.width
     assert compact.report.status.tolist() == solved.report.status.tolist()
-    expected = fitted.layout.flatten(solved.left)
-    torch.testing.assert_close(fitted.expanded(compact.rows), expected, rtol=1e-12, atol=1e-12)
+    rows, expected = compact.rows, fitted.layout.flatten(solved.left)
+    if len(case.features) == 1:
+        assert rows.shape == (T, fitted.compact_width)
+        assert fitted.compact_width < fitted.layout.width
+        rows = fitted.expanded(rows)
+    torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_one_token_and_of_several_share_whole_rows() -> None:
+    """One that was captured before it was known that others have several is in its place."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Unflatten(1, (5, 1)), nn.Linear(1, 4), nn.Flatten())
+    objective = xy_objective(model.append(nn.Linear(20, 3)).double(), F.cross_entropy)
+    x, y = torch.randn(N, 6, dtype=torch.float64), MLP_CASE.data(N, 1)[1]
+    method = Ekfac(regularization=0.1)
+    fitted = method.fitted(objective, fit(method, objective, TrainingSet((x, y), 4)), None)
+    compact = fitted.compact(objective, (x, y))
+    solved = fitted.solve(fitted.gradients(objective, (x, y)))
+    torch.testing.assert_close(compact.rows, fitted.layout.flatten(solved.left), rtol=1e-12, atol=1e-12)
 
 
 def test_groups_of_one_token_have_no_compact_rows() -> None:
@@ -624,7 +659,8 @@ def test_groups_of_one_token_have_no_compact_rows() -> None:
     method = Ekfac(regularization=0.1)
     fitted = method.fitted(objective, fit(method, objective, TrainingSet((x, y), 4)), None)
     assert fitted.compact_width is None
-    assert fitted.compact(objective, (x, y)) is None
+    solved = fitted.solve(fitted.gradients(objective, (x, y)))
+    torch.testing.assert_close(fitted.compact(objective, (x, y)).rows, fitted.layout.flatten(solved.left))
 
 
 def test_a_compact_row_that_is_not_finite_is_told_and_expands_to_nothing_else() -> None:

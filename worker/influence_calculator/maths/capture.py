@@ -55,6 +55,11 @@ class CapturedLayer:
     gradients: Tensor
     """`[n·k, S, o/k]`."""
 
+    def of_examples(self, start: int, stop: int) -> CapturedLayer:
+        """What it holds of these examples, as views."""
+        groups = slice(start * self.spec.groups, stop * self.spec.groups)
+        return CapturedLayer(self.spec, self.activations[groups], self.gradients[groups])
+
     def per_sample(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients `[n, numel]` of the tracked parameters: `Σ_s g_s a_sᵀ` and `Σ_s g_s`."""
         n = self.gradients.shape[0] // self.spec.groups

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.capture import captured_layers
+from influence_calculator.maths.capture import CapturedLayer, captured_layers
 from influence_calculator.maths.embeddings import EmbeddingRows
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype
@@ -75,8 +75,8 @@ class EkfacFitted(CompactFitted):
     def right(self, batch: Batch) -> Iterator[Part]:
         for layer in captured_layers(self.objective, batch, self._specs):
             block = layer.spec.name
-            for row, values in turned_in_pieces(layer, self._layers[block].basis):
-                yield Part(block, 0, values, row)
+            for row, column, values in turned_in_pieces(layer, self._layers[block].basis):
+                yield Part(block, column, values, row)
         traced = self._traced(self.objective, batch)
         yield from self._diagonal(traced)
         for block, seen in traced.lookups.items():
@@ -102,30 +102,54 @@ class EkfacFitted(CompactFitted):
 
     @override
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:
-        if self.compact_width is None:
+        if self._others or self._embeddings or not self.layout.blocks_are_whole:
             return None
         sides: dict[str, tuple[Tensor, Tensor]] = {}
+        left: Tensor | None = None
         for layer in captured_layers(objective, batch, self._specs):
-            if layer.activations.shape[1] != 1:
-                return None
-            block = layer.spec.name
-            g, a = turned_tokens(layer, self._layers[block].basis)
-            sides[block] = g[:, 0], a[:, 0]
-        rows = torch.cat([side for block in self.layout.blocks for side in sides[block]], dim=1)
-        finite = torch.isfinite(rows).all(dim=1)
-        rows[~finite] = torch.nan
-        return Compact(rows, direct_report(finite))
+            rows = self._layers[layer.spec.name]
+            if left is None and self.compact_width is not None and layer.activations.shape[1] == 1:
+                g, a = turned_tokens(layer, rows.basis)
+                sides[layer.spec.name] = g[:, 0], a[:, 0]
+                continue
+            if left is None:
+                n = layer.activations.shape[0] // layer.spec.groups
+                left = rows.basis.inputs.new_empty(n, self.layout.width)
+                self._expand(left, sides)
+            self._solve_into(left, layer)
+        if left is None:
+            left = torch.cat([side for block in self.layout.blocks for side in sides[block]], dim=1)
+        # A sum is finite only if all of its terms are, and costs a fraction of looking at each.
+        finite = torch.isfinite(left.sum(dim=1))
+        if not finite.all():
+            finite = torch.isfinite(left).all(dim=1)
+            left[~finite] = torch.nan
+        return Compact(left, direct_report(finite))
+
+    def _solve_into(self, left: Tensor, layer: CapturedLayer) -> None:
+        """Writes the columns of one layer, piece by piece."""
+        block = layer.spec.name
+        columns, shifted = self.layout.split(left)[block], self._solvers[block].shifted
+        for row, column, values in turned_in_pieces(layer, self._layers[block].basis):
+            stop = column + values.shape[1]
+            into = columns[row : row + len(values), column:stop]
+            torch.div(values, shifted[column:stop], out=into)
 
     @override
     def expanded(self, rows: Tensor) -> Tensor:
         widths = [side for block in self.layout.blocks for side in self._layers[block].basis.matrix_shape]
         sides = iter(rows.split(widths, dim=1))
         left = rows.new_empty(rows.shape[0], self.layout.width)
-        for block, columns in self.layout.split(left).items():
-            g, a = next(sides), next(sides)
-            torch.mul(g.unsqueeze(2), a.unsqueeze(1), out=columns.unflatten(1, (g.shape[1], a.shape[1])))
-            columns.div_(self._solvers[block].shifted)
+        self._expand(left, {block: (next(sides), next(sides)) for block in self.layout.blocks})
         return left
+
+    def _expand(self, left: Tensor, sides: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Writes the columns of layers of one token, whose gradients are products of two sides."""
+        columns = self.layout.split(left)
+        for block, (g, a) in sides.items():
+            into = columns[block].unflatten(1, (g.shape[1], a.shape[1]))
+            torch.mul(g.unsqueeze(2), a.unsqueeze(1), out=into)
+            columns[block].div_(self._solvers[block].shifted)
 
     def factors(self, left: Left) -> Left:
         return {

@@ -6,8 +6,6 @@ a bias one more). Of embeddings: V rows, o columns, S positions per example.
 
 from __future__ import annotations
 
-import math
-
 from influence_calculator.maths.embeddings import examples_at_once
 from influence_calculator.maths.kronecker import PRODUCT_ELEMENTS, turns_tokens
 from influence_calculator.maths.method import GATHERED_ELEMENTS, Footprint
@@ -40,17 +38,19 @@ def ekfac_footprint(
     # Embeddings are traced once the graph of the layers is gone.
     looked_up = by_functions + _lookups(shapes, micro_batch, graph)
     drawing = OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
+    forming = _in_pieces(shapes, micro_batch)
     covariance = max(graph + drawing + _covariance(shapes, micro_batch), looked_up)
     covariance += item * others + _checked(shapes)
-    correction = eigenvalues + max(graph + drawing + _correction(shapes, micro_batch), looked_up)
-    capture = max(graph + by_functions + _per_sample(shapes, micro_batch), looked_up)
+    correction = eigenvalues + max(graph + drawing + forming, looked_up)
+    capture = max(graph + by_functions + forming, looked_up)
+    whole = max(graph + by_functions + _per_sample(shapes, micro_batch), looked_up)
     return Footprint(
         # Both passes hold one of: the covariances' sums, the bases.
         fit=bases + max(covariance, _eigen(shapes, bases), correction if update_diagonal else 0),
         # While rows are differentiated their gradients; then those and the left representation; then, in
         # place of the gradients, factors by parameter, and of one layer the matrix and a turned copy (an
         # embedding's rows are turned as they are).
-        factors=bases + eigenvalues + rows * row + max(capture, rows * (row + 2 * largest_layer)),
+        factors=bases + eigenvalues + rows * row + max(whole, rows * (row + 2 * largest_layer)),
         capture=capture,
         factor_row=row,
         resident=bases + eigenvalues,
@@ -119,11 +119,18 @@ def _per_sample(shapes: ModelShapes, micro_batch: int) -> int:
 
 def _turning(layer: LayerShape) -> int:
     """Elements per example, by the cheaper way of `kronecker.turned_gradients`."""
-    k, inputs = layer.groups, _inputs(layer)
-    unfolded = layer.tokens * k * layer.inputs
-    if turns_tokens(layer.tokens, layer.group_outputs, inputs):
-        return 2 * unfolded + layer.tokens * (k * inputs + layer.outputs) + _width(layer)
-    return unfolded + 2 * _width(layer)
+    if _turns_tokens(layer):
+        return _turned_tokens(layer) + _width(layer)
+    return layer.tokens * layer.groups * layer.inputs + 2 * _width(layer)
+
+
+def _turns_tokens(layer: LayerShape) -> bool:
+    return turns_tokens(layer.tokens, layer.group_outputs, _inputs(layer))
+
+
+def _turned_tokens(layer: LayerShape) -> int:
+    """The unfolded inputs of an example and their copy, turned inputs and output gradients."""
+    return layer.tokens * (2 * layer.groups * layer.inputs + _all_inputs(layer) + layer.outputs)
 
 
 def _covariance(shapes: ModelShapes, micro_batch: int) -> int:
@@ -145,15 +152,16 @@ def _eigen(shapes: ModelShapes, bases: int) -> int:
     return bases + EIGENPROBLEM_COPIES * 8 * max(sides, default=0)
 
 
-def _correction(shapes: ModelShapes, micro_batch: int) -> int:
-    """The rotated inputs and output gradients of a layer, and the per-sample gradients formed at once."""
+def _in_pieces(shapes: ModelShapes, micro_batch: int) -> int:
+    """What a layer captured and turned, and the per-sample gradients that are formed at once."""
     item = max(4, shapes.itemsize)
-    return item * max((_rotated(layer, micro_batch) for layer in shapes.layers), default=0)
+    return item * max((_forming(layer, micro_batch) for layer in shapes.layers), default=0)
 
 
-def _rotated(layer: LayerShape, micro_batch: int) -> int:
-    rotated = micro_batch * layer.tokens * (3 * _all_inputs(layer) + 2 * layer.outputs)
-    if layer.tokens == layer.groups == 1:
-        return rotated + micro_batch * (_inputs(layer) + layer.outputs)
-    products = min(micro_batch, math.ceil(PRODUCT_ELEMENTS / _width(layer))) * _width(layer)
-    return rotated + products
+def _forming(layer: LayerShape, micro_batch: int) -> int:
+    """Elements, by `kronecker.turned_in_pieces`; for one token also the squares of both sides."""
+    width = _width(layer)
+    at_once = min(micro_batch * width, max(PRODUCT_ELEMENTS, width))
+    if _turns_tokens(layer):
+        return micro_batch * (_turned_tokens(layer) + layer.tokens * layer.outputs) + at_once
+    return micro_batch * layer.tokens * layer.groups * layer.inputs + 2 * at_once

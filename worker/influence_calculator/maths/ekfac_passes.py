@@ -28,10 +28,9 @@ from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
     Basis,
     add_products,
-    add_squared_products,
+    add_squared_gradients,
     eigenbasis,
     extended_activations,
-    turned_tokens,
 )
 from influence_calculator.maths.layers import (
     EmbeddingSpec,
@@ -140,8 +139,8 @@ class CorrectionPass(FitPass):
         }
         for backward in backward_passes(objective, layers, batches, self.expectation, self.kept):
             for layer in backward.layers:
-                basis = bases[layer.spec.name]
-                add_squared_products(sums[layer.spec.name]["squares"], *turned_tokens(layer, basis))
+                name = layer.spec.name
+                add_squared_gradients(sums[name]["squares"], layer, bases[name])
             for name, seen in _along_pseudo_gradients(objective, backward, (), embeddings).lookups.items():
                 add_squared_rows(sums[name]["squares"], seen, turns[name])
         return sums

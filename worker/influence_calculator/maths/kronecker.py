@@ -13,8 +13,11 @@ Shapes: n, t examples, S tokens, o outputs, i inputs, j = i + 1 with a bias, P_b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +28,16 @@ from influence_calculator.maths.layers import LayerSpec
 from influence_calculator.maths.method import SolverReport
 
 PRODUCT_ELEMENTS = 1 << 24
-"""Per-sample gradients formed at once while Λ is summed: 64 MiB in float32."""
+"""Of per-sample gradients, formed at once: 64 MiB in float32."""
 
-PIECE = 64
-"""Examples whose gradients are formed at once where a processor scores them."""
+CACHED_ELEMENTS = 3 << 20
+"""The same on a processor, 12 MiB in float32: they are read again while its cache holds them."""
+
+OUTPUTS = 32
+"""A multiple of this many outputs' gradients is formed at once: of others, products are slow."""
+
+COVARIANCE_COLUMNS = 256
+"""Of a covariance, summed at once on a processor, which thus leaves out most of the upper triangle."""
 
 
 def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
@@ -43,23 +52,31 @@ def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
 def add_products(total: Tensor, tokens: Tensor) -> None:
     """`total += Σ_n Σ_s u uᵀ` over the tokens u of `[n·k, S, w]`, for each group of `[k, w, w]`."""
     if total.dim() == 2:
-        rows = tokens.reshape(-1, tokens.shape[-1])
-        total.addmm_(rows.T, rows)
+        _add_symmetric(total, tokens.reshape(-1, tokens.shape[-1]))
         return
     k, w = total.shape[:2]
     rows = tokens.unflatten(0, (-1, k)).transpose(0, 1).reshape(k, -1, w)
     total.baddbmm_(rows.mT, rows)
 
 
-def add_squared_products(total: Tensor, g: Tensor, a: Tensor) -> None:
-    """`total += Σ_n (Σ_s g aᵀ)²` elementwise, `[o, j]`: tokens are summed before squaring."""
-    k = total.shape[0] // g.shape[2]
-    if g.shape[1] == 1 and k == 1:
+def _add_symmetric(total: Tensor, rows: Tensor) -> None:
+    """`total += Σ u uᵀ` over rows u, of which the lower triangle is computed, in blocks, and mirrored."""
+    w = len(total)
+    blocks = max(1, w // COVARIANCE_COLUMNS) if total.device.type == "cpu" else 1
+    for start, stop in pairwise(w * block // blocks for block in range(blocks + 1)):
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+        total[:start, start:stop] = total[start:stop, :start].mT
+
+
+def add_squared_gradients(total: Tensor, layer: CapturedLayer, basis: Basis) -> None:
+    """`total += Σ_n (Q_Gᵀ (Σ_s g ãᵀ) Q_A)²` elementwise, `[o, j]`: tokens are summed before squaring."""
+    if layer.activations.shape[1] == 1 and basis.groups == 1:
+        g, a = turned_tokens(layer, basis)
         total.addmm_(g[:, 0].square().T, a[:, 0].square())
         return
-    at_once = k * max(1, PRODUCT_ELEMENTS // total.numel())
-    for g_piece, a_piece in zip(g.split(at_once), a.split(at_once), strict=True):
-        total.add_(per_sample_products(g_piece, a_piece).view(-1, *total.shape).square_().sum(0))
+    flat = total.view(-1)
+    for _, start, values in turned_in_pieces(layer, basis):
+        flat[start : start + values.shape[1]] += values.square_().sum(0)
 
 
 def eigenbasis(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -127,24 +144,41 @@ def turned_gradients(layer: CapturedLayer, basis: Basis) -> Tensor:
     return _turned(V, basis, out=V).reshape(n, -1)
 
 
-def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[tuple[int, Tensor]]:
-    """`turned_gradients` of consecutive examples, with the index of the first.
+class Piece(NamedTuple):
+    """`turned_gradients` of consecutive examples, consecutive columns of them."""
 
-    On a processor a few at a time in the same memory, so that a piece holds until the next is asked for:
-    memory that is fresh at every use costs as much as the arithmetic.
+    row: int
+    """The first example."""
+    column: int
+    values: Tensor
+    """In memory of its own, which holds until the next piece is asked for."""
+
+
+def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[Piece]:
+    """`turned_gradients` in pieces that together are all of them, with memory for one.
+
+    On a processor small ones, each in the same memory: memory that is fresh at every use, or has left the
+    cache, costs as much as the arithmetic.
     """
-    n, S = layer.activations.shape[:2]
+    n, S = layer.gradients.shape[0] // basis.groups, layer.activations.shape[1]
     o, j = basis.matrix_shape
-    on_processor = layer.activations.device.type == "cpu"
-    if not on_processor or n <= PIECE or basis.groups > 1 or not turns_tokens(S, o, j):
-        yield 0, turned_gradients(layer, basis)
+    if basis.groups > 1 or not turns_tokens(S, o, j):
+        rows = max(1, PRODUCT_ELEMENTS // (o * j))
+        for row in range(0, n, rows):
+            yield Piece(row, 0, turned_gradients(layer.of_examples(row, row + rows), basis))
         return
     g, a = turned_tokens(layer, basis)
-    memory = g.new_empty(PIECE, o, j)
-    for start in range(0, n, PIECE):
-        piece = slice(start, start + PIECE)
-        products = per_sample_products(g[piece], a[piece], out=memory[: min(PIECE, n - start)])
-        yield start, products.flatten(1)
+    elements = CACHED_ELEMENTS if g.device.type == "cpu" else PRODUCT_ELEMENTS
+    rows = max(1, min(n, elements // (min(o, OUTPUTS) * j)))
+    rows = math.ceil(n / math.ceil(n / rows))
+    outputs = min(o, OUTPUTS * max(1, elements // (rows * j * OUTPUTS)))
+    memory = g.new_empty(rows * outputs * j)
+    for row in range(0, n, rows):
+        examples = slice(row, row + rows)
+        for first in range(0, o, outputs):
+            g_piece = g[examples, :, first : first + outputs]
+            out = memory[: g_piece.shape[0] * g_piece.shape[2] * j].view(-1, g_piece.shape[2], j)
+            yield Piece(row, first * j, per_sample_products(g_piece, a[examples], out=out).flatten(1))
 
 
 def _gradient_matrices(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:

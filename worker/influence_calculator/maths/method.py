@@ -82,10 +82,10 @@ class Solved:
 
 
 class Compact(NamedTuple):
-    """A left representation in fewer numbers than parameters, for the way between processes."""
+    """A left representation as one row per example, for the way between processes."""
 
     rows: Tensor
-    """`[t, K]`; a row whose gradient is not finite is NaN."""
+    """`[t, K]`, or `[t, P]`; a row whose gradient is not finite is NaN."""
     report: SolverReport
 
 
@@ -230,7 +230,9 @@ class CompactFitted(Fitted, ABC):
 
     @abstractmethod
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:
-        """The left representation of a test batch as compact rows; None: these examples have none."""
+        """The left representation of a test batch as compact rows; of examples that have none, whole,
+        `[t, P]`, flattened by the layout; None: this model has neither.
+        """
 
     @abstractmethod
     def expanded(self, rows: Tensor) -> Tensor:
