@@ -77,7 +77,13 @@ def _lookups(shapes: ModelShapes, micro_batch: int, graph: int) -> int:
 def _scored(embedding: EmbeddingShape, micro_batch: int) -> int:
     """Elements of the rows that are scored at once, without tokens that none of their examples holds."""
     p = min(micro_batch, examples_at_once(embedding.tokens, embedding.columns))
-    return p * min(p * embedding.tokens, embedding.rows) * embedding.columns + GATHERED_ELEMENTS
+    return p * rows_scored_at_once(embedding, micro_batch) * embedding.columns + GATHERED_ELEMENTS
+
+
+def rows_scored_at_once(embedding: EmbeddingShape, micro_batch: int) -> int:
+    """Of the V rows those that examples scored together may hold, at most."""
+    p = min(micro_batch, examples_at_once(embedding.tokens, embedding.columns))
+    return min(p * embedding.tokens, embedding.rows)
 
 
 def _checked(shapes: ModelShapes) -> int:
