@@ -41,7 +41,7 @@ def ekfac_footprint(
     looked_up = by_functions + _lookups(shapes, micro_batch, graph)
     drawing = OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
     covariance = max(graph + drawing + _covariance(shapes, micro_batch), looked_up)
-    covariance += item * others + _checked(shapes)
+    covariance += item * others
     correction = eigenvalues + max(graph + drawing + _correction(shapes, micro_batch), looked_up)
     capture = max(graph + by_functions + _per_sample(shapes, micro_batch), looked_up)
     return Footprint(
@@ -84,11 +84,6 @@ def rows_scored_at_once(embedding: EmbeddingShape, micro_batch: int) -> int:
     """Of the V rows those that examples scored together may hold, at most."""
     p = min(micro_batch, examples_at_once(embedding.tokens, embedding.columns))
     return min(p * embedding.tokens, embedding.rows)
-
-
-def _checked(shapes: ModelShapes) -> int:
-    """Embeddings' gradients of one example, by the weights and by what is looked up."""
-    return 3 * max(4, shapes.itemsize) * sum(e.rows * e.columns for e in shapes.embeddings)
 
 
 def _inputs(layer: LayerShape) -> int:

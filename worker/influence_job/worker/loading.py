@@ -98,8 +98,8 @@ def _probed(own: Session) -> dict[str, str]:
     """Tries a few examples of each side; the dtypes of what they are annotated with, by coordinate."""
     task = own.task
     few, _ = own.read("train", 0, min(PROBED, len(task.train)))
-    with blaming(own, own.objective, "train", 0, min(PROBED, len(task.train))):
-        probe(own.objective, few)
+    with blaming(own, own.tracked, "train", 0, min(PROBED, len(task.train))):
+        probe(own.tracked, few)
     annotations = {f"train_{name}": str(c.dtype) for name, c in annotate(task, own.objective, few).items()}
     if test_side(own.spec):
         tests, _ = own.read("test", 0, min(PROBED, len(task.test)))

@@ -50,7 +50,8 @@ class Session:
     spec: InfluenceJobSpec
     device: torch.device
     task: InfluenceTask
-    objective: Objective
+    tracked: Objective
+    """What is differentiated, as the task says."""
     method: Method
     environment: str
     model_digest: str
@@ -75,7 +76,16 @@ class Session:
     @property
     def states(self) -> nn.Module:
         """The model, with its checkpoints where the method sums over them: what the store keeps."""
-        return model_state.states_of(self.objective)
+        return model_state.states_of(self.tracked)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is differentiated, with what the method must have seen of the model at work.
+
+        Raises:
+            UnsupportedModelError: a part of the model that the method cannot treat.
+        """
+        return self.method.looked_at(self.tracked, lambda: self.read("train", 0, 1)[0])
 
     @property
     def test_objective(self) -> Objective:
@@ -216,7 +226,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
         spec=spec,
         device=device,
         task=task,
-        objective=objective,
+        tracked=objective,
         method=method,
         environment=environment.describe(device),
         model_digest=model_state.digest(states),
