@@ -69,7 +69,8 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
         if plan.by_token:
             stages["Scores"] = plan.groups * plan.train * capture + gradient * pairs  # Z ã of every token
         if spec.mode is Mode.PERTURBATION:
-            stages["Scores"] += 3 * capture * pairs  # a double backward per test row and training example
+            # A double backward per test row and training example, and per block where these are told apart.
+            stages["Scores"] += 3 * capture * pairs * (len(plan.blocks) if plan.by_block else 1)
     return {name: flop / 1e9 for name, flop in stages.items()}
 
 

@@ -46,9 +46,8 @@ class Mode(StrEnum):
 
 _WITHOUT_PERTURBATION = {
     Operation.INFLUENCE_FACTORS: "expected Up: factors are the same in both modes; Perturbation is for "
-    "Influences and InfluencesFromFactors",
+    "Influences, InfluencesByBlock and InfluencesFromFactors",
     Operation.SELF_INFLUENCE: "expected Up: an example's influence on itself has no perturbation",
-    Operation.INFLUENCES_BY_BLOCK: "expected Up: the parts of blocks are stored of up-weighting alone",
     Operation.INFLUENCES_BY_TOKEN: "expected Up: the parts of tokens are stored of up-weighting alone",
 }
 _NO_TEST_CHUNKS = "not for SelfInfluence, which has no test examples; set chunks.train or remove it"

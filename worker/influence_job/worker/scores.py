@@ -129,7 +129,9 @@ class _Pipeline:
     def _compute(self, batch: Batch) -> torch.Tensor:
         fitted, micro_batch = self.own.fitted, self.plan.micro_batch
         if self.own.spec.mode is Mode.PERTURBATION:
-            return perturbation.perturbations(fitted, self.own.objective, self.left, batch, micro_batch)
+            by_block = self.plan.by_block
+            move = perturbation.perturbations_by_block if by_block else perturbation.perturbations
+            return move(fitted, self.own.objective, self.left, batch, micro_batch)
         if self.plan.by_token:
             return self._by_token(batch)
         score = region.influences_by_block if self.plan.by_block else region.influences
