@@ -19,6 +19,8 @@ import traced_task
 from influence_calculator import (
     ArnoldiInfluence,
     BlockMode,
+    EkfacInfluence,
+    InfluenceMode,
     LograInfluence,
     SecondOrderMode,
     TracInInfluence,
@@ -120,6 +122,30 @@ def test_the_parts_sum_to_the_influences_of_the_same_job(jobs: Jobs, tmp_path: P
     assert "InfluencesByBlock (Up), complete" in text
     assert f'{TEST} test × {TRAIN} training examples × 2 blocks ("0", "2"), 53 parameters' in text
     assert "It is the sum over the blocks" in text
+
+
+def test_perturbations_have_parts_too(jobs: Jobs, tmp_path: Path) -> None:
+    """What is ranked and counted is the length of the sum over the blocks."""
+    path = tmp_path / "moved.zarr"
+    changes = {**JOB, "mode": "Perturbation", "output": {"verify": "All"}}
+    run = jobs.finish(jobs.manifest(changes), "--json", output=path)
+    task = traced_task.task(train=TRAIN, test=TEST)
+    test, train = task.test.read(0, TEST), task.train.read(0, TRAIN)
+    model = EkfacInfluence(task.model, update_diagonal=True, regularization=0.05).fit([train])
+    expected = model.influences_by_block(*test, *train, mode=InfluenceMode.Perturbation)
+    found = xarray.open_zarr(path, consolidated=False)
+    assert found["influences"].dims == ("block", "test", "train", "feature_0")
+    assert json.loads(run.stdout)["result"]["shape"] == [2, TEST, TRAIN, traced_task.FEATURES]
+    for block, part in expected.items():
+        moved = found["influences"].sel(block=block).values
+        np.testing.assert_allclose(moved, part.numpy(), rtol=2e-3, atol=1e-4)
+    lengths = np.linalg.norm(model.influences(*test, *train, InfluenceMode.Perturbation).numpy(), axis=2)
+    np.testing.assert_allclose(found["most_helpful_score"][:, 0], lengths.max(1), rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(found["score_mean"], lengths.mean(1), rtol=2e-3, atol=1e-4)
+    shown = subprocess.run([INFLUENCE, "show", str(path)], capture_output=True, text=True, check=True)
+    text = " ".join(shown.stdout.split())
+    assert "InfluencesByBlock (Perturbation), complete" in text
+    assert "The gradient is the sum over the blocks" in text
 
 
 def test_a_killed_job_computes_what_was_in_flight_and_nothing_else(jobs: Jobs, tmp_path: Path) -> None:

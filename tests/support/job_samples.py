@@ -242,6 +242,13 @@ _SPECS: dict[str, dict[str, Json]] = {
         "output": OUTPUT,
     },
     "by layer": {"task": TASK, "operation": "InfluencesByBlock", "method": EKFAC, "output": OUTPUT},
+    "perturbations by layer": {
+        "task": TASK,
+        "operation": "InfluencesByBlock",
+        "mode": "Perturbation",
+        "method": EKFAC,
+        "output": OUTPUT,
+    },
 }
 VALID: dict[str, dict[str, Json]] = {name: job(spec) for name, spec in _SPECS.items()}
 
@@ -401,11 +408,6 @@ def broken_rules() -> Iterator[Broken]:
             "no self-influences stored",
             ("output", "dense"),
             {"operation": "SelfInfluence", "output": {**OUTPUT, "dense": False}},
-        ),
-        (
-            "a mode for parts",
-            ("mode",),
-            {"operation": "InfluencesByBlock", "mode": "Perturbation"},
         ),
         ("one block", ("method",), {"operation": "InfluencesByBlock", "method": solver}),
         (

@@ -14,10 +14,12 @@ barriers.install()
 WORDS, TOKENS = 7, 6
 
 
-def task(train: int = 90, test: int = 12, trimmed: bool = False) -> InfluenceTask:
-    """Next words of random texts. `trimmed`: a batch is as long as its longest text, as of some collators."""
+def task(train: int = 90, test: int = 12, trimmed: bool = False, tied: bool = False) -> InfluenceTask:
+    """Next words of random texts. `trimmed`: a batch is as long as its longest text, as of some collators;
+    `tied`: the head multiplies by the embedding's weight.
+    """
     generator = torch.Generator().manual_seed(0)
-    model = Reader()
+    model = TiedReader() if tied else Reader()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
@@ -42,6 +44,19 @@ class Reader(nn.Module):
         before = self.embedding(ids).cumsum(1)
         answer: Tensor = self.head(self.inner(before).tanh())
         return answer
+
+
+class TiedReader(nn.Module):
+    """The same with a head that is the embedding again, used by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, 4)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        before = self.embedding(ids).cumsum(1)
+        return self.inner(before).tanh() @ self.embedding.weight.T
 
 
 class Texts:

@@ -15,7 +15,7 @@ from influence_calculator import EkfacInfluence
 from influence_calculator.maths import embeddings, method, region
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.ekfac import Ekfac
-from influence_calculator.maths.errors import CaptureMismatchError, UnsupportedModelError
+from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.layers import supported_embeddings
 from influence_calculator.maths.method import Fitted, fit
 from influence_calculator.maths.objective import Objective, xy_objective
@@ -118,24 +118,6 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.elements = max(self.elements, leaf.numel())
         return result
-
-
-class _TiedByHand(nn.Module):
-    """A head that multiplies by the embedding's weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(5, 3)
-        self.middle = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.middle(self.words(x)).tanh().mean(1) @ self.words.weight[:3].T
-
-
-def test_a_weight_that_is_used_without_its_module_is_refused_by_name() -> None:
-    model = _TiedByHand().double()
-    with pytest.raises(CaptureMismatchError, match=r"^words\.weight: .*without calling its module"):
-        _fitted(model)
 
 
 def _shared() -> nn.Module:

@@ -21,7 +21,7 @@ from influence_calculator.maths.checkpoints import load_checkpoints
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.method import Fitted, SolverStatus
 from influence_calculator.maths.objective import Objective, xy_objective
-from influence_calculator.maths.perturbation import perturbations
+from influence_calculator.maths.perturbation import perturbations, perturbations_by_block
 from influence_calculator.maths.tracin import TracIn
 from model_cases import CASES, MLP, SHARED, TRANSFORMER, ModelCase
 
@@ -107,6 +107,17 @@ def test_perturbations_are_the_inputs_gradients_of_the_influences(case: ModelCas
         total += oracle.perturbations(in_state(case, state), case.loss, z, x, y)
     moved = several.influences(*case.test(), x, y, InfluenceMode.Perturbation)
     oracle.assert_close(moved, total, 1e-9)
+
+
+def test_the_part_of_each_checkpoint_in_perturbations_is_its_own() -> None:
+    x, y = (part[:5] for part in MLP.train())
+    objective = over_checkpoints(MLP)
+    fitted = TracIn().fitted(objective, {})
+    left = fitted.solve(fitted.gradients(objective, MLP.test())).left
+    parts = perturbations_by_block(fitted, objective, left, (x, y), micro_batch=2)
+    for part, state, rate in zip(parts, states(MLP), RATES, strict=True):
+        z = rate * gradients(MLP, state)[0]
+        oracle.assert_close(part, oracle.perturbations(in_state(MLP, state), MLP.loss, z, x, y), 1e-9)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 23])

@@ -162,14 +162,13 @@ def _bases(objective: Objective, state: FitState) -> dict[str, tuple[Tensor, Ten
     return bases
 
 
-@EVERY_FAMILY
-def test_ekfac_is_its_definition_with_a_diagonal_for_the_rest(name: str) -> None:
-    """Of the adapters nothing is left to a diagonal; of GPT-2 the head is, if it is the embedding too."""
+@cache
+def _curvature(name: str) -> tuple[Tensor, Tensor]:
+    """By the definition, and of the rest the diagonal; and the columns of the rest."""
     family = FAMILIES[name]
     objective, packed = family.objective(), lm.Packed(family.build())
-    state = _fit(name, Ekfac(expectation="exact", unsupported="diagonal"))
     layers = {}
-    for layer, (Q_A, Q_G) in _bases(objective, state).items():
+    for layer, (Q_A, Q_G) in _bases(objective, _ekfac_state(name, "diagonal")).items():
         data = lm.packed(family.data(N, 1))
         inside = f"model.{layer}"
         dense = dense_ekfac.dense_layer(packed, inside, *data, dense_ekfac.exact(family.loss_of_logits))
@@ -177,13 +176,34 @@ def test_ekfac_is_its_definition_with_a_diagonal_for_the_rest(name: str) -> None
     curvature = dense_ekfac.curvature(packed, layers)
     rest = tuple(f"model.{key}" for own in uncaptured_blocks(objective).values() for key in own)
     assert [key for key in rest if not NORM.search(key)] == LEFT_TO_A_DIAGONAL.get(name, [])
-    if rest:
-        places = oracle.columns_of(packed, rest)
-        curvature[places, places] = _gauss_newton(name).diagonal()[places]
+    places = oracle.columns_of(packed, rest) if rest else torch.empty(0, dtype=torch.int64)
+    curvature[places, places] = _gauss_newton(name).diagonal()[places]
+    return curvature, places
+
+
+@cache
+def _ekfac_state(name: str, unsupported: str) -> FitState:
+    return _fit(name, Ekfac(expectation="exact", unsupported=unsupported))
+
+
+def _compare_with_the_definition(name: str, unsupported: str, test: Tensor) -> None:
     for λ in REGULARIZATIONS:
-        method = Ekfac(regularization=λ, expectation="exact", unsupported="diagonal")
-        expected = oracle.influences(curvature, λ, _gradients(name, T, 2), _gradients(name, N, 1))
-        oracle.assert_close(_influences(name, method, state), expected, 1e-6)
+        method = Ekfac(regularization=λ, expectation="exact", unsupported=unsupported)
+        found = _influences(name, method, _ekfac_state(name, unsupported))
+        expected = oracle.influences(_curvature(name)[0], λ, test, _gradients(name, N, 1))
+        oracle.assert_close(found, expected, 1e-6)
+
+
+@EVERY_FAMILY
+def test_ekfac_is_its_definition_with_a_diagonal_for_the_rest(name: str) -> None:
+    """Of the adapters nothing is left to a diagonal; of GPT-2 the head is, if it is the embedding too."""
+    _compare_with_the_definition(name, "diagonal", _gradients(name, T, 2))
+
+
+def test_a_tied_head_that_is_left_out_has_no_part_in_the_influences() -> None:
+    test = _gradients("gpt2", T, 2).clone()
+    test[:, _curvature("gpt2")[1]] = 0
+    _compare_with_the_definition("gpt2", "exclude", test)
 
 
 def test_adapters_are_treated_alone() -> None:

@@ -14,7 +14,7 @@ from influence_calculator.maths.blocks import BlockMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.method import Fitted, fit
 from influence_calculator.maths.objective import Batch, Objective, xy_objective
-from influence_calculator.maths.perturbation import perturbations
+from influence_calculator.maths.perturbation import perturbations, perturbations_by_block
 from model_cases import CASES, MLP, ModelCase
 from training_sets import TrainingSet
 
@@ -48,6 +48,21 @@ def test_factors_come_in_any_block_structure(blocks: Any) -> None:
         z[:, oracle.columns_of(objective.model, names)] = left[block]
     expected = oracle.perturbations(objective.model, MLP.loss, z, x, y)
     oracle.assert_close(perturbations(fitted, objective, left, (x, y), 23), expected, 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_a_blocks_part_is_what_its_own_factors_give(case: ModelCase) -> None:
+    objective, fitted = _fitted(case, BlockMode.LAYER_WISE)
+    left = fitted.solve(fitted.gradients(objective, case.test())).left
+    batch = tuple(part[:6] for part in case.train())
+    parts = perturbations_by_block(fitted, objective, left, batch, micro_batch=4)
+    assert parts.shape == (len(fitted.layout.blocks), 7, 6, *case.features)
+    for block, part in zip(fitted.layout.blocks, parts, strict=True):
+        own = oracle.columns_of(objective.model, tuple(slot.name for slot in fitted.layout.slots_of(block)))
+        z = torch.zeros(7, fitted.layout.width, dtype=torch.float64)
+        z[:, own] = left[block]
+        oracle.assert_close(part, oracle.perturbations(objective.model, case.loss, z, *batch), 1e-9)
+    oracle.assert_close(parts.sum(0), perturbations(fitted, objective, left, batch, 4), 1e-12)
 
 
 @pytest.mark.parametrize(("t", "n"), [(7, 1), (1, 5), (5, 2), (3, 3)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,6 +186,30 @@ def test_an_example_that_is_not_finite_is_no_mismatch() -> None:
 def test_a_model_without_tracked_parameters_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="requires_grad_"):
         probe(_objective(nn.Linear(4, 3).requires_grad_(False)), _batch(4))
+
+
+SPARSE: dict[str, Callable[[], nn.Module]] = {
+    "Embedding": lambda: nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(12, 3)),
+    "EmbeddingBag": lambda: nn.Sequential(nn.EmbeddingBag(5, 3, mode="sum", sparse=True), nn.Linear(3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_gradients_are_refused_naming_the_module_and_the_cure(kind: str) -> None:
+    """Autograd's own error, of a sparse tensor that cannot be viewed, names neither."""
+    ids, y = torch.arange(24).view(6, 4) % 5, torch.arange(6) % 3
+    model = SPARSE[kind]()
+    with pytest.raises(UnsupportedModelError, match=rf"^0 \({kind}\): .*got sparse=True; .*sparse=False"):
+        probe(_objective(model), (ids, y))
+    model[0].sparse = False
+    probe(_objective(model), (ids, y))
+
+
+def test_a_frozen_embedding_may_be_sparse() -> None:
+    ids, y = torch.arange(24).view(6, 4) % 5, torch.arange(6) % 3
+    model = SPARSE["Embedding"]()
+    model[0].requires_grad_(False)
+    probe(_objective(model), (ids, y))
 
 
 def test_a_probe_leaves_the_model_as_it_was() -> None:

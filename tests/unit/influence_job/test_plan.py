@@ -357,6 +357,22 @@ def test_a_region_by_block_is_as_large_as_another_and_holds_all_blocks() -> None
     assert {"Loading", "Fitting", "Factors", "Scores"} == set(plan.memory)
 
 
+def test_parts_of_perturbations_have_blocks_first_and_features_last() -> None:
+    given = spec(operation="InfluencesByBlock", mode="Perturbation")
+    blocks = {"0": 600, "2": 400}
+    plan = make_plan(given, Linear(), sizes(blocks=blocks, feature_shape=(8, 4)))
+    assert plan.result_dims == ("block", "test", "train", "feature_0", "feature_1")
+    assert plan.result_shape == (2, 300, 1400, 8, 4)
+    assert plan.result_chunks == (2, plan.group_rows, plan.train_chunk, 8, 4)
+    assert plan.result_index(2, 5) == (0, 2, 5, 0, 0)
+    assert plan.parts_axis == 0
+    one = make_plan(spec(mode="Perturbation"), Linear(), sizes(blocks=blocks, feature_shape=(8, 4)))
+    assert plan.group_rows * plan.train_chunk <= one.group_rows * one.train_chunk
+    pair = ((given, plan), (spec(mode="Perturbation"), one))
+    costs = [cost.gflop(asked, sizes(), planned)["Scores"] for asked, planned in pair]
+    assert costs[0] - costs[1] == pytest.approx(3 * 4 * 1000 * 300 * 1400 / 1e9)
+
+
 def test_all_blocks_count_for_what_a_result_and_a_stage_need() -> None:
     blocks, exact = {"0": 600, "2": 400}, 2 * 300 * 1400 * 4
     given = {"operation": "InfluencesByBlock", "chunks": {"test": 300, "train": 1400}}

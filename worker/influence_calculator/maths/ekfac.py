@@ -18,7 +18,8 @@ Shapes: N training examples, S tokens per example, i inputs, o outputs, j = i + 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -54,8 +55,9 @@ from influence_calculator.maths.kronecker import DiagonalSolver, LayerRows
 from influence_calculator.maths.layers import EmbeddingSpec, LayerSpec, described, supported_embeddings
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
-from influence_calculator.maths.objective import Objective, TrainingData
+from influence_calculator.maths.objective import Batch, Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.traced_gradients import used_by_hand
 
 KEPT_BYTES = 64 << 20
 """What the first pass captured and the second takes over, when both run in one process."""
@@ -95,6 +97,16 @@ class Ekfac(Method):
         _refuse_other("unsupported", Unsupported, self.unsupported)
         if self.samples < 1:
             raise ValueError(f"samples: expected at least 1, got {self.samples}; 1 is the usual choice")
+
+    @override
+    def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:
+        untouched = replace(objective, by_hand=())
+        embeddings = supported_embeddings(untouched)
+        if not embeddings:
+            return untouched
+        seen = replace(objective, by_hand=used_by_hand(untouched, first(), embeddings))
+        self.layout(seen)
+        return seen
 
     def layout(self, objective: Objective) -> Layout:
         block_of = {name: layer.name for layer in supported_layers(objective) for name in layer.parameters}
@@ -186,13 +198,13 @@ class Ekfac(Method):
 
 def _refused(objective: Objective) -> UnsupportedModelError:
     named = [
-        f"{name} ({described(objective.model, block)})"
+        f"{name} ({described(objective.model, block)}{', used by hand too' * (name in objective.by_hand)})"
         for block, names in uncaptured_blocks(objective).items()
         for name in names
     ]
     return UnsupportedModelError(
         "model: EK-FAC treats Linear, Conv1d, Conv2d, Conv3d and Embedding layers, and the Conv1D of "
-        "transformers, that are called as modules and whose parameters no other module shares (an Embedding "
+        "transformers, that are called as modules and whose parameters nothing else uses (an Embedding "
         "without max_norm and scale_grad_by_freq), got "
         f"{', '.join(named)}; take unsupported='diagonal' or 'exclude', or freeze them "
         "(requires_grad_(False))"

@@ -40,7 +40,7 @@ def ekfac_footprint(
     drawing = OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
     forming = _in_pieces(shapes, micro_batch)
     covariance = max(graph + drawing + _covariance(shapes, micro_batch), looked_up)
-    covariance += item * others + _checked(shapes)
+    covariance += item * others
     correction = eigenvalues + max(graph + drawing + forming, looked_up)
     capture = max(graph + by_functions + forming, looked_up)
     whole = max(graph + by_functions + _per_sample(shapes, micro_batch), looked_up)
@@ -77,12 +77,13 @@ def _lookups(shapes: ModelShapes, micro_batch: int, graph: int) -> int:
 def _scored(embedding: EmbeddingShape, micro_batch: int) -> int:
     """Elements of the rows that are scored at once, without tokens that none of their examples holds."""
     p = min(micro_batch, examples_at_once(embedding.tokens, embedding.columns))
-    return p * min(p * embedding.tokens, embedding.rows) * embedding.columns + GATHERED_ELEMENTS
+    return p * rows_scored_at_once(embedding, micro_batch) * embedding.columns + GATHERED_ELEMENTS
 
 
-def _checked(shapes: ModelShapes) -> int:
-    """Embeddings' gradients of one example, by the weights and by what is looked up."""
-    return 3 * max(4, shapes.itemsize) * sum(e.rows * e.columns for e in shapes.embeddings)
+def rows_scored_at_once(embedding: EmbeddingShape, micro_batch: int) -> int:
+    """Of the V rows those that examples scored together may hold, at most."""
+    p = min(micro_batch, examples_at_once(embedding.tokens, embedding.columns))
+    return min(p * embedding.tokens, embedding.rows)
 
 
 def _inputs(layer: LayerShape) -> int:

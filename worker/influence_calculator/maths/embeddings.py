@@ -18,9 +18,8 @@ from influence_calculator.maths.errors import CaptureMismatchError
 from influence_calculator.maths.kronecker import PRODUCT_ELEMENTS
 from influence_calculator.maths.layers import EmbeddingSpec
 from influence_calculator.maths.method import Part
-from influence_calculator.maths.objective import Batch, Objective, slice_batch
-from influence_calculator.maths.probe import tolerance
-from influence_calculator.maths.traced_gradients import Lookups, traced_gradients
+from influence_calculator.maths.objective import Batch, Objective
+from influence_calculator.maths.traced_gradients import Lookups, used_by_hand
 
 
 def add_frequencies(total: Tensor, seen: Lookups) -> None:
@@ -90,25 +89,14 @@ def examples_at_once(S: int, o: int) -> int:
 
 
 def refuse_other_uses(objective: Objective, batch: Batch, embeddings: Sequence[EmbeddingSpec]) -> None:
-    """Of the first example: the gradient by what is looked up must be that of the weight.
+    """What lookups describe must be all there is.
 
     Raises:
-        CaptureMismatchError: naming weights that are used without calling their module, as a head that
-            multiplies by the embedding's weight does.
+        CaptureMismatchError: naming weights that the first example uses by hand, where nobody had seen it.
     """
-    names = tuple(spec.weight for spec in embeddings)
-    rows, lookups = traced_gradients(objective, slice_batch(batch, 0, 1), names, embeddings)
-    wrong = []
-    for spec in embeddings:
-        seen, expected = lookups[spec.name], rows[spec.weight]
-        found = torch.zeros_like(expected).view(spec.rows, -1)
-        found.index_add_(0, seen.ids.flatten(), seen.gradients.flatten(0, 1))
-        allowed = tolerance(expected.dtype) * float(expected.norm())
-        if float((found.view_as(expected) - expected).norm()) > allowed:
-            wrong.append(spec.weight)
-    if wrong:
+    if wrong := used_by_hand(objective, batch, embeddings):
         raise CaptureMismatchError(
-            f"{', '.join(wrong)}: expected the gradient of what the embedding looks up, got another; the "
-            "weight is used without calling its module too, as a head that multiplies by it does. Give the "
-            "head a parameter of its own, or leave these parameters out (requires_grad_(False))"
+            f"{', '.join(wrong)}: expected a weight that is used by calling its embedding alone, got one "
+            "that some examples use by hand too, the first training example not. Give what multiplies by it "
+            "a parameter of its own, or leave these parameters out (requires_grad_(False))"
         )

@@ -181,8 +181,8 @@ class EmbeddingSpec:
 def supported_embeddings(objective: Objective) -> tuple[EmbeddingSpec, ...]:
     """The embeddings whose weight's gradient is the sum of that by what each token looks up.
 
-    Left out: a weight that another module shares, one that lookups change (`max_norm`), and gradients that
-    are divided by counts of the batch (`scale_grad_by_freq`).
+    Left out: a weight that another module shares or that the model uses by hand, one that lookups change
+    (`max_norm`), and gradients that are divided by counts of the batch (`scale_grad_by_freq`).
     """
     model = objective.model
     owners = _owners(model)
@@ -193,7 +193,7 @@ def supported_embeddings(objective: Objective) -> tuple[EmbeddingSpec, ...]:
         weight = f"{name}.weight" if name else "weight"
         if module.max_norm is not None or module.scale_grad_by_freq or weight not in objective.names:
             continue
-        if owners[id(module.weight)] == 1:
+        if owners[id(module.weight)] == 1 and weight not in objective.by_hand:
             V, o = module.weight.shape
             found.append(EmbeddingSpec(name, weight, V, o, module.padding_idx))
     return tuple(found)

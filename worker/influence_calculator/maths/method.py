@@ -13,7 +13,7 @@ Shapes: t test examples, n training examples of a batch, P_b parameters of block
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -246,6 +246,15 @@ class Method(ABC):
     """Whether solving reads the training data again (iterative solvers)."""
     sums_checkpoints: bool = False
     """Whether it differentiates at the objective's checkpoints, in place of the model."""
+
+    def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:  # noqa: ARG002
+        """The objective with what this method must have seen of the model at work, on the first training
+        example; most need to see nothing.
+
+        Raises:
+            UnsupportedModelError: a part of it that the method cannot treat.
+        """
+        return objective
 
     @abstractmethod
     def layout(self, objective: Objective) -> Layout:

@@ -127,6 +127,8 @@ class Objective:
     """Tracked parameters, in the order of `model.named_parameters()`."""
     checkpoints: Checkpoints | None = None
     """States of the model, for methods that sum over them."""
+    by_hand: tuple[str, ...] = ()
+    """Weights of embeddings that the model uses without calling the module too, as far as somebody looked."""
     _module: _Forward = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ the batch at once, because an example's loss depends on its own input only.
 
 Over checkpoints it is the sum, as the influence is.
 
-Shapes: t test rows, n training examples, F... feature dimensions of the training input.
+Shapes: t test rows, n training examples, B blocks, F... feature dimensions of the training input.
 """
 
 from __future__ import annotations
@@ -46,16 +46,43 @@ def perturbations(
     Raises:
         UnsupportedInputError: no floating-point input to move; names what the batch holds.
     """
-    x = perturbed_input(batch)
-    t = next(iter(factors.values())).shape[0]
-    dtype = accumulation_dtype(x.dtype)
-    result = torch.empty(t, batch_size(batch), *x.shape[1:], dtype=dtype, device=objective.device)
-    for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
-        stop = piece.start + batch_size(piece.batch)
-        own = result[:, piece.start : stop]
-        for number, (state, layout) in enumerate(summed_states(objective, fitted.layout)):
-            _fill(own, state, layout, factors, piece.batch, add=number > 0)
+    result = _empty(objective, factors, batch)
+    _sum(result, objective, fitted.layout, factors, batch, micro_batch)
     return result
+
+
+def perturbations_by_block(
+    fitted: Laid, objective: Objective, factors: Left, batch: Batch, micro_batch: int
+) -> Tensor:
+    """Each block's part of `perturbations`, `∇x (z_b · g_b(x))`, `[B, t, n, F...]`, in the layout's order.
+
+    They sum to it. Each block differentiates the batch again, by its own parameters alone.
+
+    Raises:
+        UnsupportedInputError: as `perturbations`.
+    """
+    blocks = fitted.layout.blocks
+    result = _empty(objective, factors, batch, len(blocks))
+    for part, block in zip(result, blocks, strict=True):
+        _sum(part, objective, fitted.layout.among((block,)), factors, batch, micro_batch)
+    return result
+
+
+def _empty(objective: Objective, factors: Left, batch: Batch, *parts: int) -> Tensor:
+    x = perturbed_input(batch)
+    shape = (*parts, len(next(iter(factors.values()))), batch_size(batch), *x.shape[1:])
+    return torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=objective.device)
+
+
+def _sum(
+    result: Tensor, objective: Objective, layout: Layout, factors: Left, batch: Batch, micro_batch: int
+) -> None:
+    """Fills `[t, n, F...]` with the sum over the blocks of `layout`, of all states that have one of them."""
+    states = [(state, laid.among(layout.blocks)) for state, laid in summed_states(objective, layout)]
+    for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
+        own = result[:, piece.start : piece.start + batch_size(piece.batch)]
+        for number, (state, laid) in enumerate(pair for pair in states if pair[1].blocks):
+            _fill(own, state, laid, factors, piece.batch, add=number > 0)
 
 
 def perturbed_input(batch: Batch) -> Tensor:

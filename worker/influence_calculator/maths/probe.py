@@ -38,7 +38,8 @@ def probe(objective: Objective, batch: Batch) -> None:
     Raises:
         TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
         CaptureMismatchError: gradients differ; names the parameters and the usual cause.
-        UnsupportedModelError: no parameter is tracked, or outputs are no entries of examples.
+        UnsupportedModelError: no parameter is tracked, a module has sparse gradients, or outputs are no
+            entries of examples.
     """
     if not objective.names:
         raise UnsupportedModelError(
@@ -46,6 +47,7 @@ def probe(objective: Objective, batch: Batch) -> None:
             "(requires_grad_(True)) or widen the selection"
         )
     _refuse_training_mode(objective.model)
+    _refuse_sparse_gradients(objective)
     few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
     _refuse_random_outputs(objective, few)
     _refuse_other_gradients(objective, few)
@@ -81,6 +83,23 @@ def _uses_batch(module: _NormBase) -> bool:
         # Normalizes each example by itself; only running statistics are changed by training mode.
         return module.training and module.track_running_stats
     return module.training or module.running_mean is None
+
+
+def _refuse_sparse_gradients(objective: Objective) -> None:
+    tracked = {id(p) for name, p in objective.model.named_parameters() if name in objective.names}
+    sparse = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in objective.model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and module.sparse
+        and id(module.weight) in tracked
+    ]
+    if sparse:
+        raise UnsupportedModelError(
+            f"{', '.join(sparse)}: expected dense gradients, which is what examples are compared by, got "
+            "sparse=True; build it with sparse=False (or set its attribute sparse to False: what it computes "
+            "is the same), or do not track its weight (requires_grad_(False))"
+        )
 
 
 def _refuse_random_outputs(objective: Objective, few: Batch) -> None:

@@ -44,6 +44,11 @@ class EmbeddingShape:
     tokens: int
     """S: positions per example over all calls."""
 
+    @property
+    def weight(self) -> str:
+        """Name of the table."""
+        return f"{self.name}.weight" if self.name else "weight"
+
 
 @dataclass(frozen=True)
 class ModelShapes:

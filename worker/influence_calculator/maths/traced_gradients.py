@@ -87,6 +87,20 @@ def positions(objective: Objective, example: Batch, embeddings: Sequence[Embeddi
     return {spec.name: sum(call.numel() for call in calls[spec.name]) // spec.columns for spec in embeddings}
 
 
+def used_by_hand(objective: Objective, batch: Batch, embeddings: Sequence[EmbeddingSpec]) -> tuple[str, ...]:
+    """Weights that the first example's loss depends on beside what is looked up, as a head's may be."""
+    if not embeddings:
+        return ()
+    example, own = slice_batch(batch, 0, 1), objective.parameters()
+    weights = {spec.weight: own[spec.weight].requires_grad_() for spec in embeddings}
+    with _hooks(objective, embeddings, lambda _, __, output: output.detach()), torch.enable_grad():
+        loss = objective.losses_at(weights, example).sum()
+    if not loss.requires_grad:
+        return ()
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(weights, found, strict=True) if gradient is not None)
+
+
 @dataclass(frozen=True)
 class _Traced:
     """The loss of one example as a function of parameters and of what is added to what embeddings look up."""
@@ -104,7 +118,7 @@ class _Traced:
             found[spec.name].append(torch.zeros_like(output))
             return output
 
-        with self._hooks(seen), torch.enable_grad():
+        with _hooks(self.objective, self.embeddings, seen), torch.enable_grad():
             self.objective.outputs(one)
         return found
 
@@ -117,23 +131,24 @@ class _Traced:
             ids[spec.name].append(inputs)
             return added
 
-        with self._hooks(shifted):
+        with _hooks(self.objective, self.embeddings, shifted):
             return self.objective.example_loss(parameters, example), ids
 
-    @contextmanager
-    def _hooks(self, change: Change) -> Iterator[None]:
-        """Of every call that the loss is differentiated through."""
-        handles = []
-        try:
-            for spec in self.embeddings:
-                module = self.objective.model.get_submodule(spec.name)
-                hook = _hook(spec, change)
-                # First, so that hooks of the user's see and change the output after it.
-                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+@contextmanager
+def _hooks(objective: Objective, embeddings: Sequence[EmbeddingSpec], change: Change) -> Iterator[None]:
+    """Of every call that the loss is differentiated through."""
+    handles = []
+    try:
+        for spec in embeddings:
+            module = objective.model.get_submodule(spec.name)
+            hook = _hook(spec, change)
+            # First, so that hooks of the user's see and change the output after it.
+            handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _hook(spec: EmbeddingSpec, change: Change) -> Any:

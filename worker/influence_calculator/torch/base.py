@@ -105,6 +105,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self.method = method
         self.warn_on_max_iteration = warn_on_max_iteration
         self.checkpoints: Checkpoints | None = None
+        self._by_hand: tuple[str, ...] = ()
         self._state: FitState | None = None
         self._data: IterableTrainingData | None = None
         self._fitted: Fitted | None = None
@@ -112,7 +113,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     @property
     def objective(self) -> Objective:
         """What is differentiated: the loss of one example."""
-        return replace(xy_objective(self.model, self.loss), checkpoints=self.checkpoints)
+        objective = xy_objective(self.model, self.loss)
+        return replace(objective, checkpoints=self.checkpoints, by_hand=self._by_hand)
 
     @property
     def layout(self) -> Layout:
@@ -177,7 +179,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         """
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
-        probe(self.objective, training.first())
+        first = training.first()
+        probe(self.objective, first)
+        self._by_hand = self.method.looked_at(self.objective, lambda: first).by_hand
         batches = JoinedBatches(self.objective, training)
         kept = KeptBatches(batches) if len(self.method.passes()) > 1 else batches
         self._state = fit(self.method, self.objective, kept)

@@ -18,8 +18,8 @@ from influence_calculator.maths.blocks import Regularization
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Fitted, Method
+from influence_calculator.maths.perturbation import perturbations_by_block
 from influence_calculator.torch.base import TorchInfluenceFunctionModel, regularization_of
-from influence_calculator.torch.by_block import perturbations_by_block
 from influence_calculator.types import InfluenceMode, as_mode
 
 
@@ -102,5 +102,6 @@ class TorchBlockwiseInfluence(TorchInfluenceFunctionModel, ComposableInfluence[T
         fitted, pieces = self._require_fitted(), self._micro_batch(batch)
         if mode is InfluenceMode.Up:
             parts = region.influences_by_block(fitted, rows, batch, pieces)
-            return OrderedDict(zip(fitted.layout.blocks, parts, strict=True))
-        return perturbations_by_block(fitted, self.objective, rows, batch, pieces)
+        else:
+            parts = perturbations_by_block(fitted, self.objective, rows, batch, pieces)
+        return OrderedDict(zip(fitted.layout.blocks, parts, strict=True))

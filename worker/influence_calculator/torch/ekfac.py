@@ -43,7 +43,8 @@ class EkfacInfluence(TorchBlockwiseInfluence):
 
     Raises:
         NotImplementedLayerRepresentationException: layers that are refused, by name.
-        CaptureMismatchError: when `fit` begins, an embedding whose weight is used without calling it.
+        UnsupportedModelError: when `fit` begins, an embedding whose weight is used by hand too, as a head
+            that multiplies by it does; `unsupported` decides of it as of other layers.
     """
 
     method: Ekfac

@@ -138,11 +138,13 @@ def draw(summary: Summary, console: Console) -> None:
 
 
 def _summed(plan: dict[str, Any]) -> str:
+    """What a score is where the matrix holds its parts."""
     parts = {Operation.INFLUENCES_BY_BLOCK: "blocks", Operation.INFLUENCES_BY_TOKEN: "tokens"}
     if plan["operation"] not in parts:
         return ""
     over = parts[plan["operation"]]
-    return f" It is the sum over the {over}; the part of each is in the array influences."
+    what = "The gradient" if plan["mode"] == Mode.PERTURBATION else "It"
+    return f" {what} is the sum over the {over}; the part of each is in the array influences."
 
 
 def _headline(summary: Summary) -> list[str]:

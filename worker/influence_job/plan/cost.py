@@ -9,8 +9,10 @@ Symbols: i inputs, o outputs, S tokens of a layer; P parameters; T, N test and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from influence_calculator.maths.ekfac_footprint import rows_scored_at_once
 from influence_calculator.maths.logra_footprint import block_ranks, other_ranks
 from influence_calculator.maths.nystroem_sketch import PROBE
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
@@ -45,7 +47,7 @@ LISSA_STEPS = 300
 
 def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     """Stage -> 10^9 operations over all workers."""
-    shapes = sizes.shapes
+    shapes = _differentiated(spec, sizes.shapes)
     states = max(1, shapes.checkpoints)
     capture = states * _capture(shapes)
     # LoGra projects what a layer captured and forms no gradient of it.
@@ -55,7 +57,7 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
     if plan.on_itself:
-        each = capture + gradient + 2 * states * shapes.width
+        each = capture + gradient + 2 * states * sizes.shapes.width
         stages["Scores"] = plan.train * each + _of_method(_SOLVES, spec, sizes)
     elif plan.gradients_only:
         stages["Gradients"] = plan.train * (capture + gradient + turn)
@@ -65,11 +67,12 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
         pairs = float(plan.test) * plan.train
         differentiated = plan.groups * plan.train if plan.operation.reads_training else 0
         training = differentiated * (capture + gradient + turn)
-        stages["Scores"] = training + 2.0 * sum(plan.blocks.values()) * pairs
+        stages["Scores"] = training + 2.0 * _columns(spec, sizes, plan) * pairs
         if plan.by_token:
             stages["Scores"] = plan.groups * plan.train * capture + gradient * pairs  # Z ã of every token
         if spec.mode is Mode.PERTURBATION:
-            stages["Scores"] += 3 * capture * pairs  # a double backward per test row and training example
+            # A double backward per test row and training example, and per block where these are told apart.
+            stages["Scores"] += 3 * capture * pairs * (len(plan.blocks) if plan.by_block else 1)
     return {name: flop / 1e9 for name, flop in stages.items()}
 
 
@@ -77,6 +80,28 @@ def seconds(spec: InfluenceJobSpec, stages: dict[str, float]) -> dict[str, float
     """Stage -> seconds with the spec's workers at the assumed rate."""
     rate = GFLOPS[spec.resolved_device] * spec.workers.replicas
     return {name: amount / rate for name, amount in stages.items()}
+
+
+def _differentiated(spec: InfluenceJobSpec, shapes: ModelShapes) -> ModelShapes:
+    """EK-FAC differentiates by what an embedding looks up, `[S, o]`, in place of its table `[V, o]`."""
+    if not isinstance(spec.method, EkfacSpec):
+        return shapes
+    return _of_lookups(shapes)
+
+
+def _of_lookups(shapes: ModelShapes) -> ModelShapes:
+    looked_up = {e.weight: (e.tokens, e.columns) for e in shapes.embeddings}
+    return replace(shapes, parameters={**shapes.parameters, **looked_up})
+
+
+def _columns(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> float:
+    """Columns of a left representation that a training example meets: of a table the rows scored at once."""
+    columns = sum(plan.blocks.values())
+    if isinstance(spec.method, EkfacSpec):
+        together = min(plan.micro_batch, plan.train_chunk, plan.train)
+        for e in sizes.shapes.embeddings:
+            columns -= (e.rows - rows_scored_at_once(e, together)) * e.columns
+    return float(columns)
 
 
 def _products(shapes: ModelShapes) -> float:
@@ -95,9 +120,9 @@ def _gradient(shapes: ModelShapes) -> float:
 
 
 def _fit_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
-    shapes = sizes.shapes
-    rotation = sum(2 * layer.tokens * _per_group(layer, 2) for layer in shapes.layers)
-    rotation += sum(2 * e.tokens * e.columns**2 for e in shapes.embeddings)
+    shapes = _of_lookups(sizes.shapes)
+    rotation = sum(2.0 * layer.tokens * _per_group(layer, 2) for layer in shapes.layers)
+    rotation += _turn_lookups(spec, sizes)
     example = _capture(shapes) + rotation
     if spec.update_diagonal:
         example += _capture(shapes) + rotation + _gradient(shapes)
@@ -134,9 +159,15 @@ def _solve_low_rank(spec: ArnoldiSpec | NystroemSketchSpec, sizes: Sizes) -> flo
     return sizes.test * 4.0 * min(spec.rank, sizes.shapes.width) * sizes.shapes.width
 
 
-def _solve_ekfac(_: EkfacSpec, sizes: Sizes) -> float:
+def _solve_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
     layers = sizes.shapes.layers
-    return sizes.test * float(sum(4 * s.inputs * s.outputs * (s.inputs + s.group_outputs) for s in layers))
+    rotation = sum(4 * s.inputs * s.outputs * (s.inputs + s.group_outputs) for s in layers)
+    return sizes.test * (rotation + _turn_lookups(spec, sizes))
+
+
+def _turn_lookups(_: EkfacSpec, sizes: Sizes) -> float:
+    """Of one example, by the basis of the columns; rows stay what they are."""
+    return sum(2.0 * e.tokens * e.columns**2 for e in sizes.shapes.embeddings)
 
 
 def _solve_direct(_: DirectSpec, sizes: Sizes) -> float:
@@ -233,7 +264,7 @@ _SOLVES: dict[type, Cost] = {
     TrakSpec: _solve_trak,
     LograSpec: _solve_logra,
 }
-_TURNS: dict[type, Cost] = {TrakSpec: _project, LograSpec: _project_layers}
+_TURNS: dict[type, Cost] = {EkfacSpec: _turn_lookups, TrakSpec: _project, LograSpec: _project_layers}
 """Of one training gradient into the coordinates that it is scored in, where that is much of the work."""
 
 

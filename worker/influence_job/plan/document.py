@@ -217,11 +217,10 @@ class Plan(SpecModel):
             return ("train",)
         if not self.has_scores:
             return ("train" if self.gradients_only else "test", "column")
-        if self.by_block:
-            return ("block", "test", "train")
         if self.by_token:
             return ("test", "train", "token")
-        return ("test", "train", *(f"feature_{i}" for i in range(len(self.feature_shape))))
+        features = tuple(f"feature_{i}" for i in range(len(self.feature_shape)))
+        return (*(("block",) if self.by_block else ()), "test", "train", *features)
 
     @property
     def result_shape(self) -> tuple[int, ...]:
@@ -230,25 +229,23 @@ class Plan(SpecModel):
             return (self.train,)
         if not self.has_scores:
             return (self.test, sum(self.blocks.values()))
-        if self.by_block:
-            return (len(self.blocks), self.test, self.train)
-        return (self.test, self.train, *self.feature_shape)
+        return (*self._parts, self.test, self.train, *self.feature_shape)
 
     @property
     def result_chunks(self) -> tuple[int, ...]:
         """Of the matrix: one region."""
         if self.on_itself:
             return (min(self.train_chunk, self.train),)
-        columns = min(self.train_chunk, self.train)
-        if self.by_block:
-            return (len(self.blocks), self.group_rows, columns)
-        return (self.group_rows, columns, *self.feature_shape)
+        return (*self._parts, self.group_rows, min(self.train_chunk, self.train), *self.feature_shape)
+
+    @property
+    def _parts(self) -> tuple[int, ...]:
+        """The dimension `block`, where there is one."""
+        return (len(self.blocks),) if self.by_block else ()
 
     def result_index(self, group: int, chunk: int) -> tuple[int, ...]:
         """Which chunk of the matrix the region of a group and a training chunk is."""
-        if self.by_block:
-            return (0, group, chunk)
-        return (group, chunk, *(0,) * len(self.feature_shape))
+        return (*(0,) * len(self._parts), group, chunk, *(0,) * len(self.feature_shape))
 
     @property
     def matrix_bytes(self) -> int:

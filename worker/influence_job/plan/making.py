@@ -98,8 +98,8 @@ def _column_rows(spec: InfluenceJobSpec, sizes: Sizes) -> int:
 def _pair_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
     """Of what is stored for one test and one training example."""
     by_block = spec.operation is Operation.INFLUENCES_BY_BLOCK
-    numbers = len(sizes.blocks) if by_block else math.prod(sizes.feature_shape)
-    return numbers * _itemsize(sizes)
+    parts = len(sizes.blocks) if by_block else 1
+    return parts * math.prod(sizes.feature_shape) * _itemsize(sizes)
 
 
 def _used(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:

@@ -70,11 +70,10 @@ class Mode(StrEnum):
 
 _WITHOUT_PERTURBATION = {
     Operation.INFLUENCE_FACTORS: "expected Up: factors are the same in both modes; Perturbation is for "
-    "Influences and InfluencesFromFactors",
+    "Influences, InfluencesByBlock and InfluencesFromFactors",
     Operation.SELF_INFLUENCE: "expected Up: an example's influence on itself has no perturbation",
     Operation.TRAINING_GRADIENTS: "expected Up: gradients are stored as up-weighting scores them",
     Operation.INFLUENCES_FROM_GRADIENTS: "expected Up: a perturbation takes the training examples themselves",
-    Operation.INFLUENCES_BY_BLOCK: "expected Up: the parts of blocks are stored of up-weighting alone",
     Operation.INFLUENCES_BY_TOKEN: "expected Up: the parts of tokens are stored of up-weighting alone",
 }
 _NO_TEST_CHUNKS = (

@@ -13,7 +13,7 @@ from influence_calculator.maths import perturbation
 from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import CalculatorError, UnsupportedInputError
-from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+from influence_calculator.maths.objective import Batch, batch_size, slice_batch
 from influence_calculator.maths.probe import probe
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
@@ -99,8 +99,10 @@ def _probed(own: Session) -> dict[str, str]:
     sides = _sides(own.spec)
     annotations: dict[str, str] = {}
     for side in sides:
-        few, objective = _few(own, side)
+        few = _few(own, side, PROBED)
         if side == sides[0]:
+            # As the task says, before the method has looked at it: what the probe refuses has no better name.
+            objective = own.side_of(own.tracked, side)
             with blaming(own, objective, side, 0, batch_size(few)):
                 probe(objective, few)
         columns = annotate(own.task, own.objective, few)
@@ -114,11 +116,10 @@ def _sides(spec: InfluenceJobSpec) -> tuple[str, ...]:
     return tuple(side for side, is_read in read.items() if is_read)
 
 
-def _few(own: Session, side: str, most: int = PROBED) -> tuple[Batch, Objective]:
-    """The first examples of a side, and what is differentiated there."""
+def _few(own: Session, side: str, most: int) -> Batch:
+    """The first examples of a side."""
     source = own.task.train if side == "train" else own.task.test
-    batch, _ = own.read(side, 0, min(most, len(source)))
-    return batch, own.objective if side == "train" else own.test_objective
+    return own.read(side, 0, min(most, len(source)))[0]
 
 
 @contextmanager
@@ -135,7 +136,8 @@ def _refusals_named() -> Iterator[None]:
 
 def measure_sizes(own: Session) -> Sizes:
     """Sizes of model and data, from one example of each."""
-    one, objective = _few(own, _sides(own.spec)[0], 1)
+    side = _sides(own.spec)[0]
+    one = _few(own, side, 1)
     stored = own.spec.operation is Operation.INFLUENCES_FROM_GRADIENTS
     gradients = arrays.array_info(own.fit_store, gradient_path(0)) if stored else None
     feature_shape: tuple[int, ...] = ()
@@ -146,7 +148,7 @@ def measure_sizes(own: Session) -> Sizes:
     return Sizes(
         test=_test_length(own),
         train=len(own.task.train) if gradients is None else gradients.shape[0],
-        shapes=measure(objective, slice_batch(one, 0, 1)),
+        shapes=measure(own.side_of(own.objective, side), slice_batch(one, 0, 1)),
         feature_shape=feature_shape,
         dtype=_dtype(own),
         blocks=own.layout.factor_widths,

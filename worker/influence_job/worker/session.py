@@ -50,7 +50,8 @@ class Session:
     spec: InfluenceJobSpec
     device: torch.device
     task: InfluenceTask
-    objective: Objective
+    tracked: Objective
+    """What is differentiated, as the task says."""
     method: Method
     environment: str
     model_digest: str
@@ -75,13 +76,27 @@ class Session:
     @property
     def states(self) -> nn.Module:
         """The model, with its checkpoints where the method sums over them: what the store keeps."""
-        return model_state.states_of(self.objective)
+        return model_state.states_of(self.tracked)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What is differentiated, with what the method must have seen of the model at work.
+
+        Raises:
+            UnsupportedModelError: a part of the model that the method cannot treat.
+        """
+        side = "train" if self.spec.operation.reads_training else "test"
+        return self.method.looked_at(self.tracked, lambda: self.read(side, 0, 1)[0])
 
     @property
     def test_objective(self) -> Objective:
         """The objective of the test side: the task's measurement if it has one."""
-        measurement = self.task.measurement
-        return self.objective if measurement is None else self.objective.with_loss(measurement)
+        return self.side_of(self.objective, "test")
+
+    def side_of(self, objective: Objective, side: str) -> Objective:
+        """An objective as the side "train" or "test" has it."""
+        measurement = self.task.measurement if side == "test" else None
+        return objective if measurement is None else objective.with_loss(measurement)
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -221,7 +236,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
         spec=spec,
         device=device,
         task=task,
-        objective=objective,
+        tracked=objective,
         method=method,
         environment=environment.describe(device),
         model_digest=model_state.digest(states),

@@ -64,7 +64,8 @@ class ReadExamples(TrainingSide):
     def _scores(self, left: Left, batch: Batch) -> Tensor:
         fitted, plan = self.own.fitted, self.own.plan
         if plan.mode is Mode.PERTURBATION:
-            return perturbation.perturbations(fitted, self.own.objective, left, batch, plan.micro_batch)
+            move = perturbation.perturbations_by_block if plan.by_block else perturbation.perturbations
+            return move(fitted, self.own.objective, left, batch, plan.micro_batch)
         if plan.by_token:
             return self._by_token(left, batch)
         score = region.influences_by_block if plan.by_block else region.influences
