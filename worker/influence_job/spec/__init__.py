@@ -39,6 +39,7 @@ from influence_job.spec.methods import (
     NystroemSketchSpec,
     NystroemSpec,
     PreconditionerSpec,
+    Products,
     SecondOrder,
     Unsupported,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "PodSettings",
     "Precision",
     "PreconditionerSpec",
+    "Products",
     "Quantity",
     "ResourcesSpec",
     "SecondOrder",

@@ -49,6 +49,15 @@ class Expectation(StrEnum):
     """At the true labels."""
 
 
+class Products(StrEnum):
+    """Who makes the products with H that conjugate gradients take."""
+
+    LOCAL = "Local"
+    """The worker that solves a chunk of test examples, over all training examples."""
+    DISTRIBUTED = "Distributed"
+    """All workers, each over ranges of the training examples."""
+
+
 class Unsupported(StrEnum):
     """What EK-FAC does with a layer it has no formula for."""
 
@@ -166,8 +175,23 @@ class DirectSpec(_SolverSpec):
     name: Literal["Direct"]
 
 
+TOGETHER = "expected true with products: Distributed; lower chunks.test to solve fewer at once"
+
+
 class CgSpec(_SolverSpec):
     """Conjugate gradients with products by H: exact up to `rtol`, reads the training set per iteration."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *_SOLVER_RULES,
+            rule(
+                "!(has(self.products) && self.products == 'Distributed') || "
+                "!has(self.simultaneous) || self.simultaneous",
+                TOGETHER,
+                "simultaneous",
+            ),
+        )
+    )
 
     name: Literal["Cg"]
     rtol: Annotated[Number, Field(gt=0, lt=1)] = Field(
@@ -186,6 +210,17 @@ class CgSpec(_SolverSpec):
     preconditioner: PreconditionerSpec | None = Field(
         None, description="{name: Jacobi, samples: 1} or {name: Nystroem, rank: 10}; default none."
     )
+    products: Products = Field(
+        Products.LOCAL,
+        description="Local | Distributed. Default Local: one worker solves a chunk of test examples. "
+        "Distributed: all workers share each iteration, whose state is stored; when chunks are few.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> CgSpec:
+        if self.products is Products.DISTRIBUTED and not self.simultaneous:
+            raise refuse("simultaneous", TOGETHER)
+        return self
 
 
 class LissaSpec(_SolverSpec):
