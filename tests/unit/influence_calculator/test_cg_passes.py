@@ -80,7 +80,9 @@ def by_passes(λ: Any, **settings: Any) -> Cg:
     return Cg(λ, rtol=1e-10, solves_by_passes=True, **settings)
 
 
-@pytest.mark.parametrize(("case", "mode"), CASES_AND_MODES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "mode"), [(case, mode) for case, mode in CASES_AND_MODES if case in (LOGISTIC, MLP)], ids=str
+)
 @pytest.mark.parametrize("λ", REGULARIZATIONS)
 def test_factors_are_those_of_the_explicit_matrix(case: ModelCase, mode: SecondOrderMode, λ: float) -> None:
     expected = reference(case, mode)

@@ -4,6 +4,7 @@ The CRD's schema is made from it, the driver and the local run read it, and the 
 so that it needs pydantic and the standard library only. `influence_job.job_file` reads it from YAML.
 """
 
+from influence_job.spec.ekfac import EkfacSpec, Expectation, Unsupported
 from influence_job.spec.fields import Quantity, SpecModel
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.job import (
@@ -30,8 +31,6 @@ from influence_job.spec.methods import (
     BlockStructure,
     CgSpec,
     DirectSpec,
-    EkfacSpec,
-    Expectation,
     InverseHarmonicMeanSpec,
     JacobiSpec,
     LissaSpec,
@@ -41,7 +40,6 @@ from influence_job.spec.methods import (
     PreconditionerSpec,
     Products,
     SecondOrder,
-    Unsupported,
 )
 from influence_job.spec.operations import Mode, Operation
 from influence_job.spec.parsing import InvalidSpecError, parse_spec
