@@ -227,11 +227,17 @@ def test_a_data_set_that_answers_differently_the_second_time_is_refused(
     assert start <= broken_task.FAULTY_EXAMPLE <= stop
 
 
-CHANGED_AFTER = {
-    "half of a pass": (Barrier("read", "before", "", 8), "factors"),
-    "the fit": (Barrier("enter", "before", "Scores"), "merge"),
+SHARED = {"name": "Cg", "regularization": 0.05, "products": "Distributed", "rtol": 1e-2}
+CHANGED_AFTER: dict[str, tuple[Barrier, str, dict[str, Any]]] = {
+    "half of a pass": (Barrier("read", "before", "", 8), "factors", {}),
+    "an iteration of a solve": (
+        Barrier("put", "before", "^fit/solve/0/2/partial/"),
+        "factors",
+        {"method": {**SHARED, "secondOrder": "GeneralizedGaussNewton"}},
+    ),
+    "the fit": (Barrier("enter", "before", "Scores"), "merge", {}),
 }
-"""When the first run is killed -> rows that the second one must not get to."""
+"""When the first run is killed -> rows that the second one must not get to, and changes to the job."""
 
 
 @pytest.mark.parametrize("when", CHANGED_AFTER)
@@ -239,8 +245,8 @@ def test_data_that_changed_since_an_earlier_run_is_refused(when: str, jobs: Jobs
     """In an example that is none of those by which the data is known; no curvature of one data set and no
     score of another come together.
     """
-    barrier, never = CHANGED_AFTER[when]
-    path, manifest = tmp_path / "result.zarr", jobs.manifest(TASK)
+    barrier, never, changes = CHANGED_AFTER[when]
+    path, manifest = tmp_path / "result.zarr", jobs.manifest({**TASK, **changes})
     first = jobs.start(manifest, output=path, barrier=barrier)
     first.wait_for_barrier()
     first.kill()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import xarray
 
 from jobs import Jobs
@@ -13,28 +14,37 @@ from jobs import Jobs
 CONVERGED, MAX_ITERATIONS, INDEFINITE, NOT_FINITE = range(4)
 
 
+@pytest.mark.parametrize("products", ["Local", "Distributed"])
 def test_every_way_a_solve_can_end_reaches_the_store_and_the_progress_document(
-    jobs: Jobs, tmp_path: Path
+    products: str, jobs: Jobs, tmp_path: Path
 ) -> None:
-    """One iteration of CG on diag(1, 2, 4, -3, ∞) with right-hand sides that are chosen for it."""
+    """One iteration of CG on diag(1, 2, 4, -3, ∞) with right-hand sides that are chosen for it; the last two
+    are zero.
+    """
     path = tmp_path / "factors.zarr"
     changes = {
-        "task": {"entrypoint": "solver_task:task"},
+        "task": {"entrypoint": "solver_task:task", "arguments": {"zeros": 2}},
         "operation": "InfluenceFactors",
-        "method": {"name": "Cg", "regularization": 0.01, "maxiter": 1, "rtol": 1e-4},
+        "method": {
+            **{"name": "Cg", "regularization": 0.01, "maxiter": 1, "rtol": 1e-4},
+            "products": products,
+        },
         "chunks": {"test": 2, "train": 3},
     }
     run = jobs.finish(jobs.manifest(changes), "--json", output=path)
     opened = xarray.open_zarr(path)
-    expected = [CONVERGED, MAX_ITERATIONS, INDEFINITE, NOT_FINITE]
+    expected = [CONVERGED, MAX_ITERATIONS, INDEFINITE, NOT_FINITE, CONVERGED, CONVERGED]
     assert opened["solver_status"].values.tolist() == expected
     assert opened["solver_status"].dims == ("test",)
     assert opened["solver_iterations"].values[:2].tolist() == [1, 1]
     residual = opened["solver_residual"].values
     assert residual[0] <= 1e-4
     assert 1e-4 < residual[1] < np.inf
+    factors = xarray.open_zarr(path / "factors", consolidated=False)["0"].values
+    assert np.isnan(factors[3]).all()
+    assert not factors[4:].any()
     document = json.loads(run.stdout)
-    assert document["solver"] == {"converged": 1, "maxIterations": 1, "indefinite": 1, "notFinite": 1}
+    assert document["solver"] == {"converged": 3, "maxIterations": 1, "indefinite": 1, "notFinite": 1}
     assert any("solver_status" in warning for warning in document["warnings"])
 
 

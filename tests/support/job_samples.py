@@ -129,6 +129,11 @@ _SPECS: dict[str, dict[str, Json]] = {
         },
         "output": OUTPUT,
     },
+    "cg of all workers": {
+        "task": TASK,
+        "method": {"name": "Cg", "regularization": 0.1, "products": "Distributed", "simultaneous": True},
+        "output": OUTPUT,
+    },
     "arnoldi": {
         "task": TASK,
         "method": {
@@ -503,6 +508,16 @@ def broken_rules() -> Iterator[Broken]:
             {"method": {**solver, "relative": True, "regularizationByBlock": {"0": 1}}},
         ),
         (
+            "shared row by row",
+            ("method", "simultaneous"),
+            {"method": {**solver, "name": "Cg", "products": "Distributed", "simultaneous": False}},
+        ),
+        (
+            "unknown products",
+            ("method", "products"),
+            {"method": {**solver, "name": "Cg", "products": "Shared"}},
+        ),
+        (
             "no rank",
             ("method", "preconditioner", "rank"),
             {"method": {"name": "Cg", "regularization": 1, "preconditioner": {"name": "Nystroem"}}},
@@ -533,6 +548,7 @@ def broken_rules() -> Iterator[Broken]:
         ("Arnoldi", {"samples": 1}),
         ("Direct", {"complement": True}),
         ("Cg", {"scale": 2}),
+        ("Lissa", {"products": "Distributed"}),
         ("Lissa", {"simultaneous": True}),
         ("InverseHarmonicMean", {"secondOrder": "Hessian"}),
         ("InverseHarmonicMean", {"rtol": 0.1}),

@@ -22,9 +22,10 @@ from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
+from influence_calculator.maths.layout import Left
 from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.logra import Logra
-from influence_calculator.maths.method import Method, fit
+from influence_calculator.maths.method import Fitted, Method, PassesFitted, fit
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.objective import Objective, xy_objective
 from influence_calculator.maths.trak import Trak
@@ -56,8 +57,24 @@ def _run(method: Method, objective: Objective, data: TrainingSet, rows: int, sta
     del found
     if stage == "capture":
         region.influences(fitted, left, data.whole, data.size)
+    elif method.solves_by_passes:
+        _solve_by_passes(fitted, left, objective, data)
     else:
         fitted.solve(left)
+
+
+def _solve_by_passes(fitted: Fitted, left: Left, objective: Objective, data: TrainingSet) -> None:
+    """As a worker does it, which finds in the store what the pass before left."""
+    assert isinstance(fitted, PassesFitted)
+    state = fitted.begun(left)
+    for _ in range(3):
+        step = fitted.solving_pass("next", "before")
+        sums = step.accumulate(objective, data.batches(), {"before": state})
+        partial = {name: value.clone() for name, value in sums[""].items()}
+        for name, value in partial.items():
+            sums[""][name].add_(value)
+        state = {"": step.finish("", sums[""], data.length, {"before": state})}
+    fitted.solved(state)
 
 
 def main() -> None:
@@ -68,6 +85,7 @@ def main() -> None:
     methods: dict[str, Method] = {
         "direct": Direct(0.1, second_order=second_order),
         "cg": Cg(0.1, maxiter=2, second_order=second_order),
+        "cg by passes": Cg(0.1, maxiter=2, second_order=second_order, solves_by_passes=True),
         "arnoldi": Arnoldi(0.1, 30, max_iter=1, second_order=second_order),
         "nystroem": NystroemSketch(0.1, 30, second_order=second_order),
         "lissa": Lissa(0.1, maxiter=2, second_order=second_order),

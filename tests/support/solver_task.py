@@ -35,11 +35,13 @@ class Quadratic(nn.Module):
         return self.theta + 0 * x
 
 
-def task() -> InfluenceTask:
+def task(zeros: int = 0) -> InfluenceTask:
+    """With so many right-hand sides more that are zero."""
+    right_hand_sides = torch.cat([RIGHT_HAND_SIDES, torch.zeros(zeros, 5)])
     return InfluenceTask(
         model=Quadratic().eval(),
         loss=lambda outputs, _: 0.5 * (D * outputs**2).sum(),
         measurement=lambda outputs, batch: (outputs * batch[0]).sum(),
         train=ArraySource(torch.zeros(6, 5)),
-        test=ArraySource(RIGHT_HAND_SIDES),
+        test=ArraySource(right_hand_sides),
     )

@@ -76,5 +76,9 @@ def object_pattern(plan: Plan, kind: str, index: int) -> re.Pattern[str]:
     if kind == "merge":
         return re.compile(rf"(most|score)_\w+/c/{index}(/0)?")
     step, what = kind.removeprefix("fit/").rsplit("/", 1)
+    if step.startswith("solve/"):
+        # The rows of all passes that solve a chunk follow one another.
+        number, index = divmod(index, plan.fit_ranges if what == "range" else len(plan.blocks))
+        step = f"{step}/{number}"
     step = re.escape(step)
     return re.compile(rf"fit/{step}/partial/{index}/.*" if what == "range" else rf"fit/{step}/{index}")

@@ -22,13 +22,15 @@ barriers.install()
 TRAIN, TEST, FEATURES, CLASSES = 640, 24, 6, 3
 
 
-def task(hidden: int = 5, train: int = TRAIN, test: int = TEST) -> InfluenceTask:
-    """A network 6-hidden-3 that classifies random points."""
+def task(hidden: int = 5, train: int = TRAIN, test: int = TEST, double: bool = False) -> InfluenceTask:
+    """A network 6-hidden-3 that classifies random points, in float64 if told so."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(train + test, FEATURES, generator=generator)
     y = (x @ torch.randn(FEATURES, CLASSES, generator=generator)).argmax(dim=1)
     x += float(os.environ.get("TRACED_DATA_SHIFT", "0"))
     model = network(hidden, generator)
+    if double:
+        x, model = x.double(), model.double()
     return InfluenceTask(
         model=model.eval(),
         loss=loss,

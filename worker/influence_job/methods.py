@@ -40,6 +40,7 @@ from influence_job.spec import (
     NystroemSpec,
     Operation,
     PreconditionerSpec,
+    Products,
     TracInSpec,
     TrakSpec,
 )
@@ -90,6 +91,7 @@ def _cg(spec: CgSpec) -> Method:
         maxiter=spec.maxiter,
         simultaneous=spec.simultaneous,
         preconditioner=_preconditioner(spec.preconditioner),
+        solves_by_passes=spec.products is Products.DISTRIBUTED,
     )
 
 

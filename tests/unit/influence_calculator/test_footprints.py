@@ -24,6 +24,7 @@ def _measured(*arguments: object) -> dict[str, int]:
         ("cg", "hessian", 900, 64, 32, 24, "factors"),
         ("cg", "empirical_fisher", 900, 128, 64, 24, "factors"),
         ("cg", "hessian", 900, 256, 128, 16, "capture"),
+        ("cg by passes", "hessian", 900, 64, 32, 24, "factors"),
         ("arnoldi", "hessian", 900, 64, 32, 24, "fit"),
         ("arnoldi", "empirical_fisher", 900, 128, 64, 24, "fit"),
         ("nystroem", "empirical_fisher", 900, 128, 64, 24, "fit"),

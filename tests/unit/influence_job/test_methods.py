@@ -79,6 +79,10 @@ CASES: dict[str, tuple[dict[str, Any], Method]] = {
         {"name": "Cg", "regularization": 0.3, "preconditioner": {"name": "Jacobi", "samples": 4}},
         Cg(0.3, preconditioner=JacobiPreconditioner(4)),
     ),
+    "Cg of all workers": (
+        {"name": "Cg", "regularization": 0.3, "products": "Distributed"},
+        Cg(0.3, solves_by_passes=True),
+    ),
     "Arnoldi as it comes": (
         {"name": "Arnoldi", "regularization": 0.3},
         Arnoldi(0.3, rank=10, krylov_dimension=None, tol=1e-6, max_iter=None, complement=True, seed=0),

@@ -14,6 +14,7 @@ from hypothesis import find, given
 from hypothesis import strategies as st
 
 from influence_calculator.maths.by_token import product_bytes
+from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Sums
@@ -518,6 +519,21 @@ def test_a_training_chunk_is_of_whole_chunks_of_stored_gradients_where_these_are
 def test_passes_of_an_iterative_solver_are_told_apart() -> None:
     plan = make_plan(spec(chunks={"test": 100}), Linear(needs_data=True), sizes())
     assert (plan.training_passes, plan.passes_per_iteration) == (2 + plan.groups, 3)
+
+
+def test_workers_that_share_passes_need_few_chunks_and_leave_sums_and_states_in_the_store() -> None:
+    given = spec(method={"name": "Cg", "regularization": 0.1, "products": "Distributed"})
+    made = make_plan(given, Cg(0.1, solves_by_passes=True), sizes(test=24))
+    alone = make_plan(given, Cg(0.1), sizes(test=24))
+    assert (made.test_chunk, made.solves_by_passes, made.passes_per_iteration) == (24, True, 1)
+    assert (alone.test_chunk, alone.solves_by_passes, alone.passes_per_iteration) == (8, False, 3)
+    row = 4 * 1000
+    scores = 24 * row
+    assert made.memory["Factors"].scratch == scores + 24 * row * (made.fit_ranges + 2 * 4)
+    assert alone.memory["Factors"].scratch == scores
+    stored = {**made.to_json()}
+    del stored["solvesByPasses"]
+    assert not Plan.from_json(stored).solves_by_passes, "a plan that was stored before there were such"
 
 
 @pytest.mark.parametrize(

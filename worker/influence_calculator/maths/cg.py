@@ -1,6 +1,7 @@
 """The conjugate gradient method: solves each test gradient by products with the curvature alone.
 
-Never forms a matrix; every iteration goes over the training data once for all test rows together.
+Never forms a matrix; every iteration goes over the training data once for all test rows together: in one
+process, or as a pass whose ranges several may share.
 Needs `H + λI` positive: an indefinite Hessian shows in the status of each row.
 
 Shapes: t test examples, N training examples, P_b parameters of block b.
@@ -8,11 +9,10 @@ Shapes: t test examples, N training examples, P_b parameters of block b.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,7 +24,8 @@ from influence_calculator.maths.blocks import (
     needs_trace,
     regularized_layout,
 )
-from influence_calculator.maths.conjugate_gradients import Rows, Stopping, conjugate_gradients
+from influence_calculator.maths.cg_passes import STATE_ROWS, CgFitted, CgSolver
+from influence_calculator.maths.conjugate_gradients import Rows, Stopping
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.footprints import (
@@ -34,13 +35,8 @@ from influence_calculator.maths.footprints import (
     row_bytes,
     workspace,
 )
-from influence_calculator.maths.gradient_methods import (
-    BlockSolver,
-    BlockwiseFitted,
-    joined_reports,
-)
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.preconditioners import Preconditioner
 from influence_calculator.maths.shapes import ModelShapes
@@ -67,11 +63,15 @@ class Cg(Method):
     preconditioner: Preconditioner | None = None
     blocks: BlockStructure = BlockMode.FULL
     second_order: SecondOrderMode = SecondOrderMode.HESSIAN
+    solves_by_passes: bool = False
+    """All rows together, by passes that others run."""
 
     needs_data = True
 
     def __post_init__(self) -> None:
         checked_regularization(self.regularization)
+        if self.solves_by_passes and not self.simultaneous:
+            raise ValueError("simultaneous: expected True with solves_by_passes, got False; take fewer rows")
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if not value >= 0:
                 raise ValueError(f"{name}: expected a number that is not negative, got {value}")
@@ -100,7 +100,7 @@ class Cg(Method):
             )
         layout = self.layout(objective)
         batches = TrainingBatches(objective, data)
-        solvers: dict[str, BlockSolver] = {}
+        solvers: dict[str, CgSolver] = {}
         for block, width in layout.widths.items():
             λ = fitted_regularization(self.regularization, state, block, width)
             solvers[block] = CgSolver(
@@ -110,7 +110,7 @@ class Cg(Method):
                 self._precondition(objective, state, block, λ),
                 self.simultaneous,
             )
-        return BlockwiseFitted(layout, objective, solvers)
+        return CgFitted(layout, objective, solvers, self.second_order)
 
     def stopping(self, width: int) -> Stopping:
         """When a row of that width is done."""
@@ -138,42 +138,25 @@ class Cg(Method):
         if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
             product = max(product, collect_bytes(shapes, micro_batch, sum(widths)))
         block = (rows if self.simultaneous else 1) * largest
+        kept = self.preconditioner.rows_kept * row if self.preconditioner is not None else 0
+        # b, x, r, d, what is multiplied and the sum of products are alive beside a batch's product;
+        # afterwards z and two temporaries of the updates. Gradients and factors of all rows are outside.
+        factors = KEPT_BYTES + max(product + 6 * block, 9 * block) + 2 * rows * row
+        state = 0
+        if self.solves_by_passes:
+            # What the pass before left of all blocks; beside it the sums of a range and a batch's product, or
+            # of one block the sums over all ranges, what this pass leaves and temporaries of the updates.
+            state = STATE_ROWS * rows * row
+            finishing = (2 + STATE_ROWS + 4) * block
+            gradients = 2 * rows * row + collect_bytes(shapes, micro_batch, sum(widths))
+            factors = kept + state + max(gradients, rows * row + product + block, finishing)
         return Footprint(
             fit=product + 3 * row if self.passes() else 0,
-            # b, x, r, d, what is multiplied and the sum of products are alive beside a batch's product;
-            # afterwards z and two temporaries of the updates. Gradients and factors of all rows are outside.
-            factors=KEPT_BYTES + max(product + 6 * block, 9 * block) + 2 * rows * row,
+            factors=factors,
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
-            resident=KEPT_BYTES,
-            stored=self.preconditioner.rows_kept * row if self.preconditioner is not None else 0,
-        )
-
-
-@dataclass(frozen=True)
-class CgSolver:
-    """Solves `(A + λI) x = b` for an A that is known by its products."""
-
-    products: Callable[[], Rows]
-    """Makes the product with A; what that keeps lives for one solve."""
-    regularization: float
-    stopping: Stopping
-    precondition: Rows | None
-    simultaneous: bool
-
-    def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        """The answers `[q, P]`, and how each right-hand side ended."""
-        multiplied = self.products()
-
-        def product(rows: Tensor) -> Tensor:
-            return multiplied(rows).add_(rows, alpha=self.regularization)
-
-        if self.simultaneous or len(right_hand_sides) <= 1:
-            return conjugate_gradients(product, right_hand_sides, self.stopping, self.precondition)
-        single = [
-            conjugate_gradients(product, row[None], self.stopping, self.precondition)
-            for row in right_hand_sides
-        ]
-        return torch.cat([solution for solution, _ in single]), joined_reports(
-            [report for _, report in single]
+            resident=kept if self.solves_by_passes else KEPT_BYTES,
+            stored=kept,
+            solving_sums=rows * row if self.solves_by_passes else 0,
+            solving_state=state,
         )

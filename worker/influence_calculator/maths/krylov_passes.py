@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.blocks import BlockStructure, block_layout
-from influence_calculator.maths.curvature import SecondOrderMode, curvatures
+from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.footprints import block_widths, collect_bytes, row_bytes, workspace
 from influence_calculator.maths.gradient_methods import fitted_tensor
@@ -23,8 +23,7 @@ from influence_calculator.maths.method import SETTLED, FitPass, FitState, Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective
 from influence_calculator.maths.seeded_rows import generator
 from influence_calculator.maths.shapes import ModelShapes
-
-PRODUCTS = "products"
+from influence_calculator.maths.training_products import PRODUCTS, summed_products
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,7 @@ class KrylovPass(FitPass):
         like = torch.zeros((), dtype=accumulation_dtype(objective.dtype), device=objective.device)
         searches = {block: self._before(block, width, like, state) for block, width in layout.widths.items()}
         rows = {block: found["next"] for block, found in searches.items() if not found[SETTLED]}
-        sums: Sums = {block: {} for block in layout.blocks}
-        for block, vectors in rows.items():
-            sums[block][PRODUCTS] = torch.zeros_like(vectors)
-        treated = layout.among(rows)
-        for _, batch in batches:
-            for block, curvature in curvatures(self.second_order, objective, treated, batch):
-                sums[block][PRODUCTS].add_(curvature.products(rows[block]))
-        return sums
+        return summed_products(self.second_order, objective, layout, batches, rows)
 
     @override
     def finish(

@@ -118,6 +118,10 @@ class Footprint:
     """What the fitted method keeps while it scores."""
     stored: int
     """Partial sums of one range, of the pass that leaves the most: what a job keeps in its store."""
+    solving_sums: int = 0
+    """The same of a pass that solves; 0 if none does."""
+    solving_state: int = 0
+    """What such a pass leaves for the next."""
 
 
 def score_dtype(left: Tensor) -> torch.dtype:
@@ -154,6 +158,8 @@ class FitPass(ABC):
     follows: str | None = None
     """The pass before it in its series. What that one left is taken over whole, so that nobody needs it once
     this pass is done; and this pass is left out when all units were `SETTLED` before it."""
+    takes_any_sums: bool = False
+    """Whether sums that are not finite are a result too, not a mistake in the data alone."""
 
     @abstractmethod
     def units(self, objective: Objective) -> tuple[str, ...]:
@@ -239,6 +245,26 @@ class CompactFitted(Fitted, ABC):
         """The left representation `[t, P]`, flattened by the layout, of compact rows `[t, K]`."""
 
 
+class PassesFitted(Fitted, ABC):
+    """A fitted method that also solves by passes over the training data, each a map-reduce as a fit's are.
+
+    What stands between two passes are tensors by unit and name, so that any number of processes may share
+    the ranges, and others go on.
+    """
+
+    @abstractmethod
+    def begun(self, gradients: Left) -> dict[str, dict[str, Tensor]]:
+        """What the first pass follows, of gradients that are finite."""
+
+    @abstractmethod
+    def solving_pass(self, name: str, follows: str) -> FitPass:
+        """The pass called `name`, after the one called `follows`; due until all units are SETTLED."""
+
+    @abstractmethod
+    def solved(self, ended: Mapping[str, Mapping[str, Tensor]]) -> Solved:
+        """The result, from what the last pass left."""
+
+
 class Method(ABC):
     """A method's configuration: frozen, picklable, without tensors."""
 
@@ -246,6 +272,8 @@ class Method(ABC):
     """Whether solving reads the training data again (iterative solvers)."""
     sums_checkpoints: bool = False
     """Whether it differentiates at the objective's checkpoints, in place of the model."""
+    solves_by_passes: bool = False
+    """Whether whoever runs the passes of its fit is to solve by passes too: `fitted` is a `PassesFitted`."""
 
     def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:  # noqa: ARG002
         """The objective with what this method must have seen of the model at work, on the first training

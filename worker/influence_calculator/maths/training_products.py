@@ -5,7 +5,7 @@ Shapes: q rows, P_b parameters of the block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,8 +13,32 @@ from torch import Tensor
 from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode, curvatures
 from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.method import Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective, batch_size
 from influence_calculator.maths.training_batches import KEPT_BYTES, TrainingBatches
+
+PRODUCTS = "products"
+
+
+def summed_products(
+    second_order: SecondOrderMode,
+    objective: Objective,
+    layout: Layout,
+    batches: Iterable[IndexedBatch],
+    rows: Mapping[str, Tensor],
+) -> Sums:
+    """Block -> PRODUCTS -> `Σ_i H_i v` over the examples of a range, for every row v of `[q, P_b]`.
+
+    Of a block without rows nothing is summed.
+    """
+    sums: Sums = {block: {} for block in layout.blocks}
+    for block, vectors in rows.items():
+        sums[block][PRODUCTS] = torch.zeros_like(vectors)
+    treated = layout.among(rows)
+    for _, batch in batches:
+        for block, curvature in curvatures(second_order, objective, treated, batch):
+            sums[block][PRODUCTS].add_(curvature.products(rows[block]))
+    return sums
 
 
 def training_product(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.cg import Cg, CgSolver
+from influence_calculator.maths.cg import Cg
+from influence_calculator.maths.cg_passes import CgSolver
 from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.gradient_methods import BlockSolver
 from influence_calculator.maths.gradients import accumulation_dtype

@@ -114,6 +114,8 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
     )
     if plan.passes_per_iteration:
         passes += f", and {plan.passes_per_iteration} {_what_repeats(job.spec.method)}"
+    if plan.solves_by_passes:
+        passes += f", shared by the workers in {plan.fit_ranges} ranges"
     lines.append(f"  passes     {passes}")
     lines.append(f"  batches    {plan.micro_batch} examples at most; {plan.fit_ranges} ranges per fit pass")
     stored = " × ".join(str(extent) for extent in plan.result_shape)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from influence_job.driver.passes import Passes
 from influence_job.driver.preflight import Opened
 from influence_job.driver.reporting import ProgressTracker
+from influence_job.driver.row_work import Rows, RowWork
 from influence_job.driver.submission import Submitter, Work
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan
 from influence_job.progress import Stage
 from influence_job.spec import InfluenceJobSpec, Mode, Verify
 from influence_job.storage import arrays
-from influence_job.worker import closing, factors, fitting, scores, self_influences, training_gradients
-from influence_job.worker.fit_state import partial_prefix, pass_prefix, range_kind, settled_kind, unit_kind
+from influence_job.worker import closing, factors, scores, self_influences, training_gradients
 from influence_job.worker.loading import Loaded
+from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import WorkerContext, data_changed
 
 RUN_REGIONS = 64
@@ -41,6 +42,13 @@ class Stages:
     loaded: Loaded
     submitter: Submitter
     tracker: ProgressTracker
+    rows: RowWork = field(init=False)
+    passes: Passes = field(init=False)
+
+    def __post_init__(self) -> None:
+        store, ledger = self.opened.store, self.opened.ledger
+        self.rows = RowWork(self.context, ledger, self.submitter, self.tracker)
+        self.passes = Passes(self.plan, self.loaded, store, ledger, self.rows)
 
     def run(self) -> None:
         """All stages in order; a stage that is done already costs a look at the ledger."""
@@ -58,35 +66,27 @@ class Stages:
         self.verify()
 
     def fit(self) -> None:
-        """Every pass that is due: partial sums over ranges, then its units."""
+        """The passes over the training data that the method takes."""
         self._enter(Stage.FITTING)
-        for step, units in self.loaded.units.items():
-            if not self._is_due(step):
-                continue
-            if len(self._missing(unit_kind(step), units)):
-                self._rows(range_kind(step), self.plan.fit_ranges, fitting.fit_range, step)
-                self._check_passes_agree(step)
-                self._rows(unit_kind(step), units, fitting.fit_unit, step)
-            self.opened.store.delete_prefix(partial_prefix(step))
-            if step in self.loaded.follows:
-                self.opened.store.delete_prefix(pass_prefix(self.loaded.follows[step]))
+        self.passes.fit()
 
     def factors(self) -> None:
         """One left representation per test chunk."""
         self._enter(Stage.FACTORS)
-        self._rows(factors.KIND, self.plan.test_chunks, factors.compute_factors, on_value=self._tell_notes)
-        self._count_solver()
+        self._solve(factors.KIND, factors.compute_factors)
 
     def self_influences(self) -> None:
         """Every training chunk against itself."""
         self._enter(Stage.SCORES)
-        self._training_chunks(self_influences.KIND, self_influences.compute_self_influences)
-        self._count_solver()
+        self._solve(self_influences.KIND, self_influences.compute_self_influences)
+        self._check_chunks_read(self_influences.KIND)
 
     def gradients(self) -> None:
         """Every training chunk in the coordinates in which the method scores."""
         self._enter(Stage.GRADIENTS)
-        self._training_chunks(training_gradients.KIND, training_gradients.compute_gradients)
+        rows = Rows(training_gradients.KIND, self.plan.train_chunks)
+        self.rows.compute(rows, training_gradients.compute_gradients, on_value=self._tell_notes)
+        self._check_chunks_read(training_gradients.KIND)
 
     def scores(self) -> None:
         """Every region, group by group, and each group's merge when its regions are there."""
@@ -95,7 +95,7 @@ class Stages:
         self.tracker.start_counting(self._scored(), total)
         self.submitter.run(self._region_work(), on_row=lambda: self.tracker.count(self._scored()))
         self._check_inputs()
-        merges = self._work(closing.MERGE_KIND, self.plan.groups, closing.merge)
+        merges = self.rows.work(Rows(closing.MERGE_KIND, self.plan.groups), closing.merge)
         self.submitter.run(merges, on_row=lambda: self.tracker.count(self._scored()))
 
     def verify(self) -> None:
@@ -132,52 +132,19 @@ class Stages:
         self.opened.ledger.check_epoch()
         self.tracker.enter(stage)
 
-    def _missing(self, kind: str, total: int) -> np.ndarray:
-        return self.opened.ledger.missing(kind, total)
-
-    def _is_due(self, step: str) -> bool:
-        """Whether a pass is not one of a series, or the pass before it ran and left units to go on with."""
-        before = self.loaded.follows.get(step)
-        if before is None:
-            return True
-        count, units = self.opened.ledger.count, self.loaded.units[before]
-        return count(unit_kind(before)) == units and count(settled_kind(before)) < units
+    def _solve(self, kind: str, function: Callable[..., Outcome]) -> None:
+        """The rows of all chunks that are solved, by passes or each by one worker."""
+        chunks = self.plan.solved_chunks
+        if self.plan.solves_by_passes:
+            self.passes.solve(kind, chunks, function, self._tell_notes)
+        else:
+            self.rows.compute(Rows(kind, chunks), function, None, on_value=self._tell_notes)
+        self._count_solver()
 
     def _tell_notes(self, notes: tuple[str, ...]) -> None:
         """What the fit cannot promise, and what the workers that solve found to be in their way."""
         for note in notes:
             self.tracker.warn(note)
-
-    def _rows(
-        self,
-        kind: str,
-        total: int,
-        function: object,
-        *leading: object,
-        on_value: Callable[[Any], None] = lambda _: None,
-    ) -> None:
-        """Computes what is missing of `total` rows, one per task, and counts it as progress."""
-        count = self.opened.ledger.count
-        self.tracker.start_counting(count(kind), total)
-        self.submitter.run(
-            self._work(kind, total, function, *leading), lambda: self.tracker.count(count(kind)), on_value
-        )
-
-    def _training_chunks(self, kind: str, function: object) -> None:
-        """One row per training chunk, which is what the fit read."""
-        chunks = self.plan.train_chunks
-        self._rows(kind, chunks, function, on_value=self._tell_notes)
-        self._check_fit_read([self.opened.ledger.row(kind, chunk).inputs for chunk in range(chunks)])
-
-    def _work(self, kind: str, total: int, function: object, *leading: object) -> Iterator[Work]:
-        for index in self._missing(kind, total).tolist():
-            yield Work(
-                kind,
-                (index,),
-                function,  # type: ignore[arg-type]
-                lambda left: (self.context, *leading, left[0]),
-                f"{kind} {index}",
-            )
 
     def _scored(self) -> int:
         ledger = self.opened.ledger
@@ -185,7 +152,7 @@ class Stages:
 
     def _region_work(self) -> Iterator[Work]:
         """Runs of consecutive missing regions, never across a group."""
-        missing = self._missing(scores.KIND, self.plan.regions)
+        missing = self.opened.ledger.missing(scores.KIND, self.plan.regions)
         run = max(1, min(RUN_REGIONS, math.ceil(len(missing) / (4 * max(1, self.submitter.workers())))))
         for group in range(self.plan.groups):
             first = self.plan.region(group, 0)
@@ -201,14 +168,6 @@ class Stages:
         return self.context, pairs[0][0], [chunk for _, chunk in pairs], self.opened.ledger.next_segment
 
     # -- checks ---------------------------------------------------------------------------------
-
-    def _check_passes_agree(self, step: str) -> None:
-        """Every pass read the same ranges: their digests must be the same as the first pass's."""
-        first = next(iter(self.loaded.units))
-        for index in range(self.plan.fit_ranges):
-            inputs = {self.opened.ledger.row(range_kind(name), index).inputs for name in (first, step)}
-            if len(inputs) > 1:
-                raise data_changed("train", *self.plan.fit_range(index))
 
     def _check_inputs(self) -> None:
         """Each group read the same training chunks, and they are what the fit read."""
@@ -232,21 +191,21 @@ class Stages:
             "then run this one with output.onExisting: Overwrite",
         )
 
+    def _check_chunks_read(self, kind: str) -> None:
+        """The training chunks that rows of a kind are of, one each, are what the fit read."""
+        ledger, chunks = self.opened.ledger, range(self.plan.train_chunks)
+        self._check_fit_read([ledger.row(kind, chunk).inputs for chunk in chunks])
+
     def _check_fit_read(self, chunk_inputs: list[str]) -> None:
         """The training chunks, of which these are the digests, are what the fit read."""
-        plan, ledger = self.plan, self.opened.ledger
-        for step in self.loaded.units:
-            for index in range(plan.fit_ranges):
-                if not ledger.has(range_kind(step), index):
-                    continue
-                expected = ledger.row(range_kind(step), index).inputs
-                start, stop = plan.fit_range(index)
-                chunks = range(start // plan.train_chunk, math.ceil(stop / plan.train_chunk))
-                state = hashlib.blake2b(digest_size=16)
-                for chunk in chunks:
-                    state.update(chunk_inputs[chunk].encode())
-                if expected != state.hexdigest():
-                    raise data_changed("train", start, stop)
+        for index in range(self.plan.fit_ranges):
+            start, stop = self.plan.fit_range(index)
+            length = self.plan.train_chunk
+            state = hashlib.blake2b(digest_size=16)
+            for chunk in range(start // length, math.ceil(stop / length)):
+                state.update(chunk_inputs[chunk].encode())
+            if any(expected != state.hexdigest() for expected in self.passes.range_inputs(index)):
+                raise data_changed("train", start, stop)
 
     def _count_solver(self) -> None:
         """Solver counts over all test rows, those of earlier attempts included."""

@@ -73,6 +73,9 @@ class Plan(SpecModel):
         description="Whether solving reads the training set: a pass per test chunk and iteration (epoch, "
         "where steps take parts)."
     )
+    solves_by_passes: bool = Field(
+        False, description="Whether all workers share each of these passes, in the ranges of a fit."
+    )
     memory: dict[str, StageMemory] = Field(description="Stage -> bytes per worker.")
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +126,17 @@ class Plan(SpecModel):
     @property
     def train_chunks(self) -> int:
         return -(-self.train // self.train_chunk)
+
+    @property
+    def solved_chunks(self) -> int:
+        """Chunks that are solved: test chunks, and training chunks for SelfInfluence."""
+        return self.train_chunks if self.on_itself else self.test_chunks
+
+    def differentiated_range(self, chunk: int) -> tuple[str, int, int]:
+        """Side and examples `start` to `stop` of a chunk whose gradients are solved, or stored."""
+        if self.operation.is_of_training:
+            return ("train", *self.train_range(chunk))
+        return ("test", *self.test_range(chunk))
 
     @property
     def group_rows(self) -> int:

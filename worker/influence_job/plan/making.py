@@ -69,6 +69,7 @@ def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
         top_k=spec.output.top_k,
         fit_passes=passes,
         solves_with_data=method.needs_data and fits,
+        solves_by_passes=method.solves_by_passes and fits,
         memory={},
     )
     _refuse_large_result(spec, plan)
@@ -165,7 +166,7 @@ def _test_chunk(
     """As given, or what leaves `FACTOR_TASKS` chunks, fits, and divides a group evenly.
 
     For SelfInfluence and TrainingGradients of the training examples, which are solved or differentiated
-    chunk by chunk.
+    chunk by chunk. Where workers share the passes that solve a chunk, chunks need not be many.
     """
     side = "train" if spec.operation.is_of_training else "test"
     given = None if spec.chunks is None else getattr(spec.chunks, side)
@@ -185,13 +186,14 @@ def _test_chunk(
                 f", or set {limit} or less",
             )
         return int(given)
-    wanted = min(
-        LARGEST_TEST_CHUNK, max(8, sizes.test // FACTOR_TASKS), sizes.test, _column_rows(spec, sizes)
-    )
+    pieces = 1 if method.solves_by_passes else FACTOR_TASKS
+    wanted = min(LARGEST_TEST_CHUNK, max(8, sizes.test // pieces), sizes.test, _column_rows(spec, sizes))
     if spec.operation is Operation.TRAINING_GRADIENTS:
         # A job that scores them reads whole chunks.
         wanted = min(wanted, max(1, READ_BYTES // (sum(sizes.blocks.values()) * _itemsize(sizes))))
         return _largest_power(1, min(wanted, most_rows), fits)
+    if method.solves_by_passes and fits(wanted):
+        return wanted
     if most_rows >= sizes.test:
         return _largest_power(1, wanted, fits)
     # Several groups: chunks that fill a group leave no memory unused.
@@ -255,6 +257,8 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     if plan.fit_passes:
         scratch += (plan.fit_ranges + plan.fit_passes) * footprint.stored
         stages["Fitting"] = stage(shapes.model_bytes + footprint.fit, reads)
+    # Of one chunk at a time, and of a pass what the one before it left.
+    scratch += plan.fit_ranges * footprint.solving_sums + 2 * footprint.solving_state
     if plan.on_itself:
         stages["Scores"] = stage(solved, reads)
     elif plan.gradients_only:

@@ -4,6 +4,7 @@ The CRD's schema is made from it, the driver and the local run read it, and the 
 so that it needs pydantic and the standard library only. `influence_job.job_file` reads it from YAML.
 """
 
+from influence_job.spec.ekfac import EkfacSpec, Expectation, Unsupported
 from influence_job.spec.fields import Quantity, SpecModel
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.job import (
@@ -31,8 +32,6 @@ from influence_job.spec.methods import (
     BlockStructure,
     CgSpec,
     DirectSpec,
-    EkfacSpec,
-    Expectation,
     InverseHarmonicMeanSpec,
     JacobiSpec,
     LissaSpec,
@@ -40,8 +39,8 @@ from influence_job.spec.methods import (
     NystroemSketchSpec,
     NystroemSpec,
     PreconditionerSpec,
+    Products,
     SecondOrder,
-    Unsupported,
 )
 from influence_job.spec.operations import Mode, Operation
 from influence_job.spec.parsing import InvalidSpecError, parse_spec
@@ -90,6 +89,7 @@ __all__ = [
     "PodSettings",
     "Precision",
     "PreconditionerSpec",
+    "Products",
     "Quantity",
     "ResourcesSpec",
     "SecondOrder",

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from influence_job.spec.ekfac import EkfacSpec
 from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.rules import Refusal, rule, rules
@@ -38,25 +39,13 @@ class SecondOrder(StrEnum):
     """Mean of Jᵀ (∇²_f loss) J: positive semi-definite, the true Fisher for cross-entropy."""
 
 
-class Expectation(StrEnum):
-    """Whose gradients EK-FAC averages."""
+class Products(StrEnum):
+    """Who makes the products with H that conjugate gradients take."""
 
-    SAMPLED = "Sampled"
-    """Drawn from the model's outputs."""
-    EXACT = "Exact"
-    """Summed over the outputs: a backward pass per output, so for small heads."""
-    EMPIRICAL = "Empirical"
-    """At the true labels."""
-
-
-class Unsupported(StrEnum):
-    """What EK-FAC does with a layer it has no formula for."""
-
-    REFUSE = "Refuse"
-    DIAGONAL = "Diagonal"
-    """Mean of g² on the diagonal."""
-    EXCLUDE = "Exclude"
-    """The layer contributes 0."""
+    LOCAL = "Local"
+    """The worker that solves a chunk of test examples, over all training examples."""
+    DISTRIBUTED = "Distributed"
+    """All workers, each over ranges of the training examples."""
 
 
 CustomBlocks = Annotated[
@@ -166,8 +155,23 @@ class DirectSpec(_SolverSpec):
     name: Literal["Direct"]
 
 
+TOGETHER = "expected true with products: Distributed; lower chunks.test to solve fewer at once"
+
+
 class CgSpec(_SolverSpec):
     """Conjugate gradients with products by H: exact up to `rtol`, reads the training set per iteration."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            *_SOLVER_RULES,
+            rule(
+                "!(has(self.products) && self.products == 'Distributed') || "
+                "!has(self.simultaneous) || self.simultaneous",
+                TOGETHER,
+                "simultaneous",
+            ),
+        )
+    )
 
     name: Literal["Cg"]
     rtol: Annotated[Number, Field(gt=0, lt=1)] = Field(
@@ -186,6 +190,17 @@ class CgSpec(_SolverSpec):
     preconditioner: PreconditionerSpec | None = Field(
         None, description="{name: Jacobi, samples: 1} or {name: Nystroem, rank: 10}; default none."
     )
+    products: Products = Field(
+        Products.LOCAL,
+        description="Local | Distributed. Default Local: one worker solves a chunk of test examples. "
+        "Distributed: all workers share each iteration, whose state is stored; when chunks are few.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> CgSpec:
+        if self.products is Products.DISTRIBUTED and not self.simultaneous:
+            raise refuse("simultaneous", TOGETHER)
+        return self
 
 
 class LissaSpec(_SolverSpec):
@@ -335,41 +350,6 @@ def _require_positive(spec: _BlockwiseSpec) -> None:
         raise refuse("regularization", ABOVE_ZERO)
     if min((spec.regularization_by_block or {"": 1.0}).values()) <= 0:
         raise refuse("regularizationByBlock", ABOVE_ZERO)
-
-
-class EkfacSpec(SpecModel):
-    """Eigenvalue-corrected Kronecker factors: two passes over the training set, scales to large models."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            rule(
-                f"self.name != 'Ekfac' || {_POSITIVE}",
-                "expected more than 0",
-                "regularization",
-            )
-        )
-    )
-
-    name: Literal["Ekfac"]
-    regularization: Annotated[Number, Field(gt=0)] = Field(
-        description="λ, added to the eigenvalues; above 0. No default: 0.01 is a start."
-    )
-    update_diagonal: Flag = Field(
-        True,
-        description="Fit the eigenvalues to per-example gradients (EK-FAC). Default true; false is KFAC.",
-    )
-    expectation: Expectation = Field(
-        Expectation.SAMPLED,
-        description="Sampled | Exact | Empirical: whose gradients are averaged. Default Sampled.",
-    )
-    samples: Annotated[Integer, Field(ge=1, le=1000)] = Field(
-        1, description="Draws per example and token, for Sampled. Default 1."
-    )
-    seed: Annotated[Integer, Field(ge=0, le=2**53)] = Field(0, description="Keys the draws. Default 0.")
-    unsupported: Unsupported = Field(
-        Unsupported.REFUSE,
-        description="Refuse | Diagonal | Exclude: layers without a formula. Default Refuse, naming them.",
-    )
 
 
 MethodSpec = Annotated[

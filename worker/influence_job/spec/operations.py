@@ -9,9 +9,10 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from influence_job.spec.ekfac import EkfacSpec
 from influence_job.spec.fields import refuse
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
-from influence_job.spec.methods import BlockStructure, EkfacSpec, MethodSpec
+from influence_job.spec.methods import BlockStructure, MethodSpec
 from influence_job.spec.rules import Refusal, rule
 
 if TYPE_CHECKING:

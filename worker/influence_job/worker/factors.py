@@ -49,14 +49,17 @@ def stored_basis(spec: InfluenceJobSpec) -> Basis:
     return Basis.METHOD if only_scored else Basis.PARAMETERS
 
 
-def compute_factors(context: WorkerContext, index: int) -> Outcome:
-    """Solves one chunk of test examples and stores factors, coordinates and how each solve ended."""
+def compute_factors(context: WorkerContext, ended: str | None, index: int) -> Outcome:
+    """Solves one chunk of test examples and stores factors, coordinates and how each solve ended.
+
+    `ended` is the last of the passes that solved it, if passes did.
+    """
     outcome = Outcome()
 
     def work() -> None:
         own = session(context)
-        gradients, inputs = differentiated(own, "test", index, own.plan.test_range(index))
-        solved = solve(own, gradients)
+        gradients, inputs = differentiated(own, index, annotated=True)
+        solved = solve(own, gradients, ended)
         del gradients
         digest = _store(own, index, solved)
         outcome.value = (*own.fitted.notes, *solved.report.notes)
@@ -66,25 +69,32 @@ def compute_factors(context: WorkerContext, index: int) -> Outcome:
     return outcome
 
 
-def differentiated(own: Session, side: str, index: int, examples: tuple[int, int]) -> tuple[Left, str]:
-    """Gradients of a chunk's examples, in the coordinates in which the method scores, and the digest of what
-    was read; coordinates are stored.
+def differentiated(own: Session, index: int, *, annotated: bool = False) -> tuple[Left, str]:
+    """Gradients of the examples of a chunk (of training examples where the operation is of them alone), in
+    the coordinates in which the method scores, and the digest of what was read.
+
+    `annotated`: stores the examples' coordinates too.
 
     Raises:
         PermanentError: names the first example without a finite gradient.
     """
-    start, stop = examples
+    side, start, stop = own.plan.differentiated_range(index)
     objective = own.test_objective if side == "test" else own.objective
     batch, inputs = own.read(side, start, stop)
     with blaming(own, objective, side, start, stop):
-        write_annotations(own, side, index, batch)
+        if annotated:
+            write_annotations(own, side, index, batch)
         gradients = _gradients(own, objective, IndexedBatch(start, batch))
     _require_finite(gradients, side, start)
     return gradients, inputs
 
 
-def solve(own: Session, gradients: Left) -> Solved:
-    """Solves; a training example that makes the solve raise or end in NaN is named."""
+def solve(own: Session, gradients: Left, ended: str | None) -> Solved:
+    """Solves, or takes what the passes left of which the last is called `ended`; a training example that
+    makes the solve raise or end in NaN is named.
+    """
+    if ended is not None:
+        return own.solver.solved(own.fit_reader.left_by(ended, own.layout.blocks, own.device))
     if not own.method.needs_data:
         return own.fitted.solve(gradients)
     with blaming(own, own.objective, "train", 0, own.length):

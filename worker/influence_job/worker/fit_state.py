@@ -1,10 +1,13 @@
 """A fit in the store: `fit/<pass>/<unit>` when finished, `fit/<pass>/partial/<range>/<unit>` before.
 
 Both are tensor files. The reader is what every later stage starts from; nothing is recomputed from data.
+The passes that solve chunk c are called `solve/<c>/<number>` and lie there too until the chunk is done. They
+may be thousands: those of a chunk share their ledger kinds, and their rows follow one another.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,20 +20,50 @@ from influence_job.errors import PermanentError, Reason
 from influence_job.storage.store import Store
 from influence_job.worker import tensor_file
 
+SOLVING = "solve/"
+_SOLVING_STEP = re.compile(rf"({SOLVING}\d+)/(\d+)")
+
+
+def solving_series(chunk: int) -> str:
+    """What the passes that solve a chunk have in common."""
+    return f"{SOLVING}{chunk}"
+
+
+def solving_step(chunk: int, number: int) -> str:
+    """Pass `number` of those that solve a chunk; 0 reads no training data: it is what they start from."""
+    return f"{solving_series(chunk)}/{number}"
+
+
+def solving_step_before(step: str) -> str | None:
+    """The pass before one that solves; None for the passes of a fit."""
+    found = _SOLVING_STEP.fullmatch(step)
+    return None if found is None else f"{found[1]}/{int(found[2]) - 1}"
+
+
+def _of_series(step: str) -> tuple[str, int]:
+    """The name that a pass's ledger kinds have, and which of the passes with that name it is."""
+    found = _SOLVING_STEP.fullmatch(step)
+    return (step, 0) if found is None else (found[1], int(found[2]))
+
 
 def range_kind(step: str) -> str:
     """The ledger kind of a pass's ranges."""
-    return f"fit/{step}/range"
+    return f"fit/{_of_series(step)[0]}/range"
 
 
 def unit_kind(step: str) -> str:
     """The ledger kind of a pass's units."""
-    return f"fit/{step}/unit"
+    return f"fit/{_of_series(step)[0]}/unit"
 
 
 def settled_kind(step: str) -> str:
     """The ledger kind of those units of a pass that further passes of its series would not change."""
-    return f"fit/{step}/settled"
+    return f"fit/{_of_series(step)[0]}/settled"
+
+
+def first_row(step: str, count: int) -> int:
+    """The index of a pass's first ledger row of a kind, of which each pass has `count`."""
+    return _of_series(step)[1] * count
 
 
 def pass_prefix(step: str) -> str:
@@ -81,14 +114,17 @@ class FitReader:
 
         Of a series only the last pass that ran; the others were taken over.
         """
-        state: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for step in self._last_passes(before):
-            units = step.units(self.objective)
-            state[step.name] = {
-                unit: read_tensors(self.store, unit_path(step.name, i), device)
-                for i, unit in enumerate(units)
-            }
-        return state
+        passes = self._last_passes(before)
+        return {step.name: self.left_by(step.name, step.units(self.objective), device) for step in passes}
+
+    def left_by(
+        self, step: str, units: tuple[str, ...], device: torch.device
+    ) -> dict[str, dict[str, Tensor]]:
+        """Unit -> name -> tensor, of one pass."""
+        return {
+            unit: read_tensors(self.store, unit_path(step, number), device)
+            for number, unit in enumerate(units)
+        }
 
     def _last_passes(self, before: str | None) -> list[FitPass]:
         passes = list(takewhile(lambda step: step.name != before, self.method.passes()))

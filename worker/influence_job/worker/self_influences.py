@@ -14,14 +14,17 @@ SELF_INFLUENCES = "self_influences"
 """The array's name."""
 
 
-def compute_self_influences(context: WorkerContext, index: int) -> Outcome:
-    """Solves one training chunk for its own gradients and stores `z_i · g_i`, coordinates and the report."""
+def compute_self_influences(context: WorkerContext, ended: str | None, index: int) -> Outcome:
+    """Solves one training chunk for its own gradients and stores `z_i · g_i`, coordinates and the report.
+
+    `ended` is the last of the passes that solved it, if passes did.
+    """
     outcome = Outcome()
 
     def work() -> None:
         own = session(context)
-        gradients, inputs = differentiated(own, "train", index, own.plan.train_range(index))
-        solved = solve(own, gradients)
+        gradients, inputs = differentiated(own, index, annotated=True)
+        solved = solve(own, gradients, ended)
         store_report(own, index, solved.report)
         values = as_array(region.self_influences(solved.left, gradients))
         digest = arrays.write_chunk(own.store, SELF_INFLUENCES, (index,), values)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.layout import Layout, Left
-from influence_calculator.maths.method import FitState, Fitted, Method
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Method, PassesFitted
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, micro_batches
 from influence_job import entrypoint
 from influence_job.data import read_batch
@@ -30,7 +30,7 @@ from influence_job.spec import Device, FactorDtype, InfluenceJobSpec, Operation,
 from influence_job.storage.store import Store
 from influence_job.task import DataSource, InfluenceTask
 from influence_job.worker import environment, model_state
-from influence_job.worker.fit_state import FitReader
+from influence_job.worker.fit_state import FitReader, solving_step_before
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,15 @@ class Session:
     @cached_property
     def fitted(self) -> Fitted:
         """The fitted method, read from the store's finished fit."""
-        state = FitReader(self.fit_store, self.method, self.objective).state(self.device)
+        state = self._fit_reader(self.fit_store).state(self.device)
         return self.method.fitted(self.objective, state, self if self.method.needs_data else None)
+
+    @property
+    def solver(self) -> PassesFitted:
+        """The fitted method, of a job that solves by passes."""
+        if not isinstance(self.fitted, PassesFitted):
+            raise RuntimeError(f"{type(self.fitted).__name__} does not solve by passes")
+        return self.fitted
 
     @cached_property
     def fit_store(self) -> Store:
@@ -138,14 +145,27 @@ class Session:
     def batches(self) -> Iterator[IndexedBatch]:
         yield from self.training_range(0, self.length)
 
-    def fit_before(self, step: str) -> FitState:
-        """The finished passes before pass `step`, read once."""
-        if step not in self._fits:
+    @cached_property
+    def fit_reader(self) -> FitReader:
+        """Reads this job's own fit."""
+        return self._fit_reader(self.store)
+
+    def _fit_reader(self, store: Store) -> FitReader:
+        return FitReader(store, self.method, self.objective)
+
+    def fit_before(self, step: FitPass) -> FitState:
+        """The finished passes before a pass, read once; before one that solves, which holds what the fit
+        left, the one that it follows.
+        """
+        if step.name not in self._fits:
             self._fits.clear()
-            self._fits[step] = FitReader(self.store, self.method, self.objective).state(
-                self.device, before=step
+            before = solving_step_before(step.name)
+            self._fits[step.name] = (
+                self.fit_reader.state(self.device, before=step.name)
+                if before is None
+                else {before: self.fit_reader.left_by(before, step.units(self.objective), self.device)}
             )
-        return self._fits[step]
+        return self._fits[step.name]
 
     def training_range(self, start: int, stop: int) -> Iterator[IndexedBatch]:
         """Micro-batches of a range of training examples, in order."""

@@ -30,7 +30,7 @@ def compute_gradients(context: WorkerContext, index: int) -> Outcome:
 
     def work() -> None:
         own = session(context)
-        gradients, inputs = differentiated(own, "train", index, own.plan.train_range(index))
+        gradients, inputs = differentiated(own, index, annotated=True)
         state = hashlib.blake2b(digest_size=16)
         for number, block in enumerate(own.layout.blocks):
             rows = gradients.pop(block)
