@@ -95,7 +95,7 @@ def _create_factors(store: Store, plan: Plan, basis: factors.Basis) -> None:
             store,
             factors.factor_path(number),
             (plan.test, width),
-            (min(plan.test_chunk, plan.test), plan.factor_columns(number)),
+            (plan.test_chunk_length, plan.factor_columns(number)),
             np.dtype(plan.dtype),
             ("test", f"column_{number}"),
             {"block": block, "basis": str(basis)},

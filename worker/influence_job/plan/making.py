@@ -199,10 +199,10 @@ def _train_chunk(
 def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) -> dict[str, StageMemory]:
     """Bytes per worker of each stage that computes."""
     shapes = sizes.shapes
-    footprint = method.footprint(shapes, plan.micro_batch, min(plan.test_chunk, plan.test))
+    footprint = method.footprint(shapes, plan.micro_batch, plan.test_chunk_length)
     on_host = memory.factor_copies(spec) > 1
-    reads = 2 * min(plan.train_chunk, plan.train) * shapes.example_bytes
-    tests = min(plan.test_chunk, plan.test) * sizes.test_example_bytes
+    reads = 2 * plan.train_chunk_length * shapes.example_bytes
+    tests = plan.test_chunk_length * sizes.test_example_bytes
     scratch = 0
 
     def stage(device: int, host: int) -> StageMemory:
@@ -216,7 +216,7 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
         stages["Scores"] = stage(shapes.model_bytes + footprint.factors, reads)
     elif spec.operation is not Operation.INFLUENCES_FROM_FACTORS:
         scratch += plan.factor_bytes if plan.has_scores else 0
-        chunk_factors = min(plan.test_chunk, plan.test) * sum(plan.blocks.values()) * plan.itemsize
+        chunk_factors = plan.test_chunk_length * sum(plan.blocks.values()) * plan.itemsize
         stages["Factors"] = stage(shapes.model_bytes + footprint.factors, tests + chunk_factors)
     if plan.has_scores:
         region = math.prod(plan.result_chunks) * plan.itemsize
@@ -253,7 +253,7 @@ def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
             continue
         need = f"stage {name} needs {in_words(stage.device)}"
         if name == "Scores" and plan.has_scores:
-            region = f"{plan.group_rows} × {min(plan.train_chunk, plan.train)}"
+            region = f"{plan.group_rows} × {plan.train_chunk_length}"
             raise memory.impossible(
                 spec, f"{need} for regions of {region} examples", ", or set smaller chunks"
             )
