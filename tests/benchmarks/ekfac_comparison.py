@@ -75,7 +75,7 @@ class Comparison:
             self._finding("plain implementation in memory, 2 threads", plain, "s"),
             self._finding("physical bound, 2 cores", bound, "s"),
             self._finding("ours / plain", seconds / plain, "×"),
-            self._against_bound(seconds / bound),
+            self._held("ours / bound", seconds / bound, "×", most=self.most_bound),
         ]
         findings += self._quality(ours, expected)
         for peer, side in peers.items():
@@ -85,16 +85,13 @@ class Comparison:
 
     def _times(self, peer: Peer, rounds: Rounds, seconds: float, first: float) -> list[Finding]:
         """A peer's times, None where it failed: then no ratio is told, and its target is not reached."""
-        least = self.faster[peer]
         theirs, their_first = _medians(rounds) if rounds else (None, None)
         ratio = theirs / seconds if theirs else None
         at_first = their_first / first if their_first else None
         return [
             self._finding(peer.name, theirs, "s"),
             self._finding(f"{peer.name}, first use in a process", their_first, "s"),
-            self._finding(
-                f"{peer.name} / ours", ratio, "×", f"≥ {least:g}", ratio is not None and ratio >= least
-            ),
+            self._held(f"{peer.name} / ours", ratio, "×", least=self.faster[peer]),
             self._finding(f"{peer.name} / ours, first use", at_first, "×"),
         ]
 
@@ -117,20 +114,11 @@ class Comparison:
             physical_bound.measured_bandwidth(),
         )
 
-    def _against_bound(self, ratio: float) -> Finding:
-        if self.most_bound is None:
-            return self._finding("ours / bound", ratio, "×")
-        return self._finding("ours / bound", ratio, "×", f"≤ {self.most_bound:g}", ratio <= self.most_bound)
-
     def _quality(self, ours: Side, expected: Array) -> list[Finding]:
         """What our numbers are held to."""
-        sampled, least = correlation(ours.influences(), expected), self.least_correlation
+        sampled = correlation(ours.influences(), expected)
         name = f"correlation of ours, sampled, with {self._reference}"
-        findings = [
-            self._finding(name, sampled, "")
-            if least is None
-            else self._finding(name, sampled, "", f"≥ {least:g}", sampled >= least)
-        ]
+        findings = [self._held(name, sampled, "", least=self.least_correlation)]
         if self.reference_draws is None:
             ours.seconds(1, "--exact")
             error = relative_error(ours.influences("--exact"), expected)
@@ -142,6 +130,21 @@ class Comparison:
     @property
     def _reference(self) -> str:
         return "exact" if self.reference_draws is None else f"{self.reference_draws} draws"
+
+    def _held(
+        self,
+        name: str,
+        value: float | None,
+        unit: str,
+        least: float | None = None,
+        most: float | None = None,
+    ) -> Finding:
+        """A figure with the target that it has, if it has one; what failed reaches none."""
+        if least is not None:
+            return self._finding(name, value, unit, f"≥ {least:g}", value is not None and value >= least)
+        if most is not None:
+            return self._finding(name, value, unit, f"≤ {most:g}", value is not None and value <= most)
+        return self._finding(name, value, unit)
 
     def _finding(
         self, name: str, value: float | None, unit: str, target: str | None = None, reached: bool = True

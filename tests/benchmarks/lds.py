@@ -91,7 +91,7 @@ def main() -> None:
     """Scores what was asked for, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="of the figures, as JSON")
-    help_only = f"default: all but {', '.join(SLOW)}, which takes a quarter of an hour"
+    help_only = f"default: all but {', '.join(SLOW)}, which takes some 20 minutes"
     parser.add_argument("--only", choices=REGULARIZED, action="append", help=help_only)
     options = parser.parse_args()
     found = list(findings(options.only or [name for name in REGULARIZED if name not in SLOW]))

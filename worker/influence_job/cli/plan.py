@@ -94,14 +94,12 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
     tests = "" if plan.operation.is_of_training else f"{plan.test} test, "
     lines = [what, f"  examples   {tests}{plan.train} training; {sizes.shapes.width} parameters"]
     if plan.operation.is_of_training:
-        lines.append(
-            f"  grid       {plan.train_chunks} chunks of {min(plan.train_chunk, plan.train)} examples"
-        )
+        lines.append(f"  grid       {plan.train_chunks} chunks of {plan.train_chunk_length} examples")
     elif plan.has_scores:
         parts = f" × {len(plan.blocks)} blocks" if plan.by_block else ""
         parts += f" × {plan.feature_shape[0]} tokens" if plan.by_token else ""
         lines.append(
-            f"  grid       {plan.regions} regions of {plan.group_rows} × {min(plan.train_chunk, plan.train)} "
+            f"  grid       {plan.regions} regions of {plan.group_rows} × {plan.train_chunk_length} "
             f"examples{parts} (test chunks of {plan.test_chunk}, training chunks of {plan.train_chunk})"
         )
         groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"

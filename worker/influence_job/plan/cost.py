@@ -98,7 +98,7 @@ def _columns(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> float:
     """Columns of a left representation that a training example meets: of a table the rows scored at once."""
     columns = sum(plan.blocks.values())
     if isinstance(spec.method, EkfacSpec):
-        together = min(plan.micro_batch, plan.train_chunk, plan.train)
+        together = min(plan.micro_batch, plan.train_chunk_length)
         for e in sizes.shapes.embeddings:
             columns -= (e.rows - rows_scored_at_once(e, together)) * e.columns
     return float(columns)

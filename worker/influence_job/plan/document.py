@@ -120,6 +120,16 @@ class Plan(SpecModel):
         return 0 if self.by_block else 2 if self.by_token else None
 
     @property
+    def test_chunk_length(self) -> int:
+        """Test examples of a chunk; the last one may have fewer."""
+        return min(self.test_chunk, self.test)
+
+    @property
+    def train_chunk_length(self) -> int:
+        """Training examples of a chunk; the last one may have fewer."""
+        return min(self.train_chunk, self.train)
+
+    @property
     def test_chunks(self) -> int:
         return -(-self.test // self.test_chunk)
 
@@ -191,7 +201,7 @@ class Plan(SpecModel):
     def factor_columns(self, block: int) -> int:
         """Columns per chunk of the factors of block number `block`."""
         width = list(self.blocks.values())[block]
-        return max(1, min(width, FACTOR_CHUNK_BYTES // (min(self.test_chunk, self.test) * self.itemsize)))
+        return max(1, min(width, FACTOR_CHUNK_BYTES // (self.test_chunk_length * self.itemsize)))
 
     @property
     def arrays(self) -> tuple[ResultArray, ...]:
@@ -221,7 +231,7 @@ class Plan(SpecModel):
             # Blocks differ in width, so each has a dimension of its own.
             dims=(self.result_dims[0], f"column_{number}"),
             shape=(self.test, self.blocks[block]),
-            chunks=(min(self.test_chunk, self.test), self.factor_columns(number)),
+            chunks=(self.test_chunk_length, self.factor_columns(number)),
             block=block,
         )
 
@@ -249,8 +259,8 @@ class Plan(SpecModel):
     def result_chunks(self) -> tuple[int, ...]:
         """Of the matrix: one region."""
         if self.on_itself:
-            return (min(self.train_chunk, self.train),)
-        return (*self._parts, self.group_rows, min(self.train_chunk, self.train), *self.feature_shape)
+            return (self.train_chunk_length,)
+        return (*self._parts, self.group_rows, self.train_chunk_length, *self.feature_shape)
 
     @property
     def _parts(self) -> tuple[int, ...]:

@@ -241,10 +241,10 @@ def _of_stored_chunks(most: int, wanted: int, stored: int) -> int:
 def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) -> dict[str, StageMemory]:
     """Bytes per worker of each stage that computes."""
     shapes = sizes.shapes
-    footprint = method.footprint(shapes, plan.micro_batch, min(plan.test_chunk, plan.test))
+    footprint = method.footprint(shapes, plan.micro_batch, plan.test_chunk_length)
     on_host = memory.factor_copies(spec) > 1
-    rows = min(plan.test_chunk, plan.test)
-    reads = 2 * min(plan.train_chunk, plan.train) * _training_bytes(spec, sizes)
+    rows = plan.test_chunk_length
+    reads = 2 * plan.train_chunk_length * _training_bytes(spec, sizes)
     tests = rows * sizes.test_example_bytes
     solved = shapes.model_bytes + _differentiated(spec, method, sizes, plan.micro_batch, rows)
     chunk_rows = rows * sum(plan.blocks.values()) * plan.itemsize
@@ -308,7 +308,7 @@ def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
             continue
         need = f"stage {name} needs {in_words(stage.device)}"
         if name == "Scores" and plan.has_scores:
-            region = f"{plan.group_rows} × {min(plan.train_chunk, plan.train)}"
+            region = f"{plan.group_rows} × {plan.train_chunk_length}"
             raise memory.impossible(
                 spec, f"{need} for regions of {region} examples", ", or set smaller chunks"
             )
