@@ -24,9 +24,8 @@ from influence_calculator.maths.conjugate_gradients import (
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.gradient_methods import (
-    GradientFitted,
+    BlockwiseFitted,
     joined_reports,
-    solve_by_block,
     worst,
 )
 from influence_calculator.maths.layout import Layout, Left
@@ -80,8 +79,10 @@ class CgSolver:
         )
 
 
-class CgFitted(GradientFitted, PassesFitted):
+class CgFitted(BlockwiseFitted, PassesFitted):
     """A solver per block."""
+
+    solvers: Mapping[str, CgSolver]
 
     def __init__(
         self,
@@ -90,13 +91,8 @@ class CgFitted(GradientFitted, PassesFitted):
         solvers: Mapping[str, CgSolver],
         second_order: SecondOrderMode,
     ) -> None:
-        super().__init__(layout, objective)
-        self.solvers = solvers
+        super().__init__(layout, objective, solvers)
         self._second_order = second_order
-
-    @override
-    def solve(self, gradients: Left) -> Solved:
-        return solve_by_block(self.solvers, gradients)
 
     @override
     def begun(self, gradients: Left) -> dict[str, dict[str, Tensor]]:

@@ -95,8 +95,7 @@ def read_summary(store: Store, tests: Sequence[int] | None, top: int) -> Summary
     finished = existing.finished
     operation = plan.get("operation")
     on_itself = finished and operation == Operation.SELF_INFLUENCE
-    unscored = (Operation.INFLUENCE_FACTORS, Operation.TRAINING_GRADIENTS, Operation.SELF_INFLUENCE)
-    scored = finished and operation not in unscored
+    scored = finished and Operation(operation).has_scores
     cases: tuple[TestCase, ...] = ()
     if scored:
         chosen = _choose(store, record, tests)
@@ -136,7 +135,7 @@ def _total(plan: dict[str, Any]) -> dict[str, int]:
     total = {}
     if operation.solves_tests:
         total["factors"] = test_chunks
-    if operation is not Operation.INFLUENCE_FACTORS:
+    if operation.has_scores:
         groups = -(-test_chunks // plan["groupChunks"])
         total["region"] = groups * -(-plan["train"] // plan["trainChunk"])
     return total

@@ -54,9 +54,9 @@ def create(
         )
         _create_report(store, plan.train, plan.train_chunk, "train")
     elif plan.gradients_only:
-        _create_rows(store, plan, training_gradients.gradient_path, plan.train, "train", factors.Basis.METHOD)
+        _create_rows(store, plan, training_gradients.gradient_path, "train", factors.Basis.METHOD)
     elif plan.operation.solves_tests:
-        _create_rows(store, plan, factors.factor_path, plan.test, "test", factors.stored_basis(job.spec))
+        _create_rows(store, plan, factors.factor_path, "test", factors.stored_basis(job.spec))
         _create_report(store, plan.test, plan.test_chunk, "test")
     if plan.has_scores:
         if plan.dense:
@@ -90,15 +90,15 @@ def create(
 
 
 def _create_rows(
-    store: Store, plan: Plan, path: Callable[[int], str], length: int, dim: str, basis: factors.Basis
+    store: Store, plan: Plan, path: Callable[[int], str], dim: str, basis: factors.Basis
 ) -> None:
     """Factors or gradients, one array per block."""
     for number, (block, width) in enumerate(plan.blocks.items()):
         arrays.create_array(
             store,
             path(number),
-            (length, width),
-            (min(plan.test_chunk, length), plan.factor_columns(number)),
+            (plan.test, width),
+            (plan.test_chunk_length, plan.factor_columns(number)),
             np.dtype(plan.dtype),
             (dim, f"column_{number}"),
             {"block": block, "basis": str(basis)},

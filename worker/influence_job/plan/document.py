@@ -89,10 +89,7 @@ class Plan(SpecModel):
 
     @property
     def has_scores(self) -> bool:
-        """Whether test examples meet training examples; else factors, gradients or self-influences are the
-        result.
-        """
-        return not self.operation.is_of_training and self.operation is not Operation.INFLUENCE_FACTORS
+        return self.operation.has_scores
 
     @property
     def on_itself(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from influence_job.spec.fields import Flag, Integer, Number, SpecModel
-from influence_job.spec.rules import rule, rules
+from influence_job.spec.rules import POSITIVE_REGULARIZATION, rule, rules
 
 
 class Expectation(StrEnum):
@@ -38,7 +38,7 @@ class EkfacSpec(SpecModel):
     model_config = ConfigDict(
         json_schema_extra=rules(
             rule(
-                "self.name != 'Ekfac' || !has(self.regularization) || self.regularization > 0.0",
+                f"self.name != 'Ekfac' || {POSITIVE_REGULARIZATION}",
                 "expected more than 0",
                 "regularization",
             )

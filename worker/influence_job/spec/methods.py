@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 from influence_job.spec.ekfac import EkfacSpec
 from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
-from influence_job.spec.rules import Refusal, rule, rules
+from influence_job.spec.rules import POSITIVE_REGULARIZATION, Refusal, rule, rules
 
 
 class BlockStructure(StrEnum):
@@ -232,7 +232,6 @@ class LissaSpec(_SolverSpec):
 
 
 _COMPLEMENT = "self.name == 'Arnoldi' && !(has(self.complement) && !self.complement)"
-_POSITIVE = "!has(self.regularization) || self.regularization > 0.0"
 _NO_ZERO = "self.regularizationByBlock.all(block, self.regularizationByBlock[block] > 0.0)"
 ABOVE_ZERO = "expected more than 0"
 
@@ -244,7 +243,7 @@ class ArnoldiSpec(_SolverSpec):
         json_schema_extra=rules(
             *_SOLVER_RULES,
             rule(
-                f"!({_COMPLEMENT}) || {_POSITIVE}",
+                f"!({_COMPLEMENT}) || {POSITIVE_REGULARIZATION}",
                 ABOVE_ZERO,
                 "regularization",
             ),
@@ -296,7 +295,7 @@ class NystroemSketchSpec(_SolverSpec):
         json_schema_extra=rules(
             *_SOLVER_RULES,
             rule(
-                f"self.name != 'NystroemSketch' || {_POSITIVE}",
+                f"self.name != 'NystroemSketch' || {POSITIVE_REGULARIZATION}",
                 ABOVE_ZERO,
                 "regularization",
             ),
@@ -325,7 +324,7 @@ class InverseHarmonicMeanSpec(_BlockwiseSpec):
         json_schema_extra=rules(
             *_SOLVER_RULES,
             rule(
-                f"self.name != 'InverseHarmonicMean' || {_POSITIVE}",
+                f"self.name != 'InverseHarmonicMean' || {POSITIVE_REGULARIZATION}",
                 ABOVE_ZERO,
                 "regularization",
             ),

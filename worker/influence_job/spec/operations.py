@@ -55,6 +55,13 @@ class Operation(StrEnum):
         return self in (Operation.TRAINING_GRADIENTS, Operation.SELF_INFLUENCE)
 
     @property
+    def has_scores(self) -> bool:
+        """Whether test examples meet training examples; else factors, gradients or self-influences are the
+        result.
+        """
+        return not self.is_of_training and self is not Operation.INFLUENCE_FACTORS
+
+    @property
     def solves_tests(self) -> bool:
         """Whether test examples are differentiated and solved."""
         return not self.is_of_training and self is not Operation.INFLUENCES_FROM_FACTORS

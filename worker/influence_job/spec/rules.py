@@ -12,6 +12,9 @@ from pydantic.config import JsonDict
 
 KEY = "x-kubernetes-validations"
 
+POSITIVE_REGULARIZATION = "!has(self.regularization) || self.regularization > 0.0"
+"""Of a method, which may leave it out."""
+
 
 class Refusal(StrEnum):
     """How the API server introduces the message."""

@@ -79,7 +79,7 @@ def differentiated(own: Session, index: int, *, annotated: bool = False) -> tupl
         PermanentError: names the first example without a finite gradient.
     """
     side, start, stop = own.plan.differentiated_range(index)
-    objective = own.test_objective if side == "test" else own.objective
+    objective = own.side_of(own.objective, side)
     batch, inputs = own.read(side, start, stop)
     with blaming(own, objective, side, start, stop):
         if annotated:
@@ -113,9 +113,8 @@ def load_group(own: Session, group: int) -> Left:
     start, stop = own.plan.group_range(group)
     loaded: Left = {}
     for number, block in enumerate(own.layout.blocks):
-        # Memory that torch allocated: the alignment of foreign memory changes bits.
-        rows = torch.empty(stop - start, own.layout.factor_widths[block], dtype=own.result_dtype)
-        read_rows(own.factor_store, factor_path(number), start, stop, rows)
+        width = own.layout.factor_widths[block]
+        rows = read_rows(own, own.factor_store, factor_path(number), start, stop, width)
         basis = Basis(arrays.array_info(own.factor_store, factor_path(number)).attributes["basis"])
         loaded[block] = _resident(own, block, rows, basis)
     return loaded
@@ -134,16 +133,19 @@ def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
     return resident
 
 
-def read_rows(store: Store, path: str, start: int, stop: int, into: Tensor) -> None:
-    """Copies rows `start` to `stop` of an array, which may be another job's, chunk by chunk."""
+def read_rows(own: Session, store: Store, path: str, start: int, stop: int, width: int) -> Tensor:
+    """Rows `start` to `stop` of an array `[…, width]`, which may be another job's, on the host."""
+    # Memory that torch allocated: the alignment of foreign memory changes bits.
+    into = torch.empty(stop - start, width, dtype=own.result_dtype)
     info = arrays.array_info(store, path)
-    height, width = info.chunks
+    height, across = info.chunks
     for i in range(start // height, -(-stop // height)):
         for j in range(info.grid[1]):
             chunk = torch.from_numpy(arrays.read_chunk(store, path, (i, j)))
             first = max(start, i * height)
             rows = chunk[first - i * height : stop - i * height]
-            into[first - start : first - start + len(rows), j * width : j * width + chunk.shape[1]] = rows
+            into[first - start : first - start + len(rows), j * across : j * across + chunk.shape[1]] = rows
+    return into
 
 
 def _gradients(own: Session, objective: Objective, indexed: IndexedBatch) -> Left:

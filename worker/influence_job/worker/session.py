@@ -88,13 +88,8 @@ class Session:
         side = "train" if self.spec.operation.reads_training else "test"
         return self.method.looked_at(self.tracked, lambda: self.read(side, 0, 1)[0])
 
-    @property
-    def test_objective(self) -> Objective:
-        """The objective of the test side: the task's measurement if it has one."""
-        return self.side_of(self.objective, "test")
-
     def side_of(self, objective: Objective, side: str) -> Objective:
-        """An objective as the side "train" or "test" has it."""
+        """An objective as the side "train" or "test" has it: for tests with the task's measurement."""
         measurement = self.task.measurement if side == "test" else None
         return objective if measurement is None else objective.with_loss(measurement)
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-
 from influence_calculator.maths.layout import Left
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
@@ -47,9 +45,7 @@ def load_gradients(own: Session, start: int, stop: int) -> tuple[Left, str]:
     state = hashlib.blake2b(digest_size=16)
     loaded: Left = {}
     for number, (block, width) in enumerate(own.layout.factor_widths.items()):
-        # Memory that torch allocated: the alignment of foreign memory changes bits.
-        rows = torch.empty(stop - start, width, dtype=own.result_dtype)
-        read_rows(own.fit_store, gradient_path(number), start, stop, rows)
+        rows = read_rows(own, own.fit_store, gradient_path(number), start, stop, width)
         state.update(arrays.digest(as_array(rows)).encode())
         loaded[block] = rows
     return loaded, state.hexdigest()
