@@ -21,7 +21,7 @@ from gcs import GcsEmulator
 from influence_job.errors import Reason
 from influence_job.exit_codes import ExitCode
 from influence_job.progress import Stage
-from jobs import SUPPORT
+from jobs import STAGES, SUPPORT
 
 PACE = "0.15"
 TORCH_BYTES = 150 << 20
@@ -69,13 +69,13 @@ def test_a_job_is_driven_from_preflight_to_its_last_words(
     assert run.wait().code == ExitCode.DONE, run.stderr
     words = run.last_words
     assert words.finished
-    assert [stage.name for stage in words.stages] == list(Stage)
+    assert [stage.name for stage in words.stages] == STAGES
     assert all(stage.end is not None for stage in words.stages)
     assert (words.job_uid, words.attempt) == (UID, 1)
     assert words.recorded == len(stored.held(stored.open_store(path)))
     assert words.result is not None
     assert words.result["url"] == str(path)
-    assert [line.split()[-1] for line in run.stderr.splitlines()[:6]] == list(Stage)
+    assert [line.split()[-1] for line in run.stderr.splitlines()[:6]] == STAGES
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
     assert psutil.Process(scheduler.pid).memory_info().rss < TORCH_BYTES
 

@@ -65,14 +65,19 @@ def test_a_second_driver_takes_the_store_over_and_the_first_stops(
 ) -> None:
     """One writer: the older driver finds the newer claim before its next flush."""
     path = tmp_path / "result.zarr"
-    first = jobs.start(jobs.manifest(), output=path, pace=1.0)
-    first.wait_until(lambda: _regions_held(path) > 0, "a region in the ledger")
+    flushing = Barrier("flush", "before", "region", 2)
+    first = jobs.start(jobs.manifest(), output=path, pace=0.3, barrier=flushing)
+    first.wait_for_barrier()
     held = stored.held(stored.open_store(path))
-    # One without imports has finished before the first's workers end, and they leave parts of theirs behind.
-    second = jobs.finish(jobs.manifest(), output=path, installed=True)
-    assert first.wait().code == 64
+    assert "region" in {kind for kind, _ in held}
+    second = jobs.start(jobs.manifest(), output=path, barrier=Barrier("put", "before", "^influences/c/"))
+    second.wait_for_barrier()
+    first.open_barrier()
+    assert first.wait().code == 64, first.stderr
     assert "StoreClaimed" in first.stderr
     assert "Traceback" not in first.stderr
+    second.open_barrier()
+    assert second.wait().code == 0, second.stderr
     store = stored.open_store(path)
     done = stored.held_objects(store, held)
     assert not [name for name in times_written(second, path) if done.fullmatch(name)]
@@ -149,7 +154,3 @@ def test_a_store_that_was_moved_resumes_where_it_is_now(
 def _without_claims(path: Path) -> dict[str, bytes]:
     found = stored.contents(stored.open_store(path))
     return {name: data for name, data in found.items() if not name.startswith("ledger/epoch-")}
-
-
-def _regions_held(path: Path) -> int:
-    return sum(kind == "region" for kind, _ in stored.held(stored.open_store(path)))

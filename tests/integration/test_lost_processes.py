@@ -150,6 +150,24 @@ def test_a_scheduler_that_comes_back_costs_the_regions_in_flight(
     assert sum(twice(dask, path).values()) <= 20 - len(held)
 
 
+def test_a_scheduler_that_hangs_and_is_replaced_costs_no_region_of_the_ledger(
+    drives: Drives, dask: DaskProcesses, path: Path, undisturbed: object
+) -> None:
+    """No future says that it was cancelled: of a task that is submitted again, some regions are held."""
+    scheduler, worker = dask.scheduler(), dask.worker()
+    run = start(drives, path, INFLUENCE_SCHEDULER_GRACE_SECONDS="8")
+    run.wait_until(lambda: regions(path) >= 1, "a region in the ledger")
+    scheduler.send_signal(signal.SIGSTOP)
+    run.wait_until(lambda: "the scheduler was lost" in run.stderr, "the driver gives it up")
+    kill(scheduler, worker)
+    held = held_regions(path)
+    assert 1 <= len(held) < 5, "that was a whole task of five"
+    dask.scheduler()
+    dask.worker()
+    finished(run, path, undisturbed)
+    assert not twice(dask, path, held)
+
+
 def test_rows_come_before_their_tasks_end_also_from_the_second_scheduler(
     drives: Drives, dask: DaskProcesses, path: Path
 ) -> None:

@@ -23,6 +23,7 @@ import psutil
 import yaml
 
 import preloaded
+from influence_job.progress import Stage
 
 SUPPORT = Path(__file__).parent
 TIMEOUT_SECONDS = 120.0
@@ -34,6 +35,9 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 """Environment of every process: where the tasks of the tests are found, and one thread."""
+
+STAGES = [stage for stage in Stage if stage is not Stage.GRADIENTS]
+"""Of a job that scores the examples it reads."""
 
 BASE: dict[str, Any] = {
     "apiVersion": "influence-operator.dev/v1alpha1",

@@ -10,7 +10,7 @@ import queue
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distributed import Client, Future
@@ -130,8 +130,7 @@ class Submitter:
         """Submits until the window is full; False when nothing is left to submit."""
         window = max(2, TASKS_PER_WORKER * self.workers())
         while len(self._flight) < window and not self._connection.lost:
-            work = waiting.pop() if waiting else next(source, None)
-            if work is None:
+            if (work := self._next(source, waiting)) is None:
                 return False
             try:
                 future = self._connection.submit(
@@ -143,6 +142,14 @@ class Submitter:
             self._flight[future] = work
             future.add_done_callback(self._done.put)
         return True
+
+    def _next(self, source: Iterator[Work], waiting: list[Work]) -> Work | None:
+        """What is left of the work that waits, as the ledger is now, and then new work."""
+        while waiting:
+            work = waiting.pop()
+            if left := tuple(i for i in work.indices if not self.ledger.has(work.kind, i)):
+                return replace(work, indices=left)
+        return next(source, None)
 
     def _completed(self) -> list[Future[Any]]:
         """Futures that ended, after at most one tick."""
@@ -156,25 +163,24 @@ class Submitter:
         return [future for future in ended if future in self._flight]
 
     def _settled(self, on_value: Callable[[Any], None]) -> list[Work]:
-        """Takes over what completed; the work that is left of it.
+        """Takes over what completed; the work that did not bring all it was to.
 
         No future is known afterwards: Dask would compute again what it holds when its worker vanishes.
         """
-        left = (self._settle(f, self._flight.pop(f), on_value) for f in self._completed())
-        return [work for work in left if work is not None]
+        ended = ((future, self._flight.pop(future)) for future in self._completed())
+        return [work for future, work in ended if not self._settle(future, work, on_value)]
 
-    def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> Work | None:
-        """Takes over what a future brought; the work that is left of it."""
+    def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> bool:
+        """Takes over what a future brought; whether that was all."""
         if future.status == "error":
             self._raised(future, work)
         elif (outcome := _result(future)) is not None:
             self._record(outcome.rows)
             if outcome.failure is None:
                 on_value(outcome.value)
-                return None
+                return True
             self._strike(outcome.failure)
-        left = tuple(i for i in work.indices if not self.ledger.has(work.kind, i))
-        return Work(work.kind, left, work.function, work.arguments, work.what) if left else None
+        return False
 
     def _raised(self, future: Future[Any], work: Work) -> None:
         error = future.exception()
