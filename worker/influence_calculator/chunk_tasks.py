@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from influence_calculator.array import NumpyConverter
 from influence_calculator.base_influence_function_model import InfluenceFunctionModel
 from influence_calculator.errors import SolverWarning
+from influence_calculator.heap import keep_freed_memory
 from influence_calculator.types import InfluenceMode
 
 REPORT_DTYPE = np.dtype([("status", "i1"), ("iterations", "i4"), ("residual", "f8")])
@@ -59,6 +60,11 @@ class WorkerSide:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # It has come to a process of its own: a worker.
+        keep_freed_memory()
+        self.__dict__.update(state)
 
     def group(self, name: str, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None = None) -> Any:
         """The rows of the group called `name` as one tensor `[t, P]`, after `turn` if there is one."""

@@ -46,7 +46,6 @@ _SCHEDULER = {
 _WORKER = {"distributed.worker.http.routes": ["distributed.http.health"]}
 _NANNY = {
     # What a nanny, which these workers go without, would set.
-    "MALLOC_TRIM_THRESHOLD_": "65536",
     "OPENBLAS_NUM_THREADS": "1",
 }
 _GPU = {

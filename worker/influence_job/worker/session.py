@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from influence_calculator.heap import keep_freed_memory
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Method, PassesFitted
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, micro_batches
@@ -233,6 +234,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
 
     `prepare` sees the model, with the checkpoints that the method sums over, as it will compute.
     """
+    keep_freed_memory()
     device = _device(spec)
     environment.make_deterministic(tf32=spec.precision is Precision.TF32)
     task = entrypoint.build(spec.task.entrypoint, spec.task.arguments)

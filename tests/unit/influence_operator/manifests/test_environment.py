@@ -64,7 +64,7 @@ def test_a_user_cannot_replace_what_a_worker_depends_on(name: str) -> None:
     assert changed == plain
 
 
-@pytest.mark.parametrize("name", ["HOME", "MALLOC_TRIM_THRESHOLD_", "DASK_LOGGING__DISTRIBUTED"])
+@pytest.mark.parametrize("name", ["HOME", "OPENBLAS_NUM_THREADS", "DASK_LOGGING__DISTRIBUTED"])
 def test_a_user_may_replace_what_is_only_a_suggestion(name: str) -> None:
     env = containers(build(job(workers={"env": [{"name": name, "value": "mine"}]})))["worker"]["env"]
     assert [item["value"] for item in env if item["name"] == name] == ["mine"]
