@@ -19,7 +19,7 @@ import oracle
 import queries_task
 import stored
 from explicit_projections import explicit_layer
-from jobs import INFLUENCE, Jobs, times_written
+from jobs import INFLUENCE, Barrier, Jobs, times_written
 from resuming import kill_and_resume
 
 LAMBDA, RANK = 0.05, 2
@@ -187,6 +187,32 @@ def test_a_store_that_holds_other_gradients_now_does_not_finish_what_it_began(
     run = jobs.run(jobs.manifest(asking(store)), output=path, workers=1)
     assert run.code == 64
     assert "\n  gradients: the store was made with" in run.stderr
+
+
+def test_gradients_that_change_between_two_groups_are_refused(jobs: Jobs, tmp_path: Path) -> None:
+    """Whoever changes them: the rows of the result would be of two training sets."""
+    store, path = tmp_path / "gradients.zarr", tmp_path / "result.zarr"
+    jobs.finish(jobs.manifest(STORING), output=store)
+    two_groups = {**asking(store, test=24), "workers": {"resources": {"limits": {"memory": "4Ki"}}}}
+    first = jobs.start(
+        jobs.manifest(two_groups),
+        output=path,
+        workers=1,
+        barrier=Barrier("put", "before", "^influences/c/1/"),
+    )
+    first.wait_for_barrier()
+    plan = stored.plan_of(stored.open_store(path))
+    assert plan.groups == 2
+    chunk = ("region", plan.region(0, 3))
+    first.wait_until(lambda: chunk in stored.held(stored.open_store(path)), "a chunk of the first group")
+    first.kill()
+    start, stop = plan.train_range(3)
+    zarr.open_group(store)["gradients/0"][start:stop] += 1
+    run = jobs.run(jobs.manifest(two_groups), output=path, workers=1)
+    assert run.code == 64
+    assert "StoreMismatch" in run.stderr
+    assert f"spec.gradients.url: the gradients of training examples {start} to {stop - 1} in" in run.stderr
+    assert "changed while they were scored" in run.stderr
 
 
 def test_show_says_what_a_gradient_store_is_for(gradients: Path) -> None:
