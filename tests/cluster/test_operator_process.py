@@ -73,7 +73,7 @@ def test_a_standby_is_ready_and_follows_a_leader_that_is_told_to_stop(
         cluster.wait_until(lambda: first.leads() or second.leads(), "a leader", 30)
         leader, standby = (first, second) if first.leads() else (second, first)
         leading(cluster, leader)
-        assert standby.probe("/readyz") == 200
+        cluster.wait_until(lambda: standby.probe("/readyz") == 200, "the standby to be ready", 30)
         assert not standby.leads()
 
         asked = time.monotonic()
