@@ -23,18 +23,17 @@ _OF_DASK = {"MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @cache
-def keep_freed_memory() -> bool:
-    """In this process from now on; whether that was done.
+def keep_freed_memory() -> None:
+    """In this process from now on.
 
     For processes that do nothing but compute chunks. It needs glibc, and an environment that chooses nothing
     else: with a `MALLOC_…_` variable of the user's own everything is left as it is.
     """
     if any(os.environ.get(name) not in (None, _OF_DASK.get(name)) for name, _ in _OPTIONS.values()):
-        return False
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
-        return False
+        return
     for number, (_, value) in _OPTIONS.items():
         mallopt(number, value)
-    return True
