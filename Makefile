@@ -33,29 +33,34 @@ run: $(STAMP) ## the influences of 1400 handwritten digits on 300 others, then w
 demo: $(STAMP) ## the same job on a real Kubernetes on this machine, from nothing, watched live
 	PYTHONPATH=tests/support $(BIN)/python tests/cluster/demo.py
 
-# One part of the tests: $(call part,NAME,ARGUMENTS). Each has a cache of its own, so that two may run at a time.
-part = $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$(1) $(2) && touch .pytest_cache/$(1)/passed
+# One part of the tests: $(call part,NAME,ARGUMENTS,PRIORITY). Each has a cache of its own, so that several may run at
+# a time; one that runs beside another keeps what it prints until the end.
+part     = nice -n $(or $(3),0) $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$(1) $(2) && touch .pytest_cache/$(1)/passed
+beside   = { $(call part,$(1),$(2),$(3)); } >.pytest_cache/$(1).log 2>&1 &
 PARALLEL := --numprocesses 2 --dist worksteal
+NUMBERS  := tests/contract tests/unit/influence_calculator
 UNIT     := tests/unit tests/contract tests/integration
 
-# What breaks a part of the cluster waits more than it computes: it has the cluster for itself, while the
-# tests that need no cluster run beside it.
+# What computes and waits for nobody takes, at the lowest priority, what the cluster's tests leave of the cores. What
+# breaks a part of the cluster waits more than it computes: it has the cluster for itself, and the rest of what needs no
+# cluster runs beside it.
 test: $(STAMP) ## the tests that need no accelerator; brings up a Kubernetes cluster on this machine
 	@rm -rf .pytest_cache; mkdir .pytest_cache; failed=0; export TEST_RUN=$$(date +%s); \
+	$(call beside,numbers,$(PARALLEL) --timeout 1800 $(NUMBERS),19) numbers=$$!; \
 	{ $(call part,cluster,$(PARALLEL) -m "not alone" tests/cluster); } || failed=1; \
-	{ $(call part,unit,$(PARALLEL) $(UNIT)); } >.pytest_cache/unit.log 2>&1 & \
+	$(call beside,unit,$(PARALLEL) $(filter-out $(NUMBERS),$(UNIT)) $(NUMBERS:%=--ignore=%)) unit=$$!; \
 	{ $(call part,alone,-m alone tests/cluster); } || failed=1; \
-	wait $$! || failed=1; \
-	cat .pytest_cache/unit.log; \
+	wait $$unit || failed=1; wait $$numbers || failed=1; \
+	cat .pytest_cache/unit.log .pytest_cache/numbers.log; \
 	exit $$failed
 
 test-unit: $(STAMP) ## the tests that need no cluster
 	$(BIN)/python -m pytest $(PARALLEL) $(UNIT)
 
 test-again: $(STAMP) ## the tests of `make test` that failed, one after another
-	@failed=0; for part in cluster alone unit; do \
+	@failed=0; for part in cluster alone unit numbers; do \
 	  [ ! -e .pytest_cache/$$part/passed ] || continue; \
-	  case $$part in cluster | alone) folders=tests/cluster ;; unit) folders="$(UNIT)" ;; esac; \
+	  case $$part in cluster | alone) folders=tests/cluster ;; *) folders="$(UNIT)" ;; esac; \
 	  $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$$part --last-failed $$folders || failed=1; \
 	done; exit $$failed
 
