@@ -33,6 +33,7 @@ MODULES = (
     "influence_job.methods",
     "influence_job.plan",
     "influence_job.worker.loading",
+    "influence_calculator.torch.base",  # of tasks that use the library, with dask.array, xarray and pandas
     "torch.fx.experimental.symbolic_shapes",
     "numpy",
     "gcsfs",
