@@ -40,8 +40,6 @@ demo: $(STAMP) ## the same job on a real Kubernetes on this machine, from nothin
 part     = nice -n $(or $(3),0) $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$(1) $(2) && touch .pytest_cache/$(1)/passed
 beside   = { $(call part,$(1),$(2),$(3)); } >.pytest_cache/$(1).log 2>&1 &
 PARALLEL := --numprocesses 2 --dist worksteal
-# Tests of the cluster wait for its pods a third of their time.
-THREE    := --numprocesses 3 --dist worksteal
 NUMBERS  := tests/unit/influence_calculator
 UNIT     := tests/unit tests/contract tests/integration
 
@@ -51,7 +49,7 @@ UNIT     := tests/unit tests/contract tests/integration
 test: $(STAMP) ## the tests that need no accelerator; brings up a Kubernetes cluster on this machine
 	@rm -rf .pytest_cache; mkdir .pytest_cache; failed=0; export TEST_RUN=$$(date +%s); \
 	$(call beside,numbers,$(PARALLEL) --timeout 1800 $(NUMBERS),19) numbers=$$!; \
-	{ $(call part,cluster,$(THREE) -m "not alone" tests/cluster); } || failed=1; \
+	{ $(call part,cluster,$(PARALLEL) -m "not alone" tests/cluster); } || failed=1; \
 	$(call beside,unit,$(PARALLEL) $(UNIT) --ignore=$(NUMBERS)) unit=$$!; \
 	{ $(call part,alone,-m alone tests/cluster); } || failed=1; \
 	wait $$unit || failed=1; wait $$numbers || failed=1; \
