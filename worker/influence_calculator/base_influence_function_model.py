@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Generic
+from typing import Any, Generic, Self
 
 import numpy as np
 
@@ -59,6 +59,13 @@ class InfluenceFunctionModel(Generic[TensorType, DataLoaderType], ABC):
         float64 unless a subclass says otherwise: the one dtype that truncates no framework's numbers.
         """
         return np.dtype(np.float64)
+
+    def at_rest(self) -> Callable[[], Self]:
+        """Makes copies of this model as it is now: a worker sends one on while a thread of its own computes.
+
+        The model itself, unless a subclass says otherwise: right for one that computing does not change.
+        """
+        return lambda: self
 
     @abstractmethod
     def fit(self, data: DataLoaderType) -> InfluenceFunctionModel[TensorType, DataLoaderType]:

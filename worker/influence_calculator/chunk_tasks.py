@@ -57,14 +57,18 @@ class WorkerSide:
         self.converter = converter
         self.dtype = dtype
         self._group: tuple[str, Any] | None = None
+        self._copied: Callable[[], InfluenceFunctionModel[Any, Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None}
+        # A worker sends it on to others, and may be computing with the model.
+        model = self.model if self._copied is None else self._copied()
+        return {**self.__dict__, "model": model, "_group": None, "_copied": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # It has come to a process of its own: a worker.
         keep_freed_memory()
         self.__dict__.update(state)
+        self._copied = self.model.at_rest()
 
     def group(self, name: str, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None = None) -> Any:
         """The rows of the group called `name` as one tensor `[t, P]`, after `turn` if there is one."""

@@ -7,13 +7,17 @@ import pickle
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 from distributed.protocol import deserialize, serialize
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
+from influence_calculator import TorchNumpyConverter
+from influence_calculator.chunk_tasks import WorkerSide, left_of_chunk
 from influence_calculator.torch import EkfacInfluence
 from influence_calculator.torch.buffers import packed, unpacked
 
@@ -106,3 +110,56 @@ def test_tied_weights_stay_tied() -> None:
     model["head"].weight = model["embedding"].weight
     again = there_and_back(model)
     assert again["head"].weight is again["embedding"].weight
+
+
+class SendsOn:
+    """A forward hook that sends the side on, as another worker that asks for it would have it sent."""
+
+    def __init__(self, side: WorkerSide) -> None:
+        self.side = side
+        self.sent: list[WorkerSide] = []
+
+    def __call__(self, *_: Any) -> None:
+        self.sent.append(pickle.loads(pickle.dumps(self.side, protocol=5)))
+
+    def __reduce__(self) -> Any:
+        return dict, ()
+
+
+class TestAWorkersSide:
+    @pytest.fixture
+    def data(self) -> tuple[np.ndarray, np.ndarray]:
+        random = np.random.default_rng(0)
+        return random.random((12, WIDTH), dtype=np.float32), random.integers(3, size=12)
+
+    @pytest.fixture
+    def side(self, data: tuple[np.ndarray, np.ndarray]) -> WorkerSide:
+        """As it came to a worker."""
+        network = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3))
+        x, y = map(torch.from_numpy, data)
+        model = EkfacInfluence(network, True, 0.1).fit([(x, y)])
+        side = WorkerSide(model, TorchNumpyConverter(), model.factor_dtype)
+        return pickle.loads(pickle.dumps(side, protocol=5))
+
+    def test_it_is_sent_on_as_it_came_also_while_it_computes(
+        self, side: WorkerSide, data: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        """Meanwhile its modules hold detached parameters: none of them would be tracked."""
+        expected = left_of_chunk(side, *data)
+        hook = SendsOn(side)
+        with side.model.model.register_forward_hook(hook):
+            left_of_chunk(side, *data)
+        assert hook.sent
+        for sent in hook.sent:
+            assert sent.model.model_params.keys() == side.model.model_params.keys()
+            assert np.array_equal(left_of_chunk(sent, *data), expected)
+            again = pickle.loads(pickle.dumps(sent, protocol=5))
+            assert np.array_equal(left_of_chunk(again, *data), expected)
+
+    def test_what_it_keeps_for_that_takes_no_memory(self, side: WorkerSide) -> None:
+        kept = side.__getstate__()["model"]
+        assert kept is not side.model
+        pairs = zip(kept.model.parameters(), side.model.model.parameters(), strict=True)
+        assert all(mine.data_ptr() == own.data_ptr() for mine, own in pairs)
+        fitted = zip(pytree.tree_leaves(kept._state), pytree.tree_leaves(side.model._state), strict=True)
+        assert all(mine.data_ptr() == own.data_ptr() for mine, own in fitted)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import warnings
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, SupportsIndex
 
@@ -42,7 +42,7 @@ from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
-from influence_calculator.torch.buffers import packed, unpacked
+from influence_calculator.torch.buffers import by_reference, packed, unpacked
 from influence_calculator.torch.composable import TorchComposableInfluence
 from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
 from influence_calculator.torch.solver_warnings import warn_of_report
@@ -406,6 +406,19 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         if self._fitted is None:
             self._fitted = self.method.fitted(self.objective, self._state, self._data)
         return self._fitted
+
+    def at_rest(self) -> Callable[[], Self]:
+        """Makes copies of this model as it is now, which share its tensors, also while it differentiates:
+        its modules hold other parameters meanwhile.
+        """
+        kind, state = type(self), by_reference(self.__getstate__())
+
+        def copy() -> Any:
+            model = kind.__new__(kind)
+            model.__dict__.update(state())
+            return model
+
+        return copy
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker builds solvers and their caches itself, from the fit's state.

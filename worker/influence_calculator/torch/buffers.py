@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cloudpickle
@@ -36,6 +36,36 @@ def packed(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
 def unpacked(pickled: bytes, buffers: Sequence[Any]) -> Any:
     """What `packed` was given; tensors in memory of their own."""
     return pickle.loads(pickled, buffers=buffers)
+
+
+def by_reference(value: Any) -> Callable[[], Any]:
+    """Makes copies of `value` as it is now, which share its tensors and arrays and nothing else."""
+    kept: list[Any] = []
+    file = io.BytesIO()
+    _ByReference(file, kept).dump(value)
+    pickled = file.getvalue()
+    return lambda: _OfReferences(io.BytesIO(pickled), kept).load()
+
+
+class _ByReference(cloudpickle.Pickler):
+    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+        super().__init__(file, protocol=5)
+        self._kept = kept
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor | np.ndarray):
+            return None
+        self._kept.append(obj)
+        return len(self._kept) - 1
+
+
+class _OfReferences(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, kept: Sequence[Any]) -> None:
+        super().__init__(file)
+        self._kept = kept
+
+    def persistent_load(self, pid: int) -> Any:
+        return self._kept[pid]
 
 
 class _Pickler(cloudpickle.Pickler):
