@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 import dask.array as da
@@ -22,7 +22,7 @@ import numpy as np
 from dask.delayed import delayed
 from distributed import Client
 
-from influence_calculator import chunk_tasks, dask_fit, dask_graph
+from influence_calculator import chunk_tasks, dask_graph
 from influence_calculator.array import NumpyConverter
 from influence_calculator.base_influence_function_model import InfluenceFunctionModel, require_both_or_none
 from influence_calculator.chunk_tasks import Rows
@@ -114,31 +114,6 @@ class DaskInfluenceCalculator:
     def n_parameters(self) -> int:
         """P: number of parameters that the factors have a column for."""
         return self.influence_function_model.n_parameters
-
-    def fit(self, x: da.Array, y: da.Array) -> Self:
-        """Fits the model to the training examples (x, y) on the workers, chunk by chunk, now, and returns
-        this calculator.
-
-        As the model's own `fit` but for rounding; the numbers do not depend on the number of workers. A
-        worker holds one chunk and a few times the sums over the training data (of EK-FAC, matrices as wide
-        as a layer's inputs and outputs). Chunks are read once per pass of the method; persist them where
-        reading costs more than memory.
-
-        Raises:
-            ValueError: no synchronous client; a model that reads its training data whenever it solves (fit
-                it with all of it); no training example; a model that cannot be differentiated example by
-                example.
-            UnknownChunksError, UnalignedChunksError, InvalidDimensionChunksError: as for `influences`.
-        """
-        require_aligned_pair(x, y)
-        if self._client is None or self._client.asynchronous:
-            raise ValueError(
-                "client: expected a synchronous distributed.Client to fit on its workers, got "
-                f"{self._client or DisableClientSingleThreadCheck.__name__}; or fit the model itself: "
-                "model.fit(loader)"
-            )
-        dask_fit.fit(self.influence_function_model, self.numpy_converter, self._client, x, y)
-        return self
 
     def influence_factors(self, x: da.Array, y: da.Array) -> da.Array:
         """Factors `z = (H + λI)^-1 g` of the examples (x, y), lazily: `[n, P]`, in x's chunks.
