@@ -18,7 +18,8 @@ help: ## what there is to make
 venv: $(STAMP) ## .venv with everything installed, at the versions of constraints.txt
 
 # uv takes seconds where pip takes minutes. It does not read what pip is configured with (an index, a folder of
-# wheels), so it is told. Nothing is compiled as it is installed: of more than twenty thousand files one in ten is imported, and compiled then.
+# wheels), so it is told. Nothing is compiled as it is installed: of more than twenty thousand files one in ten is
+# imported, and compiled then.
 PIP_SAYS := $(BIN)/python -m pip config list | sed -nE "s/.*\.((extra-)?index-url|find-links)='(.*)'/--\1=\3/p"
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
@@ -62,7 +63,7 @@ test-unit: $(STAMP) ## the tests that need no cluster
 test-again: $(STAMP) ## the tests of `make test` that failed, one after another
 	@failed=0; for part in cluster alone unit numbers; do \
 	  [ ! -e .pytest_cache/$$part/passed ] || continue; \
-	  case $$part in cluster | alone) folders=tests/cluster ;; *) folders="$(UNIT)" ;; esac; \
+	  case $$part in cluster | alone) folders=tests/cluster ;; numbers) folders=$(NUMBERS) ;; *) folders="$(UNIT)" ;; esac; \
 	  $(BIN)/python -m pytest --override-ini cache_dir=.pytest_cache/$$part --last-failed $$folders || failed=1; \
 	done; exit $$failed
 

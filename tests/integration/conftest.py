@@ -1,4 +1,4 @@
-"""Runs of the traced job that several tests look at, made once, and a folder of jobs for each test."""
+"""Runs of the traced job that several tests look at, made once; a folder of jobs per test; Dask workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from distributed import Client, LocalCluster
 
 import stored
 from dask_processes import DaskProcesses
@@ -34,6 +35,16 @@ def dask(tmp_path: Path) -> Iterator[DaskProcesses]:
     made = DaskProcesses(folder)
     yield made
     made.kill()
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """Two worker processes with one thread each."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as connected,
+    ):
+        yield connected
 
 
 @pytest.fixture

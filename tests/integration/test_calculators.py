@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -64,16 +63,6 @@ def local(model: CountingModel, group_bytes: int | None = None) -> DaskInfluence
 
 def computed(array: da.Array) -> Any:
     return array.compute(scheduler="synchronous")
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    """Two worker processes with one thread each."""
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
 
 
 class TestHowOftenItWorks:

@@ -14,7 +14,7 @@ import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -412,13 +412,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         its modules hold other parameters meanwhile.
         """
         kind, state = type(self), by_reference(self.__getstate__())
-
-        def copy() -> Any:
-            model = kind.__new__(kind)
-            model.__dict__.update(state())
-            return model
-
-        return copy
+        return lambda: _with_state(kind, state())
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker builds solvers and their caches itself, from the fit's state.
@@ -431,11 +425,18 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return _restored, (type(self), *packed(self.__getstate__()))
 
 
+_Model = TypeVar("_Model", bound=TorchInfluenceFunctionModel)
+
+
 def _restored(
     kind: type[TorchInfluenceFunctionModel], pickled: bytes, buffers: Sequence[Any]
 ) -> TorchInfluenceFunctionModel:
+    return _with_state(kind, unpacked(pickled, buffers))
+
+
+def _with_state(kind: type[_Model], state: dict[str, Any]) -> _Model:
     model = kind.__new__(kind)
-    model.__dict__.update(unpacked(pickled, buffers))
+    model.__dict__.update(state)
     return model
 
 
