@@ -157,8 +157,7 @@ class Cluster:
     def make_namespace(self, name: str = "") -> str:
         """A namespace that enforces the restricted Pod Security Standard; by default a new one.
 
-        It takes pods: they need the ServiceAccount that the controller manager makes a moment later, and
-        half a minute later when that was away.
+        It takes pods: they need the ServiceAccount that the controller manager makes a moment later.
         """
         name = name or f"test-{uuid.uuid4().hex[:8]}"
         labels = {OWN_LABEL: "true", "pod-security.kubernetes.io/enforce": "restricted"}

@@ -33,7 +33,10 @@ DASK = {"MALLOC_TRIM_THRESHOLD_": "65536"}
 """What Dask's nannies set."""
 ARRIVES = """
     from influence_calculator.chunk_tasks import WorkerSide
-    pickle.loads(pickle.dumps(WorkerSide(None, None, np.dtype("float32"))))
+    class Model:
+        def at_rest(self):
+            return lambda: self
+    pickle.loads(pickle.dumps(WorkerSide(Model(), None, np.dtype("float32"))))
 """
 BUILDS = """
     from influence_job.spec import InfluenceJobSpec
