@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from typing import Any
 
 import dask
@@ -271,6 +274,24 @@ class TestOnACluster:
         influences = calculator.influences(*queries(1), *training(1))
         assert len(pickle.dumps(dict(influences.dask))) < model.ballast.nbytes / 10
         assert np.allclose(influences.compute(), EXPECTED)
+
+    def test_a_large_model_is_sent_without_a_warning(self, client: Client):
+        calculator = DaskInfluenceCalculator(CountingModel(2 * 10**6), TorchNumpyConverter(), client)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert np.allclose(calculator.influences(*queries(), *training()).compute(), EXPECTED)
+
+    def test_all_workers_may_die_between_two_results(self, client: Client):
+        """The model goes with them, and comes again."""
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        influences = calculator.influences(*queries(), *training())
+        assert np.allclose(influences.compute(), EXPECTED)
+        before = client.run(os.getpid)
+        for pid in before.values():
+            os.kill(pid, signal.SIGKILL)
+        assert np.allclose(influences.compute(), EXPECTED)
+        client.wait_for_workers(len(before))
+        assert not set(client.run(os.getpid).values()) & set(before.values())
 
     def test_a_result_outlives_the_calculator_that_made_it(self, client: Client):
         """Its graph holds the model that was sent: nobody else does."""

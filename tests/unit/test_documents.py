@@ -103,7 +103,7 @@ def test_every_python_example_is_one_that_is_run_here_or_by_a_job() -> None:
     assert {name: count for name, count in counted.items() if count} == {
         "README.md": 2,
         "jobs.md": 1,
-        "library.md": 9,
+        "library.md": 10,
     }
 
 
@@ -139,7 +139,7 @@ def test_the_readmes_job_example_is_a_task_that_its_manifest_calls(names: dict[s
 
 
 def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any]) -> None:
-    cluster, factors, sequential, reports, ekfac, spectral, lissa, products, blocks = examples(
+    cluster, factors, on_workers, sequential, reports, ekfac, spectral, lissa, products, blocks = examples(
         LIBRARY, "python"
     )
     run(cluster, names)
@@ -148,6 +148,10 @@ def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any
 
     run(factors, names)
     assert np.allclose(names["influences"].compute(), expected, rtol=1e-6)
+
+    run(on_workers, names)
+    alone = EkfacInfluence(names["net"], True, 0.01).fit(names["loader"])
+    assert np.allclose(names["influences_of_ekfac"].compute(), in_memory(names, alone), rtol=1e-6)
 
     run(sequential, names)
     assert np.allclose(names["influences"], expected, rtol=1e-6)

@@ -16,11 +16,12 @@ from typing import Any, Generic, Self
 import numpy as np
 
 from influence_calculator.errors import NotFittedException, NotImplementedLayerRepresentationException
-from influence_calculator.maths.method import SolverReport
+from influence_calculator.maths.method import FitPass, FitState, SolverReport, Sums
 from influence_calculator.types import DataLoaderType, InfluenceMode, TensorType, as_mode
 
 __all__ = [
     "ComposableInfluence",
+    "FitsInParts",
     "InfluenceFunctionModel",
     "NotFittedException",
     "NotImplementedLayerRepresentationException",
@@ -225,6 +226,40 @@ class ComposableInfluence(InfluenceFunctionModel[TensorType, DataLoaderType], AB
         mode: InfluenceMode = InfluenceMode.Up,
     ) -> Mapping[str, TensorType]:
         """Block -> influences from this block's factors `[t, P_b]`."""
+
+
+class FitsInParts(Generic[TensorType], ABC):
+    """A model whose fit is a few passes over the training data, each of which several processes may share.
+
+    A pass is a sum over examples, taken range by range; what is made of it, unit by unit, is the state of
+    the next. `DaskInfluenceCalculator.fit` runs it.
+    """
+
+    @abstractmethod
+    def begin_fit(self, x: TensorType, y: TensorType) -> tuple[FitPass, ...]:
+        """The passes, after a look at some of the training examples.
+
+        Raises:
+            ValueError: a model that cannot be differentiated, or that is not fitted in parts.
+        """
+
+    @abstractmethod
+    def fit_units(self, step: FitPass) -> tuple[str, ...]:
+        """What a pass sums and finishes independently, in a fixed order."""
+
+    @abstractmethod
+    def fit_sums(self, step: FitPass, state: FitState, start: int, x: TensorType, y: TensorType) -> Sums:
+        """A pass's sums over consecutive training examples, the first of which has the index `start`."""
+
+    @abstractmethod
+    def fitted_unit(
+        self, step: FitPass, unit: str, sums: Mapping[str, TensorType], length: int, state: FitState
+    ) -> dict[str, TensorType]:
+        """What a pass leaves of one unit, from its sums over all `length` examples."""
+
+    @abstractmethod
+    def end_fit(self, state: FitState) -> None:
+        """Takes what the passes left: the model is fitted."""
 
 
 def require_both_or_none(x: object, y: object) -> None:

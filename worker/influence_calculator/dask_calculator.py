@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 import dask.array as da
 import numpy as np
-from dask.delayed import delayed
+from dask.delayed import Delayed, delayed
 from distributed import Client
 
-from influence_calculator import chunk_tasks, dask_graph
+from influence_calculator import chunk_tasks, dask_fit, dask_graph
 from influence_calculator.array import NumpyConverter
 from influence_calculator.base_influence_function_model import InfluenceFunctionModel, require_both_or_none
 from influence_calculator.chunk_tasks import Rows
@@ -62,7 +62,7 @@ class DaskInfluenceCalculator:
         influence_function_model: a fitted model (or one that is fitted before the first graph is built).
         converter: between numpy arrays and the model's tensors, on the worker's device.
         client: any `distributed.Client`; the model is sent to its workers once, when the first graph is
-            built, and again only after the model changed (an asynchronous client's graphs hold it).
+            built, and again only after the model changed.
             Or `DisableClientSingleThreadCheck`.
 
     Attributes:
@@ -94,7 +94,7 @@ class DaskInfluenceCalculator:
         self.influence_function_model = influence_function_model
         self.numpy_converter = converter
         self.group_bytes = DEFAULT_GROUP_BYTES
-        self._sent: tuple[int, dask_graph.Side] | None = None
+        self._sent: tuple[int, Delayed] | None = None
         self._client: Client | None = None
         self._tasks: float = math.inf
         if isinstance(client, Client):
@@ -114,6 +114,31 @@ class DaskInfluenceCalculator:
     def n_parameters(self) -> int:
         """P: number of parameters that the factors have a column for."""
         return self.influence_function_model.n_parameters
+
+    def fit(self, x: da.Array, y: da.Array) -> Self:
+        """Fits the model to the training examples (x, y) on the workers, chunk by chunk, now, and returns
+        this calculator.
+
+        As the model's own `fit` but for rounding; the numbers do not depend on the number of workers. A
+        worker holds one chunk and a few times the sums over the training data (of EK-FAC, matrices as wide
+        as a layer's inputs and outputs). Chunks are read once per pass of the method; persist them where
+        reading costs more than memory.
+
+        Raises:
+            ValueError: no synchronous client; a model that reads its training data whenever it solves (fit
+                it with all of it); no training example; a model that cannot be differentiated example by
+                example.
+            UnknownChunksError, UnalignedChunksError, InvalidDimensionChunksError: as for `influences`.
+        """
+        require_aligned_pair(x, y)
+        if self._client is None or self._client.asynchronous:
+            raise ValueError(
+                "client: expected a synchronous distributed.Client to fit on its workers, got "
+                f"{self._client or DisableClientSingleThreadCheck.__name__}; or fit the model itself: "
+                "model.fit(loader)"
+            )
+        dask_fit.fit(self.influence_function_model, self.numpy_converter, self._client, x, y)
+        return self
 
     def influence_factors(self, x: da.Array, y: da.Array) -> da.Array:
         """Factors `z = (H + λI)^-1 g` of the examples (x, y), lazily: `[n, P]`, in x's chunks.
@@ -220,17 +245,16 @@ class DaskInfluenceCalculator:
     def _dtype(self) -> np.dtype[Any]:
         return self.influence_function_model.factor_dtype
 
-    def _worker_side(self) -> dask_graph.Side:
-        """The model where the workers find it: a future, or a node that is part of the graph."""
+    def _worker_side(self) -> Delayed:
+        """The model where the workers find it: a node on them, or one that each graph takes along."""
         model = self.influence_function_model
         if self._sent is None or self._sent[0] != model.revision:
             side = chunk_tasks.WorkerSide(model, self.numpy_converter, model.factor_dtype)
-            # An asynchronous client sends nothing until somebody awaits it: the graph takes the model along.
-            if self._client is None or self._client.asynchronous:
-                sent = delayed(side, name=f"influence-model-{uuid4().hex}", traverse=False)
+            if self._client is None:
+                node = delayed(side, name=f"influence-model-{uuid4().hex}", traverse=False)
             else:
-                sent = self._client.scatter(side, broadcast=True, hash=False)
-            self._sent = (model.revision, sent)
+                node = dask_graph.sent(self._client, "influence-model", side)
+            self._sent = (model.revision, node)
         return self._sent[1]
 
     def _require_fitted(self) -> None:

@@ -10,10 +10,14 @@ Shapes: T test examples, N training examples, P parameters, F... feature dimensi
 from __future__ import annotations
 
 import math
+import pickle
+import sys
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
+from uuid import uuid4
 
+import dask
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
@@ -21,16 +25,14 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import GraphNode, List, Task, TaskRef
 from dask.typing import Key
-from distributed import Future
+from distributed import Client
+from distributed.protocol import pickle as distributed_pickle
 from numpy.typing import NDArray
 
 from influence_calculator import chunk_tasks
 from influence_calculator.chunk_tasks import Rows
 from influence_calculator.groups import group_chunks, join_chunks
 from influence_calculator.types import InfluenceMode
-
-Side = Future[Any] | Delayed
-"""A `chunk_tasks.WorkerSide` where tasks find it: on the workers already, or a node of the graph."""
 
 Layer = dict[Any, GraphNode]
 
@@ -44,7 +46,23 @@ class Limits(NamedTuple):
     """Regions that are left at least when short training chunks are joined; infinite: none are."""
 
 
-def rows_of(rows: Rows, side: Side, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]) -> da.Array:
+def sent(client: Client, name: str, value: Any) -> Delayed:
+    """`value` on the client's workers, as a node that other graphs refer to.
+
+    Data that is scattered is lost with the last worker that holds it. This is made again, from a pickle that
+    stays with the scheduler, which never opens it.
+    """
+    key = f"{name}-{uuid4().hex}"
+    load = Task(key, pickle.loads, distributed_pickle.dumps(value))
+    # Dask warns of what should be scattered.
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
+        [node] = client.persist([Delayed(key, HighLevelGraph.from_collections(key, {key: load}))])
+    return node
+
+
+def rows_of(
+    rows: Rows, side: Delayed, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]
+) -> da.Array:
     """Factors or left representations `[n, P]` of (x, y), one task per chunk."""
     name = f"influence-{rows.value}-{tokenize(side.key, x.name, y.name)}"
     solve = chunk_tasks.factors_of_chunk if rows is Rows.FACTORS else chunk_tasks.left_of_chunk
@@ -53,7 +71,7 @@ def rows_of(rows: Rows, side: Side, x: da.Array, y: da.Array, width: int, dtype:
 
 
 def factors_and_report(
-    side: Side, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]
+    side: Delayed, x: da.Array, y: da.Array, width: int, dtype: np.dtype[Any]
 ) -> tuple[da.Array, da.Array]:
     """Factors `[n, P]` and how the solves ended `[n]`, both from one task per chunk."""
     token = tokenize(side.key, x.name, y.name)
@@ -69,7 +87,7 @@ def factors_and_report(
     )
 
 
-def self_influences(side: Side, x: da.Array, y: da.Array, dtype: np.dtype[Any]) -> da.Array:
+def self_influences(side: Delayed, x: da.Array, y: da.Array, dtype: np.dtype[Any]) -> da.Array:
     """Each example's influence on itself, `[n]`, one task per chunk."""
     name = f"self-influences-{tokenize(side.key, x.name, y.name)}"
     layer = _per_chunk(name, (), chunk_tasks.self_influences_of_chunk, side, x, y)
@@ -77,7 +95,7 @@ def self_influences(side: Side, x: da.Array, y: da.Array, dtype: np.dtype[Any]) 
 
 
 def influences(
-    side: Side,
+    side: Delayed,
     rows: Rows,
     test: da.Array,
     x: da.Array,
@@ -108,7 +126,7 @@ def influences(
             key: Key = (name, number, column, *(0 for _ in features))
             data = (List(*(chunks[i] for i in run)) for chunks in (examples, labels))
             layer[key] = Task(
-                key, chunk_tasks.region, _reference(side), f"{name}-{number}", rows, together, *data, mode
+                key, chunk_tasks.region, TaskRef(side.key), f"{name}-{number}", rows, together, *data, mode
             )
     chunks = (
         tuple(map(_count(heights), groups)),
@@ -128,12 +146,12 @@ def _row_bytes(array: da.Array) -> int:
 
 
 def _per_chunk(
-    name: str, rest: tuple[int, ...], function: Callable[..., Any], side: Side, x: da.Array, y: da.Array
+    name: str, rest: tuple[int, ...], function: Callable[..., Any], side: Delayed, x: da.Array, y: da.Array
 ) -> Layer:
     layer: Layer = {}
     for i, data in enumerate(zip(_read_once(x), _read_once(y), strict=True)):
         key: Key = (name, i, *rest)
-        layer[key] = Task(key, function, _reference(side), *data)
+        layer[key] = Task(key, function, TaskRef(side.key), *data)
     return layer
 
 
@@ -152,18 +170,13 @@ def _read_once(array: da.Array) -> Sequence[TaskRef | NDArray[Any]]:
     return chunks if all(isinstance(chunk, np.ndarray) for chunk in chunks) else references
 
 
-def _reference(side: Side) -> TaskRef:
-    """A future stands in the graph itself, so that the graph keeps its data alive."""
-    return side if isinstance(side, Future) else TaskRef(side.key)
-
-
 def _array(
     name: str, layer: Layer, chunks: tuple[tuple[int, ...], ...], dtype: np.dtype[Any], *parents: Any
 ) -> da.Array:
     """The array of a layer's tasks; parents that none of them refers to are left out of its graph."""
     referred = {dependency for task in layer.values() for dependency in task.dependencies}
     names = {key[0] if isinstance(key, tuple) else key for key in referred}
-    collections = [p for p in parents if not isinstance(p, Future) and _name(p) in names]
+    collections = [p for p in parents if _name(p) in names]
     graph = HighLevelGraph.from_collections(name, layer, dependencies=collections)
     return da.Array(graph, name, chunks, meta=np.empty((0,) * len(chunks), dtype))
 

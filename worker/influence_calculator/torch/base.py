@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from influence_calculator.base_influence_function_model import InfluenceFunctionModel
+from influence_calculator.base_influence_function_model import FitsInParts, InfluenceFunctionModel
 from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import BlockMode, Regularization
@@ -31,16 +31,24 @@ from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
     CompactFitted,
+    FitPass,
     FitState,
     Fitted,
     Method,
     Solved,
+    Sums,
     fit,
 )
-from influence_calculator.maths.objective import Objective, batch_size, xy_objective
+from influence_calculator.maths.objective import (
+    IndexedBatch,
+    Objective,
+    batch_size,
+    micro_batches,
+    xy_objective,
+)
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
-from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
+from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches, examples_at_once
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
 from influence_calculator.torch.buffers import by_reference, packed, unpacked
 from influence_calculator.torch.composable import TorchComposableInfluence
@@ -85,7 +93,7 @@ GRADIENT_BYTES = 2**28
 """256 MiB for one parameter's per-example gradients of the examples differentiated at once."""
 
 
-class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]], ABC):
+class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]], FitsInParts[Tensor], ABC):
     """Influence with respect to the parameters of `model` that require grad.
 
     Args:
@@ -179,16 +187,59 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         """
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
-        first = training.first()
-        probe(self.objective, first)
-        self._by_hand = self.method.looked_at(self.objective, lambda: first).by_hand
+        self._look_at(training.first())
         batches = JoinedBatches(self.objective, training)
         kept = KeptBatches(batches) if len(self.method.passes()) > 1 else batches
-        self._state = fit(self.method, self.objective, kept)
-        self._data = training if self.method.needs_data else None
+        state = fit(self.method, self.objective, kept)
+        self._take(state, training if self.method.needs_data else None)
+        return self
+
+    def _look_at(self, first: tuple[Any, Any]) -> None:
+        probe(self.objective, first)
+        self._by_hand = self.method.looked_at(self.objective, lambda: first).by_hand
+
+    def _take(self, state: FitState, data: IterableTrainingData | None) -> None:
+        self._state, self._data = state, data
         self._refresh()
         self._tell_notes()
-        return self
+
+    @denormals_flushed()
+    def begin_fit(self, x: Tensor, y: Tensor) -> tuple[FitPass, ...]:
+        """As `fit` begins, with the first training examples, for a fit whose passes others run.
+
+        Raises:
+            ValueError: a method that reads the training data whenever it solves, or a model or a batch that
+                cannot be differentiated example by example.
+        """
+        if self.method.needs_data:
+            raise ValueError(
+                f"{type(self).__name__} reads its training data whenever it solves, so that no worker is "
+                f"given a part of it; fit it with all of it, model.fit(loader)"
+            )
+        self._look_at(self._batch(x, y))
+        return self.method.passes()
+
+    def fit_units(self, step: FitPass) -> tuple[str, ...]:
+        """What a pass sums and finishes independently, in a fixed order."""
+        return step.units(self.objective)
+
+    @denormals_flushed()
+    def fit_sums(self, step: FitPass, state: FitState, start: int, x: Tensor, y: Tensor) -> Sums:
+        """A pass's sums over consecutive training examples, the first of which has the index `start`."""
+        objective, batch = self.objective, self._batch(x, y)
+        pieces = micro_batches(IndexedBatch(start, batch), examples_at_once(objective, batch))
+        return step.accumulate(objective, pieces, self._on_device(state))
+
+    @denormals_flushed()
+    def fitted_unit(
+        self, step: FitPass, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
+    ) -> dict[str, Tensor]:
+        """What a pass leaves of one unit, from its sums over all `length` examples."""
+        return step.finish(unit, self._on_device(sums), length, self._on_device(state))
+
+    def end_fit(self, state: FitState) -> None:
+        """Takes what the passes left: the model is fitted."""
+        self._take(self._on_device(state), None)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the model and its fit to a device, and returns this influence model."""
@@ -198,7 +249,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         if self._data is not None:
             self._data.device = self.model_device
         if self._state is not None:
-            self._state = pytree.tree_map(lambda value: value.to(device), self._state)
+            self._state = self._on_device(self._state)
             self._refresh()
         return self
 
@@ -373,8 +424,11 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """The examples on the model's device; x is whatever pytree `model(x)` takes."""
-        moved: tuple[Any, Any] = pytree.tree_map(lambda leaf: leaf.to(self.model_device), (x, y))
+        moved: tuple[Any, Any] = self._on_device((x, y))
         return moved
+
+    def _on_device(self, tensors: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf.to(self.model_device), tensors)
 
     def _micro_batch(self, batch: tuple[Tensor, Tensor]) -> int:
         """Examples differentiated at once: all, unless one parameter's gradients would exceed the limit."""
