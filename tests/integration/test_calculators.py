@@ -17,7 +17,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster, worker_client
+from distributed import Client, LocalCluster, futures_of, worker_client
 
 from counting_model import FEATURES, CountingModel, NarrowModel, TurnedModel
 from influence_calculator import (
@@ -280,6 +280,12 @@ class TestOnACluster:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert np.allclose(calculator.influences(*queries(), *training()).compute(), EXPECTED)
+
+    def test_every_worker_holds_the_model_before_a_task_needs_it(self, client: Client):
+        """Dask runs tasks where what they need is, which would be one worker."""
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        sent = client.who_has(futures_of(calculator.influences(*queries(), *training())))
+        assert [len(holders) for holders in sent.values()] == [2]
 
     def test_all_workers_may_die_between_two_results(self, client: Client):
         """The model goes with them, and comes again."""

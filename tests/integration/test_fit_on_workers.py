@@ -22,6 +22,8 @@ from influence_calculator import (
     TorchNumpyConverter,
     UnalignedChunksError,
 )
+from influence_calculator.maths.objective import micro_batches
+from influence_calculator.torch import base
 from influence_models import MODELS, TRANSPOSED, WORDS, arrays, batches
 from model_cases import CONV2D, MLP, ModelCase
 
@@ -76,6 +78,18 @@ def test_the_numbers_do_not_depend_on_the_workers(client: Client, method: str):
     first, second = state_of(one), state_of(two)
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_a_chunk_may_be_too_large_to_be_differentiated_at_once(monkeypatch: pytest.MonkeyPatch):
+    x, y = MLP.train()
+    model = MODELS["ekfac"](MLP)
+    covariance, _ = model.begin_fit(x, y)
+    whole = model.fit_sums(covariance, {}, 3, x, y)
+    seen: list[int] = []
+    monkeypatch.setattr(base, "GRADIENT_BYTES", 4 * 8 * max(p.numel() for p in model.model.parameters()))
+    monkeypatch.setattr(base, "micro_batches", lambda *given: seen.append(given[1]) or micro_batches(*given))
+    torch.testing.assert_close(model.fit_sums(covariance, {}, 3, x, y), whole)
+    assert seen == [4]
 
 
 def test_a_second_fit_replaces_the_first(client: Client):

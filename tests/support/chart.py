@@ -118,16 +118,9 @@ def leader(cluster: Cluster, namespace: str = NAMESPACE) -> str:
 
 @contextmanager
 def without_api_server(cluster: Cluster) -> Iterator[None]:
-    """The API server is away inside the block; after it, it takes what it took before.
-
-    Its controllers and scheduler start anew, as where they contend for a lease, which ends them when they
-    cannot renew it: these here would look for it again after up to a minute.
-    """
+    """The API server is away inside the block; after it, it takes what it took before."""
     with machine.down("kube-apiserver"):
         yield
-    for component in ("kube-controller-manager", "kube-scheduler"):
-        machine.kill(component)
-    machine.bring_up()
     wait_for_owners(cluster)
 
 

@@ -47,16 +47,19 @@ class Limits(NamedTuple):
 
 
 def sent(client: Client, name: str, value: Any) -> Delayed:
-    """`value` on the client's workers, as a node that other graphs refer to.
+    """`value` on every worker of the client, as a node that other graphs refer to.
 
     Data that is scattered is lost with the last worker that holds it. This is made again, from a pickle that
-    stays with the scheduler, which never opens it.
+    stays with the scheduler, which never opens it. An asynchronous client's workers get it as they need it.
     """
     key = f"{name}-{uuid4().hex}"
     load = Task(key, pickle.loads, distributed_pickle.dumps(value))
     # Dask warns of what should be scattered.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
         [node] = client.persist([Delayed(key, HighLevelGraph.from_collections(key, {key: load}))])
+    if not client.asynchronous:
+        # Tasks run where what they need is: all of them where one worker alone held it.
+        client.replicate([node])
     return node
 
 

@@ -1,7 +1,8 @@
 # control-plane.sh: etcd, API server, controller manager, scheduler. Sourced by up.sh.
 
 start_api_server() {
-  local etcd=http://127.0.0.1:2379 peer=http://127.0.0.1:2380
+  local etcd=http://127.0.0.1:2379 peer=http://127.0.0.1:2380 before
+  before=$(pid_of kube-apiserver || true)
   launch_inside etcd /usr/bin/etcd --name=$NODE --data-dir="$K8S_HOME/etcd" --snapshot-count=10000 \
     --listen-client-urls=$etcd --advertise-client-urls=$etcd \
     --listen-peer-urls=$peer --initial-advertise-peer-urls=$peer --initial-cluster=$NODE=$peer
@@ -22,6 +23,8 @@ start_api_server() {
   forward_api
   wait_for "API server is ready" 120 inside curl --silent --fail --cacert "$PKI/ca.crt" --cert "$PKI/admin.crt" \
     --key "$PKI/admin.key" https://127.0.0.1:6443/readyz
+  # Who lost the one before looks for it again after up to two minutes; who contends for a lease would have ended.
+  [ "$(pid_of kube-apiserver)" = "$before" ] || stop 3 kube-proxy kube-scheduler kube-controller-manager
 }
 check_port() {
   if ! pid_of api-outside >/dev/null && ss -Hltn "sport = :$K8S_API_PORT" | grep --quiet .; then

@@ -130,20 +130,21 @@ def _turns_tokens(layer: LayerShape) -> bool:
 
 
 def _turned_tokens(layer: LayerShape) -> int:
-    """The unfolded inputs of an example and their copy, turned inputs and output gradients."""
-    return layer.tokens * (2 * layer.groups * layer.inputs + _all_inputs(layer) + layer.outputs)
+    """The unfolded inputs of an example, of groups with a copy, and turned inputs and output gradients."""
+    copies = 1 if layer.groups == 1 else 2
+    return layer.tokens * (copies * layer.groups * layer.inputs + _all_inputs(layer) + layer.outputs)
 
 
 def _covariance(shapes: ModelShapes, micro_batch: int) -> int:
-    """The unfolded inputs of a layer, the copy with ones, and the output gradients as rows."""
+    """The unfolded inputs of a layer and the output gradients as rows."""
     item = max(4, shapes.itemsize)
     return item * micro_batch * max((_covering(layer) for layer in shapes.layers), default=0)
 
 
 def _covering(layer: LayerShape) -> int:
-    """Elements per example; the examples of each group are put side by side, which takes a copy."""
-    copies = 1 if layer.groups == 1 else 2
-    return layer.tokens * ((1 + copies) * _all_inputs(layer) + copies * layer.outputs)
+    """Elements per example; those of groups get their ones and are then put side by side, which copies."""
+    inputs, outputs = (1, 1) if layer.groups == 1 else (3, 2)
+    return layer.tokens * (inputs * _all_inputs(layer) + outputs * layer.outputs)
 
 
 def _eigen(shapes: ModelShapes, bases: int) -> int:

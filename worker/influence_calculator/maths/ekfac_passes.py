@@ -27,10 +27,10 @@ from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
     Basis,
+    add_activations,
     add_products,
     add_squared_gradients,
     eigenbasis,
-    extended_activations,
 )
 from influence_calculator.maths.layers import (
     EmbeddingSpec,
@@ -305,9 +305,9 @@ def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool)
     dtype = sums["gradients"].dtype
     add_products(sums["gradients"], layer.gradients.to(dtype))
     if first:
-        a = extended_activations(layer, dtype)
-        add_products(sums["activations"], a)
-        sums["tokens"] += a.shape[0] // layer.spec.groups * a.shape[1]
+        add_activations(sums["activations"], layer)
+        examples, tokens = layer.activations.shape[:2]
+        sums["tokens"] += examples // layer.spec.groups * tokens
 
 
 def _along_pseudo_gradients(

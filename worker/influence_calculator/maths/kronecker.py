@@ -52,11 +52,32 @@ def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
 def add_products(total: Tensor, tokens: Tensor) -> None:
     """`total += Σ_n Σ_s u uᵀ` over the tokens u of `[n·k, S, w]`, for each group of `[k, w, w]`."""
     if total.dim() == 2:
-        _add_symmetric(total, tokens.reshape(-1, tokens.shape[-1]))
+        _add_symmetric(total, _rows(tokens))
         return
     k, w = total.shape[:2]
     rows = tokens.unflatten(0, (-1, k)).transpose(0, 1).reshape(k, -1, w)
     total.baddbmm_(rows.mT, rows)
+
+
+def add_activations(total: Tensor, layer: CapturedLayer) -> None:
+    """`total += Σ_n Σ_s ã ãᵀ`, `[j, j]`, or `[k, j, j]` of k groups."""
+    if layer.spec.weight is None or layer.spec.bias is None or total.dim() == 3:
+        add_products(total, extended_activations(layer, total.dtype))
+        return
+    # Of the ones come a row, a column and a number: no copy of the activations with ones is made.
+    rows = _rows(layer.activations.to(total.dtype))
+    _add_symmetric(total[:-1, :-1], rows)
+    sums = rows.sum(0)
+    total[-1, :-1] += sums
+    total[:-1, -1] += sums
+    total[-1, -1] += len(rows)
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    """`[n·k, S, w]` as `[n·k·S, w]`: a view, or a copy that runs along what lies side by side in memory."""
+    if tokens.stride(2) == 1 or tokens.stride(1) != 1:
+        return tokens.flatten(0, 1)
+    return tokens.permute(2, 0, 1).flatten(1).T
 
 
 def _add_symmetric(total: Tensor, rows: Tensor) -> None:
@@ -123,14 +144,14 @@ def turned_tokens(layer: CapturedLayer, basis: Basis) -> tuple[Tensor, Tensor]:
         return g, _times(extended_activations(layer, Q_A.dtype), Q_A)
     a = layer.activations.to(Q_A.dtype)
     # The 1 of ã picks the last row of Q_A: no copy of the activations with ones is made.
-    turned = torch.addmm(Q_A[-1], a.flatten(0, 1), Q_A[:-1])
+    turned = torch.addmm(Q_A[-1], _rows(a), Q_A[:-1])
     return g, turned.view(*a.shape[:2], -1)
 
 
 def _times(tokens: Tensor, Q: Tensor) -> Tensor:
     """`[n·k, S, w]` times `[k, w, w]`, each group its own matrix."""
     if Q.dim() == 2:
-        return tokens @ Q
+        return (_rows(tokens) @ Q).unflatten(0, tokens.shape[:2])
     by_group = tokens.unflatten(0, (-1, Q.shape[0]))
     return torch.einsum("nksw,kwv->nksv", by_group, Q).flatten(0, 1)
 

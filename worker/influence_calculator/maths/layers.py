@@ -94,9 +94,14 @@ class ConvLayer(LayerSpec):
             patches = patches.unfold(axis + 2, d * (k - 1) + 1, s)[..., ::d]
         # [images, channels, *positions, *kernel], until here a view.
         axes = len(module.kernel_size)
-        patches = patches.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
+        positions, kernel = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
         columns = self.groups * module.weight.shape[1] * math.prod(module.kernel_size)
-        return self._tokens(patches.reshape(patches.shape[0], columns, -1), n)
+        if self.groups == 1 and len(patches) == n:
+            # In memory the tokens of all examples lie side by side: one matrix, however it is read.
+            by_column = patches.permute(1, *kernel, 0, *positions).reshape(columns, n, -1)
+            return by_column.permute(1, 2, 0)
+        patches = patches.permute(0, 1, *kernel, *positions)
+        return self._tokens(patches.reshape(len(patches), columns, -1), n)
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
         return self._tokens(gradients.flatten(2), n)

@@ -127,16 +127,13 @@ class JoinedBatches:
         batches = self._data.batches()
         first = next(batches, None)
         if first is not None:
-            yield from joined(chain([first], batches), examples_at_once(self._objective, first.batch))
+            yield from joined(chain([first], batches), self._examples_at_once(first.batch))
 
-
-def examples_at_once(objective: Objective, batch: Batch) -> int:
-    """How many examples like those of `batch` the workspace holds for a fit, by an example's graph and its
-    gradient of the largest parameter; at least 1.
-    """
-    gradient = max(value.numel() for value in objective.parameters().values())
-    graph = GRAPH_COPIES * activation_elements(objective, batch)
-    return max(1, int(workspace_bytes(objective) // (objective.dtype.itemsize * (graph + gradient))))
+    def _examples_at_once(self, batch: Batch) -> int:
+        """By an example's graph and its gradient of the largest parameter."""
+        gradient = max(value.numel() for value in self._objective.parameters().values())
+        graph = GRAPH_COPIES * activation_elements(self._objective, batch)
+        return int(workspace_bytes(self._objective) // (self._objective.dtype.itemsize * (graph + gradient)))
 
 
 def joined(batches: Iterable[IndexedBatch], size: int) -> Iterator[IndexedBatch]:

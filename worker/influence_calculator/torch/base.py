@@ -9,6 +9,7 @@ dimensions of x.
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from abc import ABC
@@ -48,7 +49,7 @@ from influence_calculator.maths.objective import (
 )
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
-from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches, examples_at_once
+from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
 from influence_calculator.torch.buffers import by_reference, packed, unpacked
 from influence_calculator.torch.composable import TorchComposableInfluence
@@ -91,6 +92,12 @@ GivenBlocks = BlockMode | Mapping[str, Sequence[str]]
 
 GRADIENT_BYTES = 2**28
 """256 MiB for one parameter's per-example gradients of the examples differentiated at once."""
+
+CACHED_GRADIENT_BYTES = 2**25
+"""32 MiB where they are differentiated by a processor, whose cache more of them leave unread."""
+
+LEAST_EXAMPLES = 32
+"""Of which that cache is not worth fewer."""
 
 
 class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]], FitsInParts[Tensor], ABC):
@@ -227,7 +234,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def fit_sums(self, step: FitPass, state: FitState, start: int, x: Tensor, y: Tensor) -> Sums:
         """A pass's sums over consecutive training examples, the first of which has the index `start`."""
         objective, batch = self.objective, self._batch(x, y)
-        pieces = micro_batches(IndexedBatch(start, batch), examples_at_once(objective, batch))
+        pieces = micro_batches(IndexedBatch(start, batch), self._micro_batch(batch))
         return step.accumulate(objective, pieces, self._on_device(state))
 
     @denormals_flushed()
@@ -431,10 +438,17 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return pytree.tree_map(lambda leaf: leaf.to(self.model_device), tensors)
 
     def _micro_batch(self, batch: tuple[Tensor, Tensor]) -> int:
-        """Examples differentiated at once: all, unless one parameter's gradients would exceed the limit."""
-        itemsize = self.model_dtype.itemsize
-        largest = max(slot.size for slot in self._require_fitted().layout.slots)
-        return max(1, min(batch_size(batch), GRADIENT_BYTES // (largest * itemsize)))
+        """Examples differentiated at once, so that one parameter's gradients stay below a limit: pieces of
+        the batch that are alike.
+        """
+        n = max(1, batch_size(batch))
+        example = self.model_dtype.itemsize * max(
+            value.numel() for value in self.objective.parameters().values()
+        )
+        most = GRADIENT_BYTES // example
+        if self.model_device.type == "cpu":
+            most = min(most, max(LEAST_EXAMPLES, CACHED_GRADIENT_BYTES // example))
+        return math.ceil(n / math.ceil(n / max(1, most)))
 
     def _noted(self, solved: Solved) -> Solved:
         self.solver_report = solved.report
