@@ -52,8 +52,13 @@ def sent(client: Client, name: str, value: Any) -> Delayed:
     Data that is scattered is lost with the last worker that holds it. This is made again, from a pickle that
     stays with the scheduler, which never opens it. An asynchronous client's workers get it as they need it.
     """
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = distributed_pickle.dumps(value, buffer_callback=buffers.append)
+    # The value may change while it waits to be sent, and where workers share this process.
+    lasting = not client.asynchronous and not client.scheduler.address.startswith("inproc")
+    arrays = [np.array(buffer.raw(), copy=not lasting) for buffer in buffers]
     key = f"{name}-{uuid4().hex}"
-    load = Task(key, pickle.loads, distributed_pickle.dumps(value))
+    load = Task(key, _loaded, pickled, arrays)
     # Dask warns of what should be scattered.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
         [node] = client.persist([Delayed(key, HighLevelGraph.from_collections(key, {key: load}))])
@@ -61,6 +66,10 @@ def sent(client: Client, name: str, value: Any) -> Delayed:
         # Tasks run where what they need is: all of them where one worker alone held it.
         client.replicate([node])
     return node
+
+
+def _loaded(pickled: bytes, buffers: list[NDArray[Any]]) -> Any:
+    return pickle.loads(pickled, buffers=buffers)
 
 
 def rows_of(

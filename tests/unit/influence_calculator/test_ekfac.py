@@ -623,7 +623,7 @@ def test_a_test_example_that_is_not_finite_spoils_its_own_row_alone() -> None:
 
 @pytest.mark.parametrize("case", EKFAC_CASES, ids=repr)
 def test_compact_rows_expand_to_the_left_representation(case: EkfacCase) -> None:
-    """Only layers that see one token per example have narrower rows; those of others are whole."""
+    """Only layers whose tokens are fewer numbers than their products have them; those of others are whole."""
     fitted = Ekfac(regularization=0.1).fitted(_objective(case), _fitted_state(case, "sampled"), None)
     compact = fitted.compact(_objective(case), case.data(T, 2))
     assert (compact is None) == (case.vocabulary is not None)
@@ -632,11 +632,26 @@ def test_compact_rows_expand_to_the_left_representation(case: EkfacCase) -> None
     solved = fitted.solve(fitted.gradients(_objective(case), case.data(T, 2)))
     assert compact.report.status.tolist() == solved.report.status.tolist()
     rows, expected = compact.rows, fitted.layout.flatten(solved.left)
+    assert fitted.is_compact(rows.shape[1]) == (len(case.features) == 1)
     if len(case.features) == 1:
-        assert rows.shape == (T, fitted.compact_width)
-        assert fitted.compact_width < fitted.layout.width
         rows = fitted.expanded(rows)
     torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 8])
+def test_tokens_of_wide_layers_are_sent_in_place_of_their_products(tokens: int) -> None:
+    """58 numbers for each token, and 412 for the products: 8 tokens are more."""
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12), nn.Flatten()).double()
+    objective = xy_objective(model, F.cross_entropy)
+    x, y = torch.randn(N, tokens, 12, dtype=torch.float64), MLP_CASE.data(N, 1)[1]
+    method = Ekfac(regularization=0.1)
+    fitted = method.fitted(objective, fit(method, objective, TrainingSet((x, y), 4)), None)
+    rows = fitted.compact(objective, (x, y)).rows
+    assert rows.shape == (N, 58 * tokens if tokens < 8 else 412)
+    assert fitted.is_compact(rows.shape[1]) == (tokens < 8)
+    expected = fitted.layout.flatten(fitted.solve(fitted.gradients(objective, (x, y))).left)
+    found = fitted.expanded(rows) if tokens < 8 else rows
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_layers_of_one_token_and_of_several_share_whole_rows() -> None:
@@ -658,7 +673,7 @@ def test_groups_of_one_token_have_no_compact_rows() -> None:
     x, y = torch.randn(N, 6, 2, dtype=torch.float64), MLP_CASE.data(N, 1)[1]
     method = Ekfac(regularization=0.1)
     fitted = method.fitted(objective, fit(method, objective, TrainingSet((x, y), 4)), None)
-    assert fitted.compact_width is None
+    assert not any(fitted.is_compact(columns) for columns in range(fitted.layout.width + 1))
     solved = fitted.solve(fitted.gradients(objective, (x, y)))
     torch.testing.assert_close(fitted.compact(objective, (x, y)).rows, fitted.layout.flatten(solved.left))
 

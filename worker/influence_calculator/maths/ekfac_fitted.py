@@ -8,19 +8,22 @@ Shapes: n, t examples, o outputs, j inputs (with a bias one more), P_b = o·j pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.capture import CapturedLayer, captured_layers
+from influence_calculator.maths.capture import captured_layers
 from influence_calculator.maths.embeddings import EmbeddingRows
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
     DiagonalSolver,
     LayerRows,
+    Piece,
+    products_in_pieces,
     turned_gradients,
     turned_in_pieces,
     turned_tokens,
@@ -90,35 +93,50 @@ class EkfacFitted(CompactFitted):
             values = traced.rows.pop(name)
             yield Part(slot.block, slot.start, values.to(accumulation_dtype(values.dtype)))
 
-    @property
     @override
-    def compact_width(self) -> int | None:
-        """Output gradients and activations side by side, where that is less than their products."""
-        width = sum(sum(rows.basis.matrix_shape) for rows in self._layers.values())
-        captured = not self._others and not self._embeddings
-        narrower = width < self.layout.width and captured and self.layout.blocks_are_whole
-        grouped = any(rows.basis.groups > 1 for rows in self._layers.values())
-        return width if narrower and not grouped else None
+    def is_compact(self, columns: int) -> bool:
+        per_token = self._compact_columns
+        return per_token > 0 and columns < self.layout.width and columns % per_token == 0
+
+    @cached_property
+    def _compact_columns(self) -> int:
+        """`Σ (o + j)`, the columns of one token; 0: this model has no compact rows.
+
+        They are output gradients and activations of every token, layer by layer, where those are fewer
+        numbers than their products.
+        """
+        captured = not self._others and not self._embeddings and self.layout.blocks_are_whole
+        if not captured or any(rows.basis.groups > 1 for rows in self._layers.values()):
+            return 0
+        return sum(sum(rows.basis.matrix_shape) for rows in self._layers.values())
 
     @override
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:
         if self._others or self._embeddings or not self.layout.blocks_are_whole:
             return None
         sides: dict[str, tuple[Tensor, Tensor]] = {}
+        S = 0
         left: Tensor | None = None
         for layer in captured_layers(objective, batch, self._specs):
             rows = self._layers[layer.spec.name]
-            if left is None and self.compact_width is not None and layer.activations.shape[1] == 1:
-                g, a = turned_tokens(layer, rows.basis)
-                sides[layer.spec.name] = g[:, 0], a[:, 0]
+            S = S or layer.activations.shape[1]
+            if (
+                left is None
+                and layer.activations.shape[1] == S
+                and self.is_compact(S * self._compact_columns)
+            ):
+                sides[layer.spec.name] = turned_tokens(layer, rows.basis)
                 continue
             if left is None:
                 n = layer.activations.shape[0] // layer.spec.groups
                 left = rows.basis.inputs.new_empty(n, self.layout.width)
                 self._expand(left, sides)
-            self._solve_into(left, layer)
+            pieces = turned_in_pieces(layer, rows.basis)
+            self._solve_into(left, layer.spec.name, pieces)
         if left is None:
-            left = torch.cat([side for block in self.layout.blocks for side in sides[block]], dim=1)
+            left = torch.cat(
+                [side.flatten(1) for block in self.layout.blocks for side in sides[block]], dim=1
+            )
         # A sum is finite only if all of its terms are, and costs a fraction of looking at each.
         finite = torch.isfinite(left.sum(dim=1))
         if not finite.all():
@@ -126,30 +144,28 @@ class EkfacFitted(CompactFitted):
             left[~finite] = torch.nan
         return Compact(left, direct_report(finite))
 
-    def _solve_into(self, left: Tensor, layer: CapturedLayer) -> None:
+    def _solve_into(self, left: Tensor, block: str, pieces: Iterable[Piece]) -> None:
         """Writes the columns of one layer, piece by piece."""
-        block = layer.spec.name
         columns, shifted = self.layout.split(left)[block], self._solvers[block].shifted
-        for row, column, values in turned_in_pieces(layer, self._layers[block].basis):
+        for row, column, values in pieces:
             stop = column + values.shape[1]
             into = columns[row : row + len(values), column:stop]
             torch.div(values, shifted[column:stop], out=into)
 
     @override
     def expanded(self, rows: Tensor) -> Tensor:
+        S = rows.shape[1] // self._compact_columns
         widths = [side for block in self.layout.blocks for side in self._layers[block].basis.matrix_shape]
-        sides = iter(rows.split(widths, dim=1))
+        pieces = rows.split([S * width for width in widths], dim=1)
+        sides = iter([piece.unflatten(1, (S, width)) for piece, width in zip(pieces, widths, strict=True)])
         left = rows.new_empty(rows.shape[0], self.layout.width)
         self._expand(left, {block: (next(sides), next(sides)) for block in self.layout.blocks})
         return left
 
     def _expand(self, left: Tensor, sides: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Writes the columns of layers of one token, whose gradients are products of two sides."""
-        columns = self.layout.split(left)
-        for block, (g, a) in sides.items():
-            into = columns[block].unflatten(1, (g.shape[1], a.shape[1]))
-            torch.mul(g.unsqueeze(2), a.unsqueeze(1), out=into)
-            columns[block].div_(self._solvers[block].shifted)
+        """Writes the columns of layers by their turned output gradients and activations."""
+        for block, tokens in sides.items():
+            self._solve_into(left, block, products_in_pieces(*tokens))
 
     def factors(self, left: Left) -> Left:
         return {

@@ -176,19 +176,24 @@ class Piece(NamedTuple):
 
 
 def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[Piece]:
-    """`turned_gradients` in pieces that together are all of them, with memory for one.
+    """`turned_gradients` in pieces that together are all of them, with memory for one."""
+    n, S = layer.gradients.shape[0] // basis.groups, layer.activations.shape[1]
+    o, j = basis.matrix_shape
+    if basis.groups == 1 and turns_tokens(S, o, j):
+        yield from products_in_pieces(*turned_tokens(layer, basis))
+        return
+    rows = max(1, PRODUCT_ELEMENTS // (o * j))
+    for row in range(0, n, rows):
+        yield Piece(row, 0, turned_gradients(layer.of_examples(row, row + rows), basis))
+
+
+def products_in_pieces(g: Tensor, a: Tensor) -> Iterator[Piece]:
+    """`Σ_s g aᵀ` of `[n, S, o]` and `[n, S, j]`, each example's as a row, in pieces that together are all.
 
     On a processor small ones, each in the same memory: memory that is fresh at every use, or has left the
     cache, costs as much as the arithmetic.
     """
-    n, S = layer.gradients.shape[0] // basis.groups, layer.activations.shape[1]
-    o, j = basis.matrix_shape
-    if basis.groups > 1 or not turns_tokens(S, o, j):
-        rows = max(1, PRODUCT_ELEMENTS // (o * j))
-        for row in range(0, n, rows):
-            yield Piece(row, 0, turned_gradients(layer.of_examples(row, row + rows), basis))
-        return
-    g, a = turned_tokens(layer, basis)
+    (n, _, o), j = g.shape, a.shape[2]
     elements = CACHED_ELEMENTS if g.device.type == "cpu" else PRODUCT_ELEMENTS
     rows = max(1, min(n, elements // (min(o, OUTPUTS) * j)))
     rows = math.ceil(n / math.ceil(n / rows))

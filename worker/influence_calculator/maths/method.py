@@ -229,10 +229,9 @@ class Fitted(ABC):
 class CompactFitted(Fitted, ABC):
     """A fitted method whose left representation may be sent in fewer numbers than it has."""
 
-    @property
     @abstractmethod
-    def compact_width(self) -> int | None:
-        """K < P: columns of compact rows; None: this model has none."""
+    def is_compact(self, columns: int) -> bool:
+        """Whether rows `[t, K]` of so many columns are compact ones; never for P."""
 
     @abstractmethod
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:

@@ -304,7 +304,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             ValueError: rows of another width.
         """
         fitted = self._require_fitted()
-        if isinstance(fitted, CompactFitted) and left.shape[1:] == (fitted.compact_width,):
+        if isinstance(fitted, CompactFitted) and left.dim() == 2 and fitted.is_compact(left.shape[1]):
             return fitted.expanded(left.to(self.model_device))
         return self._checked(left, left=True)
 
