@@ -31,6 +31,7 @@ from influence_calculator import (
     UnalignedChunksError,
     UnknownChunksError,
     UnsupportedInfluenceModeException,
+    dask_graph,
     groups,
 )
 from influence_calculator.chunk_tasks import WorkerSide
@@ -286,6 +287,15 @@ class TestOnACluster:
         calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
         sent = client.who_has(futures_of(calculator.influences(*queries(), *training())))
         assert [len(holders) for holders in sent.values()] == [2]
+
+    def test_what_was_sent_stays_as_it_was(self, client: Client):
+        options = {"threads_per_worker": 1, "processes": False, "dashboard_address": None}
+        with Client(n_workers=1, set_as_default=False, **options) as same_process:
+            for own in (client, same_process):
+                values = np.zeros(10**5)
+                node = dask_graph.sent(own, "values", values)
+                values += 1
+                assert not own.compute(node).result().any()
 
     def test_all_workers_may_die_between_two_results(self, client: Client):
         """The model goes with them, and comes again."""

@@ -55,8 +55,8 @@ def sent(client: Client, name: str, value: Any) -> Delayed:
     buffers: list[pickle.PickleBuffer] = []
     pickled = distributed_pickle.dumps(value, buffer_callback=buffers.append)
     # The value may change while it waits to be sent, and where workers share this process.
-    lasting = not client.asynchronous and not client.scheduler.address.startswith("inproc")
-    arrays = [np.array(buffer.raw(), copy=not lasting) for buffer in buffers]
+    shared = client.asynchronous or client.scheduler_info(n_workers=0)["address"].startswith("inproc")
+    arrays = [np.array(buffer.raw(), copy=shared) for buffer in buffers]
     key = f"{name}-{uuid4().hex}"
     load = Task(key, _loaded, pickled, arrays)
     # Dask warns of what should be scattered.
