@@ -94,10 +94,10 @@ GRADIENT_BYTES = 2**28
 """256 MiB for one parameter's per-example gradients of the examples differentiated at once."""
 
 CACHED_GRADIENT_BYTES = 2**25
-"""32 MiB where they are differentiated by a processor, whose cache more of them leave unread."""
+"""32 MiB of them on a processor: what is computed from them is read again while its cache holds it."""
 
 LEAST_EXAMPLES = 32
-"""Of which that cache is not worth fewer."""
+"""Differentiated at once where there is memory: fewer cost more than the cache gains."""
 
 
 class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]], FitsInParts[Tensor], ABC):
