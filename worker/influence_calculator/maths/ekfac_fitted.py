@@ -98,6 +98,11 @@ class EkfacFitted(CompactFitted):
         per_token = self._compact_columns
         return per_token > 0 and columns < self.layout.width and columns % per_token == 0
 
+    @property
+    def _is_captured(self) -> bool:
+        """Whether all there is are layers, the columns of each together."""
+        return not self._others and not self._embeddings and self.layout.blocks_are_whole
+
     @cached_property
     def _compact_columns(self) -> int:
         """`Σ (o + j)`, the columns of one token; 0: this model has no compact rows.
@@ -105,14 +110,13 @@ class EkfacFitted(CompactFitted):
         They are output gradients and activations of every token, layer by layer, where those are fewer
         numbers than their products.
         """
-        captured = not self._others and not self._embeddings and self.layout.blocks_are_whole
-        if not captured or any(rows.basis.groups > 1 for rows in self._layers.values()):
+        if not self._is_captured or any(rows.basis.groups > 1 for rows in self._layers.values()):
             return 0
         return sum(sum(rows.basis.matrix_shape) for rows in self._layers.values())
 
     @override
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:
-        if self._others or self._embeddings or not self.layout.blocks_are_whole:
+        if not self._is_captured:
             return None
         sides: dict[str, tuple[Tensor, Tensor]] = {}
         S = 0
@@ -131,8 +135,7 @@ class EkfacFitted(CompactFitted):
                 n = layer.activations.shape[0] // layer.spec.groups
                 left = rows.basis.inputs.new_empty(n, self.layout.width)
                 self._expand(left, sides)
-            pieces = turned_in_pieces(layer, rows.basis)
-            self._solve_into(left, layer.spec.name, pieces)
+            self._solve_into(left, layer.spec.name, turned_in_pieces(layer, rows.basis))
         if left is None:
             left = torch.cat(
                 [side.flatten(1) for block in self.layout.blocks for side in sides[block]], dim=1
