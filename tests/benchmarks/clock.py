@@ -34,6 +34,8 @@ class Options:
     repeats: int
     exact: bool
     """Without draws, so that the numbers can be compared with those of another implementation."""
+    method: str
+    """Of a program that knows several."""
 
     def measure(self, inputs: Callable[[], Inputs], compute: Callable[[Inputs], np.ndarray]) -> None:
         """Computes from new inputs each time, and writes seconds and the influences `[T, N]`."""
@@ -55,8 +57,10 @@ def options() -> Options:
     parser.add_argument("output", type=Path, help="of the influences (.npy); seconds go to standard output")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--method", default="")
     given = parser.parse_args()
-    return Options(WORKLOADS[given.workload], given.folder, given.output, given.repeats, given.exact)
+    workload = WORKLOADS[given.workload]
+    return Options(workload, given.folder, given.output, given.repeats, given.exact, given.method)
 
 
 def ready(module: str, threads: int) -> None:

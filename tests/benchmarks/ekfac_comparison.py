@@ -8,8 +8,6 @@ class, many draws stand for it.
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -20,13 +18,20 @@ import plain_ekfac
 import torch
 from findings import Finding
 from peer_environment import KRONFLUENCE, PYDVL, Peer
-from programs import CORES, Array, Effort, Side, correlation, median_seconds, relative_error
+from programs import (
+    CORES,
+    Array,
+    Effort,
+    Rounds,
+    Side,
+    correlation,
+    median_seconds,
+    relative_error,
+    rounds_of_peer,
+)
 from workload import DIGITS, IMAGES, SENTENCES, Loaded, Workload
 
 PROGRAMS = {PYDVL: "pydvl_ekfac.py", KRONFLUENCE: "kronfluence_ekfac.py"}
-
-Rounds = list[list[float]]
-"""Seconds of each repeat, by process."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Comparison:
         for _ in range(effort.rounds):
             rounds.append(ours.seconds(repeats))
             for peer, side in peers.items():
-                of_peers[peer] += _rounds_of_peer(peer, side, repeats)
+                of_peers[peer] += rounds_of_peer(peer, side, repeats)
         seconds, first = _medians(rounds)
         loaded = self.workload.load(folder)
         plain, expected = self._plain(loaded, min(effort.plain_repeats, self.most_repeats))
@@ -105,14 +110,10 @@ class Comparison:
 
     def _bound(self, loaded: Loaded) -> float:
         workload = self.workload
-        return physical_bound.physical_bound(
-            physical_bound.layers(loaded.model, loaded.train[0][:1]),
-            workload.train,
-            workload.test,
-            workload.chunk,
-            physical_bound.measured_rate(CORES),
-            physical_bound.measured_bandwidth(),
-        )
+        layers = physical_bound.layers(loaded.model, loaded.train[0][:1])
+        sizes = workload.train, workload.test, workload.chunk
+        with physical_bound.measured_rate(CORES) as rate:
+            return physical_bound.physical_bound(layers, *sizes, rate, physical_bound.measured_bandwidth())
 
     def _quality(self, ours: Side, expected: Array) -> list[Finding]:
         """What our numbers are held to."""
@@ -173,12 +174,3 @@ COMPARISONS = {
 def _medians(rounds: Rounds) -> tuple[float, float]:
     """Of all repeats, and of the first in each process."""
     return statistics.median(chain.from_iterable(rounds)), statistics.median(repeats[0] for repeats in rounds)
-
-
-def _rounds_of_peer(peer: Peer, side: Side, repeats: int) -> Rounds:
-    """One process; none where it failed, which its own words on standard error explain."""
-    try:
-        return [side.seconds(repeats)]
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as failure:
-        print(f"{peer.name} failed on {side.workload.name}: {failure}", file=sys.stderr)
-        return []

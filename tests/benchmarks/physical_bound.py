@@ -5,8 +5,11 @@ Shapes: a layer has i inputs (one more with a bias), o outputs and S tokens per 
 
 from __future__ import annotations
 
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -76,18 +79,30 @@ def physical_bound(
     return seconds + train * test * pair
 
 
-def measured_rate(cores: int) -> Rate:
-    """The rate of float32 products of each shape asked for, measured on one thread, times `cores`."""
+@contextmanager
+def measured_rate(cores: int) -> Iterator[Rate]:
+    """The rate of float32 products of each shape asked for: the sum over `cores` processes of one thread
+    each that compute it at the same time. One alone may be faster than when all are busy.
+    """
+    spawned = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        processes = [stack.enter_context(ProcessPoolExecutor(1, spawned)) for _ in range(cores)]
 
-    @cache
-    def rate(batch: int, m: int, k: int, n: int) -> float:
-        left, right, out = torch.randn(batch, m, k), torch.randn(batch, k, n), torch.empty(batch, m, n)
-        if batch == 1:
-            left, right, out = left[0], right[0], out[0]
-        seconds = shortest(lambda: torch.matmul(left, right, out=out))
-        return cores * 2 * batch * m * k * n / seconds
+        @cache
+        def rate(batch: int, m: int, k: int, n: int) -> float:
+            running = [process.submit(_seconds_of_product, batch, m, k, n) for process in processes]
+            return sum(2 * batch * m * k * n / seconds.result() for seconds in running)
 
-    return rate
+        rate(1, 1, 1, 1)  # all have started
+        yield rate
+
+
+def _seconds_of_product(batch: int, m: int, k: int, n: int) -> float:
+    left, right, out = torch.randn(batch, m, k), torch.randn(batch, k, n), torch.empty(batch, m, n)
+    if batch == 1:
+        left, right, out = left[0], right[0], out[0]
+    # Trials long enough to be at the same time as the other processes'.
+    return shortest(lambda: torch.matmul(left, right, out=out), trials=3, at_least=0.05)
 
 
 def measured_bandwidth(size: int = 2**26) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peer_environment import Peer
 from workload import Workload
 
 HERE = Path(__file__).parent
@@ -25,6 +26,9 @@ HUNG_AFTER = 1200.0
 for ever."""
 
 Array = NDArray[np.float32]
+
+Rounds = list[list[float]]
+"""Seconds of each repeat, by process."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,15 @@ class Side:
 
     def _output(self, *arguments: str) -> Path:
         return self.folder / f"{self.workload.name}-{self.program}{''.join(arguments)}.npy"
+
+
+def rounds_of_peer(peer: Peer, side: Side, repeats: int, *arguments: str) -> Rounds:
+    """One process; none where it failed, which its own words on standard error explain."""
+    try:
+        return [side.seconds(repeats, *arguments)]
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as failure:
+        print(f"{peer.name} failed on {side.workload.name}: {failure}", file=sys.stderr)
+        return []
 
 
 def output(python: Path, program: str, *arguments: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,13 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import plain_cg
+import plain_direct
 import torch
 from ekfac_comparison import COMPARISONS
 from findings import Finding, table
-from programs import CORES, Effort, Side, output, relative_error
-from workload import CG_REGULARIZATION, CG_RTOL, DIGITS
+from peer_environment import PYDVL
+from programs import CORES, Effort, Side, output, relative_error, rounds_of_peer
+from workload import CG_REGULARIZATION, CG_RTOL, DIGITS, FEW_PARAMETERS
 
 MIB = 2**20
+CONTRACT = Path(__file__).parents[1] / "contract"
 
 FULL = Effort(rounds=3, repeats=5, plain_repeats=3, regions=100_000)
 QUICK = Effort(rounds=1, repeats=3, plain_repeats=1, regions=2_000)
@@ -73,6 +77,45 @@ def conjugate_gradients(folder: Path, effort: Effort) -> list[Finding]:
     ]
 
 
+def solvers(folder: Path, effort: Effort) -> list[Finding]:
+    """Solving with the Hessian of a model of few parameters, pyDVL's way and ours."""
+    FEW_PARAMETERS.prepare(folder)
+    loaded = FEW_PARAMETERS.load(folder)
+    expected = plain_direct.plain_direct(*loaded, FEW_PARAMETERS.regularization).numpy()
+    ours = Side("our_hessian.py", FEW_PARAMETERS, folder)
+    pydvl = Side("pydvl_hessian.py", FEW_PARAMETERS, folder, PYDVL.ensured())
+    findings: list[Finding] = []
+    for method, label, least in (("direct", "Direct", 2), ("cg", "CG to a residual", 10)):
+        arguments = ("--method", method)
+        seconds = statistics.median(ours.seconds(effort.repeats, *arguments))
+        rounds = rounds_of_peer(PYDVL, pydvl, min(2, effort.repeats), *arguments)
+        theirs = statistics.median(rounds[0]) if rounds else None
+        ratio = theirs / seconds if theirs else None
+        of_ours = relative_error(ours.influences(*arguments), expected)
+        of_pydvl = relative_error(pydvl.influences(*arguments), expected) if rounds else None
+        reached = ratio is not None and ratio >= least
+        findings += [
+            Finding(f"{label}: ours", seconds, "s"),
+            Finding(f"{label}: pyDVL", theirs, "s"),
+            Finding(f"{label}: pyDVL / ours", ratio, "×", f"≥ {least}", reached),
+            Finding(f"{label}: error of ours", of_ours, "", "≤ 1e-3", of_ours <= 1e-3),
+            Finding(f"{label}: error of pyDVL", of_pydvl, ""),
+        ]
+    return findings
+
+
+def signatures(folder: Path, effort: Effort) -> list[Finding]:
+    """Takes the signatures anew, from pyDVL's own environment, that a contract test compares ours with."""
+    del folder, effort
+    snapshot = CONTRACT / "pydvl_signatures.json"
+    taken = subprocess.run(
+        [PYDVL.ensured(), CONTRACT / "snapshot_pydvl.py"], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    changed = taken != snapshot.read_text()
+    snapshot.write_text(taken)
+    return [Finding("signatures: pyDVL's snapshot has changed", float(changed), "", "= 0", not changed)]
+
+
 def regions(folder: Path, effort: Effort) -> list[Finding]:
     """W4: a job of many tiny regions."""
     arguments = [folder / "regions.zarr", "--regions", str(effort.regions), "--workers", str(CORES)]
@@ -92,6 +135,8 @@ def regions(folder: Path, effort: Effort) -> list[Finding]:
 BENCHMARKS: dict[str, Callable[[Path, Effort], list[Finding]]] = {
     **{name: comparison.run for name, comparison in COMPARISONS.items()},
     "cg": conjugate_gradients,
+    "solvers": solvers,
+    "signatures": signatures,
     "regions": regions,
 }
 

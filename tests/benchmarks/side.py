@@ -29,6 +29,8 @@ class Inputs(NamedTuple):
     loader: DataLoader[tuple[torch.Tensor, ...]]
     arrays: tuple[da.Array, da.Array, da.Array, da.Array]
     """x_test, y_test, x, y in the workload's chunks."""
+    method: str = ""
+    """What the command line asks of a program that knows several."""
 
 
 Compute = Callable[[Client, Inputs], np.ndarray]
@@ -60,4 +62,4 @@ def _inputs(options: clock.Options) -> Inputs:
     model, (x, y), (x_test, y_test) = options.workload.load(options.folder)
     loader = DataLoader(TensorDataset(x, y), batch_size=chunk)
     arrays = (chunked(x_test), chunked(y_test), chunked(x), chunked(y))
-    return Inputs(options.workload, model, loader, arrays)
+    return Inputs(options.workload, model, loader, arrays, options.method)

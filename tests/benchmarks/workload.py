@@ -22,6 +22,9 @@ VOCABULARY, TOKENS = 64, 64
 CG_REGULARIZATION = 0.1
 CG_RTOL = 1e-4
 
+FEW_RESIDUAL = 1e-4
+"""Norm of the residual at which conjugate gradients end on `FEW_PARAMETERS`."""
+
 Data = tuple[Tensor, Tensor]
 """Inputs and labels, examples first."""
 
@@ -73,7 +76,8 @@ class Workload:
             names = [name for name, _ in model.named_parameters()]
             model.load_state_dict({name: torch.from_numpy(stored[f"parameter.{name}"]) for name in names})
             x, y = torch.from_numpy(stored["x"]), torch.from_numpy(stored["y"])
-        return Loaded(model.eval(), (x[: self.train], y[: self.train]), (x[self.train :], y[self.train :]))
+        train, test = slice(self.train), slice(self.train, self.train + self.test)
+        return Loaded(model.eval(), (x[train], y[train]), (x[test], y[test]))
 
     def _file(self, folder: Path) -> Path:
         return folder / f"{self.name}.npz"
@@ -100,7 +104,17 @@ def initialised(model: nn.Module) -> nn.Module:
 
 def mlp() -> nn.Module:
     """64-128-64-10, 17 226 parameters."""
-    layers = [[nn.Linear(i, o), nn.ReLU()] for i, o in pairwise((64, 128, 64, 10))]
+    return perceptron(64, 128, 64, 10)
+
+
+def small_mlp() -> nn.Module:
+    """64-24-10, 1 810 parameters."""
+    return perceptron(64, 24, 10)
+
+
+def perceptron(*widths: int) -> nn.Module:
+    """Linear layers between these widths, with ReLUs."""
+    layers = [[nn.Linear(i, o), nn.ReLU()] for i, o in pairwise(widths)]
     return initialised(nn.Sequential(*chain.from_iterable(layers))[:-1])
 
 
@@ -161,12 +175,11 @@ def transformer() -> nn.Module:
 
 
 def digits() -> Data:
-    """Handwritten digits of 64 pixels, in a random order."""
+    """Handwritten digits of 64 pixels, in a random order; all there are."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).numpy()
-    order = order[: DIGITS.train + DIGITS.test]
     x = torch.as_tensor(images[order] / 16, dtype=torch.float32)
     return x, torch.as_tensor(labels[order], dtype=torch.int64)
 
@@ -192,6 +205,9 @@ def sentences() -> Data:
 
 
 DIGITS = Workload("digits", mlp, digits, train=1536, test=256, epochs=20)
+FEW_PARAMETERS = Workload(
+    "few_parameters", small_mlp, digits, train=1536, test=128, epochs=20, regularization=0.1
+)
 IMAGES = Workload("images", conv_net, smooth_images, train=1024, test=128, epochs=2)
 SENTENCES = Workload("sentences", transformer, sentences, train=512, test=64, epochs=1, chunk=32)
-WORKLOADS = {workload.name: workload for workload in (DIGITS, IMAGES, SENTENCES)}
+WORKLOADS = {workload.name: workload for workload in (DIGITS, FEW_PARAMETERS, IMAGES, SENTENCES)}

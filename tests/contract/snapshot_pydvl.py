@@ -1,9 +1,8 @@
 """Writes `pydvl_signatures.json`: the signatures of pyDVL that this library promises to keep.
 
-Run it with the Python of a virtual environment that holds pyDVL, never this project's:
+`make bench` runs it with the Python of pyDVL's own virtual environment; it is never this project's:
 
-    python -m venv /tmp/pydvl && /tmp/pydvl/bin/pip install "pydvl==0.10.0" "distributed"
-    /tmp/pydvl/bin/python tests/contract/snapshot_pydvl.py > tests/contract/pydvl_signatures.json
+    .venv/bin/python tests/benchmarks/run.py --only signatures
 """
 
 from __future__ import annotations
