@@ -62,6 +62,15 @@ def test_planning_leaves_no_trace(jobs: Jobs, half_done: Any, tmp_path: Path) ->
     assert stored.contents(stored.open_store(half_done.path)) == before
 
 
+def test_a_job_that_does_not_fit_is_told_a_method_that_takes_less(jobs: Jobs) -> None:
+    little = {"workers": {"resources": {"limits": {"memory": "4Ki"}}}}
+    for method, other in (("Cg", "use Ekfac"), ("Ekfac", "use Logra")):
+        planned = jobs.plan(jobs.manifest({**little, "method": {"name": method, "regularization": 0.1}}))
+        assert planned.returncode == 64
+        assert "PlanImpossible: spec.workers" in planned.stderr
+        assert other in planned.stderr
+
+
 def test_a_result_that_is_too_large_is_refused_by_the_plan(jobs: Jobs) -> None:
     planned = jobs.plan(jobs.manifest({"output": {"maxBytes": "10Ki"}}))
     assert planned.returncode == 64

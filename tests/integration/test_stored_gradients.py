@@ -158,7 +158,7 @@ def test_gradients_of_another_model_or_method_are_refused(
 def test_a_store_without_gradients_is_refused(
     jobs: Jobs, tmp_path: Path, half_done: Any, undisturbed: Any, gradients: Path
 ) -> None:
-    """Before any worker starts, and with what to do; a gradient store holds no factors either."""
+    """Before any worker starts, by the plan too, with what to do; a gradient store holds no factors either."""
     for place, words in (
         (half_done.path, "not finished; run it again first"),
         (tmp_path / "nothing.zarr", "found none"),
@@ -166,8 +166,11 @@ def test_a_store_without_gradients_is_refused(
     ):
         run = jobs.run(jobs.manifest(asking(place)), output=tmp_path / "result.zarr")
         assert run.code == 64
-        assert "spec.gradients.url" in run.stderr
-        assert words in run.stderr
+        planned = jobs.plan(jobs.manifest(asking(place)))
+        assert planned.returncode == 64
+        for refused in (run.stderr, planned.stderr):
+            assert "spec.gradients.url" in refused
+            assert words in refused
     factors = {"operation": "InfluencesFromFactors", "factors": {"url": str(gradients)}}
     run = jobs.run(jobs.manifest(factors), output=tmp_path / "result.zarr")
     assert run.code == 64

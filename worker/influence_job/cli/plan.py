@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 def plan(file: str, device: str | None, output: str | None, as_json: bool) -> None:
     """Plan the job in FILE: grid, groups, passes, bytes, memory per stage and a rough cost.
 
-    Calls the entry point here, to measure model and data; reads and writes nothing else. A result larger than
+    Calls the entry point here, to measure model and data; reads nothing else but the stored gradients that the
+    job is for, and writes nothing. A result larger than
     output.maxBytes, or work that cannot fit the memory the spec grants, is refused with the numbers.
 
     \b
@@ -38,11 +39,15 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     influence plan job.yaml --json | jq .regions
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
     job = read_job(file, device=device, output=output)
+    from influence_job.driver.earlier_job import read_record
     from influence_job.methods import method_of
     from influence_job.plan import make_plan
     from influence_job.worker.loading import measure_job
 
     sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
+    if job.spec.gradients is not None:
+        # Refused in the words of a run; factors that do not exist yet can be planned for.
+        read_record(job.spec)
     sizes = measure_job(job.spec)
     made = make_plan(job.spec, method_of(job.spec), sizes)
     if as_json:

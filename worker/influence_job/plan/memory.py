@@ -11,7 +11,7 @@ from pydantic import Field
 from influence_calculator.maths.method import Footprint, Method
 from influence_calculator.maths.shapes import ModelShapes
 from influence_job.errors import PermanentError, Reason
-from influence_job.spec import Device, FactorDtype, InfluenceJobSpec, SpecModel
+from influence_job.spec import Device, EkfacSpec, FactorDtype, InfluenceJobSpec, SpecModel
 from influence_job.units import in_words
 
 MIB = 2**20
@@ -92,5 +92,10 @@ def impossible(spec: InfluenceJobSpec, need: str, cure: str = "") -> PermanentEr
     return PermanentError(
         Reason.PLAN_IMPOSSIBLE,
         f"spec.workers: {need}, but the budget on {spec.resolved_device} is {budget}; raise "
-        f"{budget_field(spec)}{cure or ', track fewer parameters (InfluenceTask.parameters) or use Ekfac'}",
+        f"{budget_field(spec)}{cure or _smaller(spec)}",
     )
+
+
+def _smaller(spec: InfluenceJobSpec) -> str:
+    other = "Logra, whose gradients are short" if isinstance(spec.method, EkfacSpec) else "Ekfac"
+    return f", track fewer parameters (InfluenceTask.parameters) or use {other}"
