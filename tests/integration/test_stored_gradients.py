@@ -158,7 +158,7 @@ def test_gradients_of_another_model_or_method_are_refused(
 def test_a_store_without_gradients_is_refused(
     jobs: Jobs, tmp_path: Path, half_done: Any, undisturbed: Any, gradients: Path
 ) -> None:
-    """Before any worker starts, by the plan too, with what to do; a gradient store holds no factors either."""
+    """Before any worker starts and by the plan, with what to do; a gradient store holds no factors either."""
     for place, words in (
         (half_done.path, "not finished; run it again first"),
         (tmp_path / "nothing.zarr", "found none"),

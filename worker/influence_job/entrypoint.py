@@ -19,7 +19,9 @@ from typing import Any
 from torch import nn
 
 from influence_calculator.maths.checkpoints import load_checkpoints
+from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.objective import Objective
+from influence_calculator.maths.probe import refuse_meta
 from influence_job.data import check_source
 from influence_job.document import SOURCE_DIRECTORY
 from influence_job.errors import PermanentError, Reason
@@ -117,6 +119,10 @@ def check_task(task: Any, entrypoint: str) -> InfluenceTask:
         )
     if not isinstance(task.model, nn.Module):
         raise _wrong("model", "a torch.nn.Module", task.model)
+    try:
+        refuse_meta(task.model)
+    except UnsupportedModelError as error:
+        raise PermanentError(Reason.INVALID_TASK, f"InfluenceTask.model: {error}") from error
     for name in ("loss", "measurement", "forward", "annotate"):
         value = getattr(task, name)
         if not callable(value) and (value is not None or name == "loss"):

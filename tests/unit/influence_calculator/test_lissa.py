@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import oracle
+from influence_calculator import DirectInfluence, LissaInfluence
 from influence_calculator.maths import mini_batches, training_batches
 from influence_calculator.maths.blocks import BlockMode, Relative
 from influence_calculator.maths.conjugate_gradients import Stopping
@@ -18,7 +19,7 @@ from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.extreme_eigenvalues import extreme_eigenvalues
 from influence_calculator.maths.lissa import Lissa
-from influence_calculator.maths.method import Fitted, Solved, SolverStatus, fit
+from influence_calculator.maths.method import Fitted, Solved, SolverReport, SolverStatus, fit
 from influence_calculator.maths.mini_batches import MiniBatches, in_parts
 from influence_calculator.maths.objective import xy_objective
 from influence_calculator.maths.perturbation import perturbations
@@ -430,3 +431,45 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> No
 def test_a_method_travels_by_pickle() -> None:
     method = Lissa(Relative(0.1), batch_size=3, blocks={"a": ["0.bias"]})
     assert pickle.loads(pickle.dumps(method)) == method
+
+
+class TestHalfPrecision:
+    """Products in bfloat16 round at 1/256: a residual stops falling there, which is no growth."""
+
+    @staticmethod
+    def solved(case: ModelCase, mode: str, scale: float) -> tuple[Tensor, SolverReport]:
+        (x, y), test = _halved(case.train()), _halved(case.test())
+        model = LissaInfluence(
+            case.model().bfloat16(),
+            case.loss,
+            0.1,
+            scale=scale,
+            second_order_mode=SecondOrderMode(mode),
+            warn_on_max_iteration=False,
+        )
+        found = model.fit([(x, y)]).influences(*test, x, y)
+        assert model.solver_report is not None
+        return found, model.solver_report
+
+    @pytest.mark.parametrize("mode", ["hessian", "empirical_fisher", "generalized_gauss_newton"])
+    @pytest.mark.parametrize("case", [MLP, LOGISTIC], ids=repr)
+    def test_a_solve_ends_at_its_rounding_and_says_so(self, case: ModelCase, mode: str) -> None:
+        found, report = self.solved(case, mode, 20.0)
+        assert (report.status == SolverStatus.MAX_ITERATIONS).all()
+        assert (report.residual < 0.05).all()
+        wide = DirectInfluence(
+            case.model().bfloat16().double(), case.loss, 0.1, second_order_mode=SecondOrderMode(mode)
+        )
+        (x, y), (x_test, y_test) = _halved(case.train()), _halved(case.test())
+        expected = wide.fit([(x.double(), y)]).influences(x_test.double(), y_test, x.double(), y)
+        oracle.assert_close(found.double(), expected, 0.1)
+
+    def test_growth_is_still_told(self) -> None:
+        found, report = self.solved(MLP, "generalized_gauss_newton", 0.2)
+        assert (report.status == SolverStatus.NOT_FINITE).all()
+        assert found.isnan().all()
+        assert any("a scale of" in note for note in report.notes)
+
+
+def _halved(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return data[0].bfloat16(), data[1]

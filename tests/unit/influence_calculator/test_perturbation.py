@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracle
+from influence_calculator import DirectInfluence, EkfacInfluence, GradDotInfluence, InfluenceMode
 from influence_calculator.maths.blocks import BlockMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.method import Fitted, fit
@@ -101,6 +102,57 @@ def test_the_input_of_a_dict_is_its_only_floating_entry() -> None:
     of_dict = _dict_objective(objective.model)
     result = perturbations(fitted, of_dict, left, {"label": y, "pixels": x}, 8)
     oracle.assert_close(result, expected, 1e-12)
+
+
+class _Halves(nn.Module):
+    """Of the inputs `p` and `q`, beside which ids come along, what a network makes of them side by side."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        moved = torch.cat([inputs["p"], inputs["q"].flatten(1)], dim=1)
+        return self.network(moved + 0.0 * inputs["id"][:, None])
+
+
+def _halves(x: Tensor) -> Any:
+    return {"id": torch.arange(len(x)), "p": x[:, :1], "q": x[:, 1:, None]}
+
+
+def _of_halves(kind: Any, **arguments: Any) -> tuple[Any, Any]:
+    """A fitted model of the network alone, and one of the same network behind `_Halves`."""
+    x, y = MLP.train()
+    models = ((MLP.model(), x), (_Halves(MLP.model()), _halves(x)))
+    alone, halved = (kind(model, loss=MLP.loss, **arguments).fit([(inputs, y)]) for model, inputs in models)
+    return alone, halved
+
+
+REGULARIZED = {"regularization": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(DirectInfluence, REGULARIZED), (EkfacInfluence, REGULARIZED), (GradDotInfluence, {})],
+)
+def test_several_inputs_move_each_by_itself(kind: Any, arguments: dict[str, Any]) -> None:
+    """In the structure of the inputs, with None for what does not move."""
+    alone, halved = _of_halves(kind, **arguments)
+    (x, y), (x_test, y_test) = MLP.train(), MLP.test()
+    expected = alone.influences(x_test, y_test, x, y, InfluenceMode.Perturbation)
+    found = halved.influences(_halves(x_test), y_test, _halves(x), y, InfluenceMode.Perturbation)
+    assert found["id"] is None
+    oracle.assert_close(found["p"], expected[..., :1], 1e-9)
+    oracle.assert_close(found["q"], expected[..., 1:, None], 1e-9)
+
+
+def test_blocks_of_several_inputs_sum_to_the_whole() -> None:
+    _, halved = _of_halves(EkfacInfluence, **REGULARIZED)
+    (x, y), (x_test, y_test) = MLP.train(), MLP.test()
+    sides = _halves(x_test), y_test, _halves(x), y, InfluenceMode.Perturbation
+    blocks, whole = halved.influences_by_block(*sides), halved.influences(*sides)
+    for name in ("p", "q"):
+        oracle.assert_close(torch.stack([part[name] for part in blocks.values()]).sum(0), whole[name], 1e-9)
 
 
 def test_floating_targets_are_not_mistaken_for_inputs() -> None:

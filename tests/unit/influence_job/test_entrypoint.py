@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import traced_task
 from influence_job import entrypoint
+from influence_job.errors import PermanentError, Reason
 
 TASK = "def task():\n    return None\n"
 
@@ -76,3 +80,13 @@ def test_what_the_scheduler_unpickles_needs_the_standard_library_alone() -> None
     code = f"import sys, influence_job.worker.parcel; print(sorted({unwanted} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_model_on_the_meta_device_is_refused_with_the_cure() -> None:
+    """As large ones are built before their weights are loaded."""
+    task = replace(traced_task.task(), model=nn.Linear(2, 3, device="meta"))
+    with pytest.raises(
+        PermanentError, match=r"InfluenceTask\.model: weight, bias: .*load_state_dict"
+    ) as refused:
+        entrypoint.check_task(task, "traced_task:task")
+    assert refused.value.reason is Reason.INVALID_TASK

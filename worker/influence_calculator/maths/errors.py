@@ -32,7 +32,7 @@ class UnsupportedLossError(CalculatorError):
 
 
 class UnsupportedInputError(CalculatorError):
-    """Mode perturbation moves one floating-point input, and the batch holds none or several."""
+    """Mode perturbation moves floating-point inputs, and the batch holds none, or targets that may be one."""
 
 
 class SingularCurvatureError(CalculatorError):

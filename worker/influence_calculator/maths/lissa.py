@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -118,6 +119,7 @@ class Lissa(Method):
                 shift,
                 partial(self._products, objective, layout.only(block), batches, shift),
                 may_be_indefinite=self.second_order is SecondOrderMode.HESSIAN,
+                computed_in=objective.dtype,
             )
         return BlockwiseFitted(layout, objective, solvers)
 
@@ -168,13 +170,17 @@ class LissaSolver:
         products: Callable[[], tuple[Rows, Steps | None]],
         *,
         may_be_indefinite: bool,
+        computed_in: torch.dtype,
     ) -> None:
-        """`products` makes the product with A, and those of steps over parts of the data, for one solve."""
+        """`products` makes the product with A, and those of steps over parts of the data, for one solve; they
+        are computed in `computed_in`.
+        """
         self._method = method
         self._block = block
         self._shift = shift
         self._products = products
         self._may_be_indefinite = may_be_indefinite
+        self._computed_in = computed_in
         self._extremes: Extremes | None = None
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
@@ -187,6 +193,7 @@ class LissaSolver:
             Stopping(method.rtol, method.atol, method.maxiter),
             method.scale,
             steps,
+            self._computed_in,
         )
         may_be_indefinite = self._may_be_indefinite and len(right_hand_sides) > 0
         if may_be_indefinite or bool((report.status == SolverStatus.NOT_FINITE).any()):

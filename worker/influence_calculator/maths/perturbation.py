@@ -35,25 +35,24 @@ class Laid(Protocol):
         """Blocks and slots."""
 
 
-def perturbations(
-    fitted: Laid, objective: Objective, factors: Left, batch: Batch, micro_batch: int
-) -> Tensor:
+def perturbations(fitted: Laid, objective: Objective, factors: Left, batch: Batch, micro_batch: int) -> Any:
     """`∇x (z_t · g(x))`, `[t, n, F...]`, by the perturbed input of `batch`.
 
-    `objective` is the training side's; `factors` are by parameter (`Fitted.factors`), in any block
-    structure; t and n may differ in any way.
+    Of several inputs (`batch` is a tuple whose first entry holds them), one each in their structure, None for
+    those that are no floating-point tensors. `objective` is the training side's; `factors` are by parameter
+    (`Fitted.factors`), in any block structure; t and n may differ in any way.
 
     Raises:
         UnsupportedInputError: no floating-point input to move; names what the batch holds.
     """
-    result = _empty(objective, factors, batch)
-    _sum(result, objective, fitted.layout, factors, batch, micro_batch)
-    return result
+    results = _empty(objective, factors, batch)
+    _sum(results, objective, fitted.layout, factors, batch, micro_batch)
+    return _in_their_structure(batch, results)
 
 
 def perturbations_by_block(
     fitted: Laid, objective: Objective, factors: Left, batch: Batch, micro_batch: int
-) -> Tensor:
+) -> Any:
     """Each block's part of `perturbations`, `∇x (z_b · g_b(x))`, `[B, t, n, F...]`, in the layout's order.
 
     They sum to it. Each block differentiates the batch again, by its own parameters alone.
@@ -62,52 +61,78 @@ def perturbations_by_block(
         UnsupportedInputError: as `perturbations`.
     """
     blocks = fitted.layout.blocks
-    result = _empty(objective, factors, batch, len(blocks))
-    for part, block in zip(result, blocks, strict=True):
-        _sum(part, objective, fitted.layout.among((block,)), factors, batch, micro_batch)
-    return result
+    results = _empty(objective, factors, batch, len(blocks))
+    for number, block in enumerate(blocks):
+        parts = [result[number] for result in results]
+        _sum(parts, objective, fitted.layout.among((block,)), factors, batch, micro_batch)
+    return _in_their_structure(batch, results)
 
 
-def _empty(objective: Objective, factors: Left, batch: Batch, *parts: int) -> Tensor:
-    x = perturbed_input(batch)
-    shape = (*parts, len(next(iter(factors.values()))), batch_size(batch), *x.shape[1:])
-    return torch.empty(shape, dtype=accumulation_dtype(x.dtype), device=objective.device)
+def _empty(objective: Objective, factors: Left, batch: Batch, *parts: int) -> list[Tensor]:
+    """One for each input that moves."""
+    leaves, rows = pytree.tree_leaves(batch), len(next(iter(factors.values())))
+    moving = [leaves[place] for place in _moving_places(batch)]
+    return [
+        x.new_empty(*parts, rows, batch_size(batch), *x.shape[1:], dtype=accumulation_dtype(x.dtype))
+        for x in (x.to(objective.device) for x in moving)
+    ]
+
+
+def _in_their_structure(batch: Batch, results: list[Tensor]) -> Any:
+    """The one result, or those of several inputs as these are."""
+    if len(results) == 1:
+        return results[0]
+    leaves, structure = pytree.tree_flatten(batch[0])
+    found = dict(zip(_moving_places(batch), results, strict=True))
+    return pytree.tree_unflatten([found.get(place) for place in range(len(leaves))], structure)
 
 
 def _sum(
-    result: Tensor, objective: Objective, layout: Layout, factors: Left, batch: Batch, micro_batch: int
+    results: list[Tensor], objective: Objective, layout: Layout, factors: Left, batch: Batch, micro_batch: int
 ) -> None:
     """Fills `[t, n, F...]` with the sum over the blocks of `layout`, of all states that have one of them."""
     states = [(state, laid.among(layout.blocks)) for state, laid in summed_states(objective, layout)]
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
-        own = result[:, piece.start : piece.start + batch_size(piece.batch)]
+        own = [result[:, piece.start : piece.start + batch_size(piece.batch)] for result in results]
         for number, (state, laid) in enumerate(pair for pair in states if pair[1].blocks):
             _fill(own, state, laid, factors, piece.batch, add=number > 0)
 
 
 def perturbed_input(batch: Batch) -> Tensor:
-    """The input that perturbation moves: the first entry of a tuple, the only floating one of a dict."""
-    leaf: Tensor = pytree.tree_leaves(batch)[_input_place(batch)]
+    """The input that perturbation moves: the first entry of a tuple, the only floating one of a dict.
+
+    Raises:
+        UnsupportedInputError: none, or several.
+    """
+    places = _moving_places(batch)
+    if len(places) > 1:
+        raise _unsupported(batch, "one floating-point input to move", "give the model one of them")
+    leaf: Tensor = pytree.tree_leaves(batch)[places[0]]
     return leaf
 
 
-def _fill(result: Tensor, objective: Objective, layout: Layout, left: Left, batch: Batch, add: bool) -> None:
+def _fill(
+    results: list[Tensor], objective: Objective, layout: Layout, left: Left, batch: Batch, add: bool
+) -> None:
     own = objective.parameters()
     parameters = {slot.name: own[slot.name] for slot in layout.slots}
     leaves, structure = pytree.tree_flatten(batch)
-    place = _input_place(batch)
+    places = _moving_places(batch)
 
-    def gradient_at(x: Tensor) -> dict[str, Tensor]:
-        moved = pytree.tree_unflatten([*leaves[:place], x, *leaves[place + 1 :]], structure)
-        found: dict[str, Tensor] = grad(lambda values: objective.losses_at(values, moved).sum())(parameters)
+    def gradient_at(inputs: list[Tensor]) -> dict[str, Tensor]:
+        moved = dict(zip(places, inputs, strict=True))
+        there = [moved.get(place, leaf) for place, leaf in enumerate(leaves)]
+        changed = pytree.tree_unflatten(there, structure)
+        found: dict[str, Tensor] = grad(lambda values: objective.losses_at(values, changed).sum())(parameters)
         return found
 
-    _, pull = pull_back(gradient_at, leaves[place].detach())
+    _, pull = pull_back(gradient_at, [leaves[place].detach() for place in places])
     at_once = directions_at_once(objective, batch, layout.width)
-    for start in range(0, result.shape[0], at_once):
+    for start in range(0, results[0].shape[0], at_once):
         rows = slice(start, start + at_once)
-        found = vmap(pull)(_directions(layout, left, rows, objective.dtype))
-        result[rows] = result[rows] + found if add else found
+        pulled = vmap(pull)(_directions(layout, left, rows, objective.dtype))
+        for result, found in zip(results, pulled, strict=True):
+            result[rows] = result[rows] + found if add else found
 
 
 def _directions(layout: Layout, left: Left, rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -117,17 +142,26 @@ def _directions(layout: Layout, left: Left, rows: slice, dtype: torch.dtype) -> 
     return {slot.name: directions[slot.name] for slot in layout.slots}
 
 
-def _input_place(batch: Batch) -> int:
-    """Which leaf of the batch is the input."""
+def _moving_places(batch: Batch) -> tuple[int, ...]:
+    """Which leaves of the batch are inputs that move: all floating ones among a tuple's inputs; of a batch
+    that may hold targets too, the only one.
+    """
+    floating = tuple(i for i, leaf in enumerate(pytree.tree_leaves(_inputs(batch))) if _moves(leaf))
+    if not floating:
+        raise _unsupported(batch, "a floating-point input to move", "give embeddings in place of token ids")
+    if len(floating) > 1 and not isinstance(batch, tuple | list):
+        cure = "give batches (inputs, targets), which tell them apart"
+        raise _unsupported(batch, "one floating-point input to move", cure)
+    return floating
+
+
+def _unsupported(batch: Batch, expected: str, cure: str) -> UnsupportedInputError:
     entries = [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(_inputs(batch))[0]]
-    floating = [i for i, (_, leaf) in enumerate(entries) if _moves(leaf)]
-    if len(floating) != 1:
-        held = ", ".join(f"{name or 'the batch'}: {_dtype(leaf)}" for name, leaf in entries)
-        raise UnsupportedInputError(
-            f"mode perturbation: expected one floating-point input to move, got {len(floating)} among "
-            f"{held}; give embeddings in place of token ids, or use mode up"
-        )
-    return floating[0]
+    held = ", ".join(f"{name or 'the batch'}: {_dtype(leaf)}" for name, leaf in entries)
+    count = sum(_moves(leaf) for _, leaf in entries)
+    return UnsupportedInputError(
+        f"mode perturbation: expected {expected}, got {count} among {held}; {cure}, or use mode up"
+    )
 
 
 def _inputs(batch: Batch) -> Batch:

@@ -38,9 +38,10 @@ def probe(objective: Objective, batch: Batch) -> None:
     Raises:
         TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
         CaptureMismatchError: gradients differ; names the parameters and the usual cause.
-        UnsupportedModelError: no parameter is tracked, a module has sparse gradients, or outputs are no
-            entries of examples.
+        UnsupportedModelError: no parameter is tracked, a tensor of the model is on the meta device, a module
+            has sparse gradients, or outputs are no entries of examples.
     """
+    refuse_meta(objective.model)
     if not objective.names:
         raise UnsupportedModelError(
             "model: expected at least one tracked parameter, got none; unfreeze parameters "
@@ -51,6 +52,21 @@ def probe(objective: Objective, batch: Batch) -> None:
     few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
     _refuse_random_outputs(objective, few)
     _refuse_other_gradients(objective, few)
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Refuses a model that is a form without numbers, as large ones are built before they are loaded.
+
+    Raises:
+        UnsupportedModelError: names the tensors on the meta device.
+    """
+    meta = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if meta:
+        others = f" and {len(meta) - 3} more" if len(meta) > 3 else ""
+        raise UnsupportedModelError(
+            f"{', '.join(meta[:3])}{others}: expected numbers, got tensors on the meta device, which holds "
+            "none; load the weights first: model.to_empty(device=...), then model.load_state_dict(...)"
+        )
 
 
 def _refuse_training_mode(model: nn.Module) -> None:

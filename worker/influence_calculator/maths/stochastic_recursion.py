@@ -27,6 +27,8 @@ GROWTH = 2.0
 estimates, whose noise it includes."""
 ROUNDING = 100.0
 """Times ε (2s ‖x‖ + ‖b‖): below, a residual is rounding, and its growth says nothing."""
+MOST_ROUNDING = 0.1
+"""What that takes the place of at most, for products in half precision."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,20 @@ class Steps:
 
 
 def recursion(
-    product: Rows, right_hand_sides: Tensor, stopping: Stopping, scale: float, steps: Steps | None = None
+    product: Rows,
+    right_hand_sides: Tensor,
+    stopping: Stopping,
+    scale: float,
+    steps: Steps | None = None,
+    computed_in: torch.dtype | None = None,
 ) -> tuple[Tensor, SolverReport]:
     """`A^-1 b` of every row of `[q, P]`, and how each ended; NaN where the recursion grows.
 
-    `product` is the one with A; without `steps` every step takes it. The row's answer does not depend on
-    other rows.
+    `product` is the one with A; without `steps` every step takes it. Products are computed in the dtype
+    `computed_in` (default: that of the rows). The row's answer does not depend on other rows.
     """
-    solves = _Solves(right_hand_sides, stopping, scale, exact=steps is None)
+    ε = torch.finfo(computed_in or right_hand_sides.dtype).eps
+    solves = _Solves(right_hand_sides, stopping, scale, min(ROUNDING * ε, MOST_ROUNDING), exact=steps is None)
     check = 1 if steps is None else steps.per_epoch
     while solves.active.numel():
         if steps is None:
@@ -62,9 +70,9 @@ def recursion(
 class _Solves:
     """The right-hand sides that still run, compact, and the results of all."""
 
-    def __init__(self, b: Tensor, stopping: Stopping, scale: float, *, exact: bool) -> None:
+    def __init__(self, b: Tensor, stopping: Stopping, scale: float, rounding: float, *, exact: bool) -> None:
         q, device = b.shape[0], b.device
-        self._stopping, self._scale, self._exact = stopping, scale, exact
+        self._stopping, self._scale, self._rounding, self._exact = stopping, scale, rounding, exact
         # Squares of a confident example's gradient underflow in float32: all are solved at one size.
         largest = b.abs().amax(dim=1)
         self._size = torch.where(largest > 0, largest, 1)
@@ -102,9 +110,8 @@ class _Solves:
         self._end(done, status, norm)
 
     def _grows(self, norm: Tensor) -> Tensor:
-        ε = torch.finfo(norm.dtype).eps
         size = 2 * self._scale * torch.linalg.vector_norm(self.x, dim=1) + self._norm[self.active]
-        return (norm > GROWTH * self._smallest) & (norm > ROUNDING * ε * size)
+        return (norm > GROWTH * self._smallest) & (norm > self._rounding * size)
 
     def _end(self, done: Tensor, status: Tensor, norm: Tensor) -> None:
         if not done.any():

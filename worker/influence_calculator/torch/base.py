@@ -29,6 +29,7 @@ from influence_calculator.maths.blocks import BlockMode, Regularization
 from influence_calculator.maths.by_token import influences_by_token
 from influence_calculator.maths.checkpoints import Checkpoints
 from influence_calculator.maths.denormals import denormals_flushed
+from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
     CompactFitted,
@@ -274,8 +275,17 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _solved(self, x: Tensor, y: Tensor) -> Solved:
         """The left representation, in the coordinates of the method."""
-        fitted = self._require_fitted()
-        return self._noted(fitted.solve(fitted.gradients(self.objective, self._batch(x, y))))
+        return self._noted(self._require_fitted().solve(self._gradients(x, y)))
+
+    def _gradients(self, x: Tensor, y: Tensor) -> Left:
+        """Of each example by block, in the coordinates of the method."""
+        fitted, batch = self._require_fitted(), self._batch(x, y)
+        if batch_size(batch) > 0:
+            return fitted.gradients(self.objective, batch)
+        # Not every model answers for no example.
+        dtype = accumulation_dtype(self.model_dtype)
+        widths = fitted.layout.factor_widths
+        return {b: torch.zeros(0, width, dtype=dtype, device=self.device) for b, width in widths.items()}
 
     def _influence_factors(self, x: Tensor, y: Tensor) -> Tensor:
         return self._require_fitted().layout.flatten(self.solve(x, y).left)
@@ -288,8 +298,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             NotFittedException: `fit` has not run.
         """
         fitted = self._require_fitted()
-        if isinstance(fitted, CompactFitted):
-            compact = fitted.compact(self.objective, self._batch(x, y))
+        batch = self._batch(x, y)
+        if isinstance(fitted, CompactFitted) and batch_size(batch) > 0:
+            compact = fitted.compact(self.objective, batch)
             if compact is not None:
                 self._noted(Solved({}, compact.report))
                 return compact.rows
@@ -356,8 +367,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     @denormals_flushed()
     def _on_each_other(self, x: Tensor, y: Tensor) -> Tensor:
         """`[t, t]`: each example is differentiated once, its gradient being the training side too."""
-        fitted = self._require_fitted()
-        gradients = fitted.gradients(self.objective, self._batch(x, y))
+        fitted, gradients = self._require_fitted(), self._gradients(x, y)
         left = self._noted(fitted.solve(gradients)).left
         return torch.stack([left[block] @ gradients[block].T for block in fitted.layout.blocks]).sum(0)
 
@@ -368,8 +378,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         Raises:
             NotFittedException: `fit` has not run.
         """
-        fitted = self._require_fitted()
-        gradients = fitted.gradients(self.objective, self._batch(x, y))
+        fitted, gradients = self._require_fitted(), self._gradients(x, y)
         return region.self_influences(self._noted(fitted.solve(gradients)).left, gradients)
 
     @denormals_flushed()

@@ -8,9 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any, Self
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from influence_calculator.base_influence_function_model import ComposableInfluence, require_both_or_none
 from influence_calculator.maths import region
@@ -101,7 +103,8 @@ class TorchBlockwiseInfluence(TorchInfluenceFunctionModel, ComposableInfluence[T
     ) -> OrderedDict[str, Tensor]:
         fitted, pieces = self._require_fitted(), self._micro_batch(batch)
         if mode is InfluenceMode.Up:
-            parts = region.influences_by_block(fitted, rows, batch, pieces)
+            parts = list(region.influences_by_block(fitted, rows, batch, pieces))
         else:
-            parts = perturbations_by_block(fitted, self.objective, rows, batch, pieces)
+            found = perturbations_by_block(fitted, self.objective, rows, batch, pieces)
+            parts = [pytree.tree_map_only(Tensor, itemgetter(b), found) for b in range(len(self.block_names))]
         return OrderedDict(zip(fitted.layout.blocks, parts, strict=True))

@@ -122,8 +122,7 @@ class EkfacInfluence(TorchBlockwiseInfluence):
         Raises:
             NotFittedException: `fit` has not run.
         """
-        fitted = self._require_fitted()
-        gradients = fitted.gradients(self.objective, self._batch(x, y))
+        fitted, gradients = self._require_fitted(), self._gradients(x, y)
         explored = {}
         for λ in regularization_values:
             left = self._fitted_at(λ).solve(gradients).left

@@ -168,6 +168,7 @@ class LissaOperator(InverseOperator, Generic[BatchOperationType]):
             self._λ + self._method.dampen * self._method.scale,
             self._products,
             may_be_indefinite=self.batch_operation.may_be_indefinite,
+            computed_in=self.dtype,
         )
 
     def _products(self) -> tuple[Rows, Steps | None]:

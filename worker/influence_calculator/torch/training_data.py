@@ -30,7 +30,7 @@ class IterableTrainingData:
         """
         self.device = device
         self._items = Readable("data", in_one_order(items))
-        self._peeked: Any = None
+        self._peeked: Iterator[tuple[Any, Any]] | None = None
         self._length: int | None = None
         if self._items.is_one_shot and passes > 1:
             raise OneShotIterableError("data", f"the method reads it {passes} times")
@@ -39,43 +39,44 @@ class IterableTrainingData:
     def length(self) -> int:
         """Number of examples, counted once."""
         if self._length is None:
-            self._length = sum(batch_size(x) for x, _ in map(self._pair, self._read()))
+            self._length = sum(batch_size(x) for x, _ in self._read())
         return self._length
 
     def first(self) -> tuple[Any, Any]:
-        """The first batch; a later pass sees it too.
+        """The first batch that holds examples; a later pass sees it too.
 
         Raises:
             ValueError: there is none.
         """
-        items = self._read()
-        first = next(items, None)
+        pairs = self._read()
+        first = next(pairs, None)
         if first is None:
-            raise ValueError("data: expected at least one batch, got none; the training data is empty")
+            raise ValueError(
+                "data: expected at least one batch with an example, got none; the training data is empty"
+            )
         if self._items.is_one_shot:
-            self._peeked = chain([first], items)
+            self._peeked = chain([first], pairs)
         return self._on_device(first)
 
     def batches(self) -> Iterator[IndexedBatch]:
         """One pass over all examples."""
         start = 0
-        for item in self._read():
-            x, y = self._on_device(item)
+        for pair in self._read():
+            x, y = self._on_device(pair)
             yield IndexedBatch(start, (x, y))
             start += batch_size(x)
         self._length = start
 
-    def _read(self) -> Iterator[Any]:
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        """The batches that hold examples."""
         if self._peeked is not None:
-            items, self._peeked = self._peeked, None
-            return iter(items)
-        return iter(self._items)
+            pairs, self._peeked = self._peeked, None
+            return pairs
+        pairs = (pair_of("data", item) for item in self._items)
+        return (pair for pair in pairs if batch_size(pair[0]) > 0)
 
-    def _pair(self, item: Any) -> tuple[Any, Any]:
-        return pair_of("data", item)
-
-    def _on_device(self, item: Any) -> tuple[Any, Any]:
-        x, y = pytree.tree_map(lambda leaf: leaf.to(self.device), self._pair(item))
+    def _on_device(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+        x, y = pytree.tree_map(lambda leaf: leaf.to(self.device), pair)
         return x, y
 
 

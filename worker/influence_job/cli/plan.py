@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def plan(file: str, device: str | None, output: str | None, as_json: bool) -> None:
     """Plan the job in FILE: grid, groups, passes, bytes, memory per stage and a rough cost.
 
-    Calls the entry point here, to measure model and data; reads nothing else but the stored gradients that the
-    job is for, and writes nothing. A result larger than
-    output.maxBytes, or work that cannot fit the memory the spec grants, is refused with the numbers.
+    Calls the entry point here, to measure model and data; reads nothing else but the stored gradients that
+    the job is for, and writes nothing. A result larger than output.maxBytes, or work that cannot fit the
+    memory the spec grants, is refused with the numbers.
 
     \b
     influence plan examples/digits.yaml
