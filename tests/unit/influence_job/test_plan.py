@@ -564,8 +564,8 @@ def test_the_cost_is_counted_from_the_formulas_and_shared_by_the_workers() -> No
     measured = sizes()
     plan = make_plan(one, Linear(), measured)
     gflop = cost.gflop(one, measured, plan)
-    products = 1000
-    assert gflop["Scores"] == pytest.approx((1400 * 6 * products + 2 * 1000 * 300 * 1400) / 1e9)
+    products, turned = 1000, 2 * (1000**2 + 1)
+    assert gflop["Scores"] == pytest.approx((1400 * (6 * products + turned) + 2 * 1000 * 300 * 1400) / 1e9)
     assert list(gflop) == ["Fitting", "Factors", "Scores"]
     by_token = cost.gflop(one, measured, plan.model_copy(update={"operation": Operation.INFLUENCES_BY_TOKEN}))
     assert by_token["Scores"] == pytest.approx((1400 * 4 + 2 * 300 * 1400) * products / 1e9)
@@ -578,7 +578,7 @@ def test_stored_gradients_cost_a_product_per_pair_and_are_formed_once() -> None:
     storing = spec(operation="TrainingGradients")
     gflop = cost.gflop(storing, measured, make_plan(storing, Linear(), sizes(1400)))
     assert list(gflop) == ["Fitting", "Gradients"]
-    assert gflop["Gradients"] == pytest.approx(1400 * 6 * 1000 / 1e9)
+    assert gflop["Gradients"] == pytest.approx(1400 * (6 * 1000 + 2 * (1000**2 + 1)) / 1e9)
     asking = spec(operation="InfluencesFromGradients", gradients={"url": "x"})
     gflop = cost.gflop(asking, measured, make_plan(asking, Linear(), measured))
     assert list(gflop) == ["Factors", "Scores"]

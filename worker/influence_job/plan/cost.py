@@ -23,13 +23,16 @@ from influence_job.spec import (
     Device,
     DirectSpec,
     EkfacSpec,
+    Expectation,
     GradDotSpec,
     InfluenceJobSpec,
     InverseHarmonicMeanSpec,
+    JacobiSpec,
     LissaSpec,
     LograSpec,
     Mode,
     NystroemSketchSpec,
+    NystroemSpec,
     SecondOrder,
     TracInSpec,
     TrakSpec,
@@ -121,14 +124,27 @@ def _gradient(shapes: ModelShapes) -> float:
 
 def _fit_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
     shapes = _of_lookups(sizes.shapes)
+    drawn = _pseudo_gradients(spec, shapes)
     rotation = sum(2.0 * layer.tokens * _per_group(layer, 2) for layer in shapes.layers)
     rotation += _turn_lookups(spec, sizes)
-    example = _capture(shapes) + rotation
+    capture = (1 + drawn) * _capture(shapes) / 2  # forward once
+    example = capture + drawn * rotation
     if spec.update_diagonal:
-        example += _capture(shapes) + rotation + _gradient(shapes)
+        example += capture + drawn * (rotation + _gradient(shapes))
     eigenproblems = sum(10 * _per_group(layer, 3) for layer in shapes.layers)
     eigenproblems += sum(10 * e.columns**3 for e in shapes.embeddings)
     return sizes.train * example + eigenproblems
+
+
+def _pseudo_gradients(spec: EkfacSpec, shapes: ModelShapes) -> int:
+    """Backward passes per training example and pass of the fit."""
+    match spec.expectation:
+        case Expectation.EXACT:
+            return shapes.outputs
+        case Expectation.SAMPLED:
+            return spec.samples
+        case Expectation.EMPIRICAL:
+            return 1
 
 
 def _per_group(layer: LayerShape, power: int) -> int:
@@ -145,14 +161,43 @@ def _fit_direct(spec: DirectSpec, sizes: Sizes) -> float:
     return sizes.train * example + 2 / 3 * shapes.width**3
 
 
+def _multiplied(second_order: SecondOrder, shapes: ModelShapes, rows: int) -> float:
+    """The products of one example's curvature with some rows, in one pass."""
+    if second_order is SecondOrder.EMPIRICAL_FISHER:
+        return _capture(shapes) + _gradient(shapes) + 4.0 * shapes.width * rows
+    return 2 * _capture(shapes) * rows
+
+
+def _trace(spec: Any, sizes: Sizes) -> float:
+    """Of a relative λ; exact, so that a Hessian is multiplied with every unit vector."""
+    if not spec.relative:
+        return 0.0
+    shapes, second_order = sizes.shapes, getattr(spec, "second_order", SecondOrder.EMPIRICAL_FISHER)
+    if second_order is SecondOrder.EMPIRICAL_FISHER:
+        return sizes.train * (_capture(shapes) + _gradient(shapes))
+    return sizes.train * _multiplied(second_order, shapes, shapes.width)
+
+
+def _fit_cg(spec: CgSpec, sizes: Sizes) -> float:
+    match spec.preconditioner:
+        case None:
+            rows = 0
+        case JacobiSpec(samples=rows) | NystroemSpec(rank=rows):
+            pass
+    passed = _multiplied(spec.second_order, sizes.shapes, min(rows, sizes.shapes.width)) if rows else 0.0
+    return sizes.train * passed + _trace(spec, sizes)
+
+
 def _fit_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
     rows = KRYLOV_ROUNDS * (spec.krylov_dimension or max(2 * spec.rank + 1, 20))
-    return sizes.train * 2 * _capture(sizes.shapes) * min(rows, sizes.shapes.width)
+    searched = _multiplied(spec.second_order, sizes.shapes, min(rows, sizes.shapes.width))
+    return sizes.train * searched + _trace(spec, sizes)
 
 
 def _fit_nystroem(spec: NystroemSketchSpec, sizes: Sizes) -> float:
     rows = spec.rank + (PROBE.size if spec.second_order is SecondOrder.HESSIAN else 0)
-    return sizes.train * 2 * _capture(sizes.shapes) * min(rows, sizes.shapes.width)
+    sketched = _multiplied(spec.second_order, sizes.shapes, min(rows, sizes.shapes.width))
+    return sizes.train * sketched + _trace(spec, sizes)
 
 
 def _solve_low_rank(spec: ArnoldiSpec | NystroemSketchSpec, sizes: Sizes) -> float:
@@ -170,19 +215,45 @@ def _turn_lookups(_: EkfacSpec, sizes: Sizes) -> float:
     return sum(2.0 * e.tokens * e.columns**2 for e in sizes.shapes.embeddings)
 
 
+def _turn_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
+    """Of one example, the tokens of each layer or the sum of their products, whichever is less."""
+    layers = sum(
+        min(
+            2.0 * layer.tokens * _per_group(layer, 2),
+            2.0 * layer.inputs * layer.outputs * (layer.inputs + layer.group_outputs),
+        )
+        for layer in sizes.shapes.layers
+    )
+    return layers + _turn_lookups(spec, sizes)
+
+
+def _turn_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
+    """Of one training gradient, its part among the eigenvectors, where the complement is left out."""
+    return 0.0 if spec.complement else 2.0 * min(spec.rank, sizes.shapes.width) * sizes.shapes.width
+
+
 def _solve_direct(_: DirectSpec, sizes: Sizes) -> float:
     return sizes.test * 2.0 * sizes.shapes.width**2
 
 
+def _iterated(second_order: SecondOrder, sizes: Sizes, examples: int) -> float:
+    """Products of all right-hand sides with one example's curvature, `examples` times."""
+    if second_order is SecondOrder.EMPIRICAL_FISHER:
+        # Gradients are kept from one iteration to the next.
+        once = sizes.train * (_capture(sizes.shapes) + _gradient(sizes.shapes))
+        return once + examples * 4.0 * sizes.shapes.width * sizes.test
+    return examples * _multiplied(second_order, sizes.shapes, sizes.test)
+
+
 def _solve_cg(spec: CgSpec, sizes: Sizes) -> float:
     iterations = min(spec.maxiter or CG_ITERATIONS, CG_ITERATIONS)
-    return sizes.test * iterations * sizes.train * 2 * _capture(sizes.shapes)
+    return _iterated(spec.second_order, sizes, iterations * sizes.train)
 
 
 def _solve_lissa(spec: LissaSpec, sizes: Sizes) -> float:
     steps = min(spec.maxiter, LISSA_STEPS)
     examples = min(spec.batch_size or sizes.train, sizes.train)
-    return sizes.test * steps * examples * 2 * _capture(sizes.shapes)
+    return _iterated(spec.second_order, sizes, steps * examples)
 
 
 def _solve_inverse_harmonic_mean(_: InverseHarmonicMeanSpec, sizes: Sizes) -> float:
@@ -241,11 +312,11 @@ Cost = Callable[[Any, Sizes], float]
 _FITS: dict[type, Cost] = {
     EkfacSpec: _fit_ekfac,
     DirectSpec: _fit_direct,
-    CgSpec: _nothing,
+    CgSpec: _fit_cg,
     ArnoldiSpec: _fit_arnoldi,
     NystroemSketchSpec: _fit_nystroem,
-    LissaSpec: _nothing,
-    InverseHarmonicMeanSpec: _nothing,
+    LissaSpec: _trace,
+    InverseHarmonicMeanSpec: _trace,
     GradDotSpec: _nothing,
     TracInSpec: _nothing,
     TrakSpec: _fit_trak,
@@ -264,7 +335,12 @@ _SOLVES: dict[type, Cost] = {
     TrakSpec: _solve_trak,
     LograSpec: _solve_logra,
 }
-_TURNS: dict[type, Cost] = {EkfacSpec: _turn_lookups, TrakSpec: _project, LograSpec: _project_layers}
+_TURNS: dict[type, Cost] = {
+    EkfacSpec: _turn_ekfac,
+    ArnoldiSpec: _turn_arnoldi,
+    TrakSpec: _project,
+    LograSpec: _project_layers,
+}
 """Of one training gradient into the coordinates that it is scored in, where that is much of the work."""
 
 
