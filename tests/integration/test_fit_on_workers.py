@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,16 @@ def test_it_is_the_fit_of_one_process(client: Client, method: str, case: ModelCa
     assert np.abs(found - expected).max() < 1e-9 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("method", ["ekfac", "arnoldi"])
-def test_the_numbers_do_not_depend_on_the_workers(client: Client, method: str):
-    two = fitted(client, MODELS[method](MLP), *arrays(*MLP.train(), 4))
+@pytest.fixture(scope="module")
+def lone_worker() -> Iterator[Client]:
     with Client(n_workers=1, threads_per_worker=1, dashboard_address=None, set_as_default=False) as other:
-        one = fitted(other, MODELS[method](MLP), *arrays(*MLP.train(), 4))
+        yield other
+
+
+@pytest.mark.parametrize("method", ["direct", "ekfac", "arnoldi", "nystroem"])
+def test_the_numbers_do_not_depend_on_the_workers(client: Client, lone_worker: Client, method: str):
+    two = fitted(client, MODELS[method](MLP), *arrays(*MLP.train(), 4))
+    one = fitted(lone_worker, MODELS[method](MLP), *arrays(*MLP.train(), 4))
     first, second = state_of(one), state_of(two)
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[key], second[key]) for key in first)

@@ -180,6 +180,47 @@ class _Attention(nn.Module):
         return answer
 
 
+class _Sequence(nn.Module):
+    """A layer with two heads of attention over vectors, whose projections are modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.out, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [part(x).unflatten(2, (2, 2)).transpose(1, 2) for part in (self.query, self.key, self.value)]
+        seen = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        answer: Tensor = self.head((x + self.out(seen)).tanh().mean(1))
+        return answer
+
+
+class _MultiheadSequence(nn.Module):
+    """The same with torch's module, of whose projections hooks see nothing, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.out, self.head = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        answer: Tensor = self.head(self.out(seen).tanh().mean(1))
+        return answer
+
+
+def _images() -> nn.Module:
+    """Kernels, strides and images of which height and width differ."""
+    return nn.Sequential(
+        nn.Conv2d(2, 2, (3, 2), stride=(1, 2), padding=(1, 0)),
+        nn.Tanh(),
+        nn.Conv2d(2, 4, (2, 3), groups=2, bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    )
+
+
 LINEAR = ModelCase("linear regression", lambda: nn.Linear(4, 2), F.mse_loss, (4,), None, targets=2)
 LOGISTIC = ModelCase("logistic regression", lambda: nn.Linear(4, 3), F.cross_entropy, (4,), 3)
 MLP = ModelCase("mlp", _mlp, F.cross_entropy, (4,), 3)
@@ -210,6 +251,19 @@ ATTENTION = ModelCase(
     vocabulary=5,
 )
 """As TRANSFORMER."""
+SEQUENCE = ModelCase("sequence of vectors", _Sequence, F.cross_entropy, (3, 4), 3, steps=1000)
+MULTIHEAD_SEQUENCE = ModelCase(
+    "sequence of vectors, multihead",
+    _MultiheadSequence,
+    F.cross_entropy,
+    (3, 4),
+    3,
+    steps=1000,
+    captured=False,
+)
+"""Transformers whose inputs can be perturbed. They take a second to train, so that CASES do without them."""
+IMAGES = ModelCase("images", _images, F.cross_entropy, (2, 4, 6), 3)
+"""For what depends on the shape of an image alone."""
 
 CASES = (LINEAR, LOGISTIC, MLP, MLP_REGRESSION, SHARED, CONV1D, CONV2D, CONV3D)
 CAPTURED_CASES = tuple(case for case in CASES if case.captured)

@@ -194,7 +194,9 @@ def perturbations(model: nn.Module, loss: Loss, z: Tensor, x: Tensor, y: Tensor)
     for direction in z.double():
         for a, b in _examples(x, y):
             a = a.clone().requires_grad_()
-            gradient = _gradient(loss(model(a), b).sum(), parameters, create_graph=True)
+            # As in `hessian`.
+            with sdpa_kernel(SDPBackend.MATH):
+                gradient = _gradient(loss(model(a), b).sum(), parameters, create_graph=True)
             (moved,) = torch.autograd.grad(gradient @ direction, a)
             rows.append(moved[0])
     return torch.stack(rows).reshape(z.shape[0], x.shape[0], *x.shape[1:])

@@ -17,7 +17,7 @@ from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.method import Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import xy_objective
 from influence_calculator.maths.perturbation import perturbations
-from model_cases import CASES, LOGISTIC, MLP, ModelCase
+from model_cases import ATTENTION, CASES, LOGISTIC, MLP, TRANSFORMER, ModelCase
 from references import REGULARIZATIONS, reference
 from training_sets import TrainingSet
 
@@ -39,7 +39,7 @@ def _expected(case: ModelCase, λ: float) -> Tensor:
     return explicit.test @ oracle.mean_inverse(explicit.train, λ)
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("case", [*CASES, TRANSFORMER, ATTENTION], ids=repr)
 @pytest.mark.parametrize("λ", REGULARIZATIONS)
 def test_factors_and_influences_are_those_of_the_explicit_inverses(case: ModelCase, λ: float) -> None:
     fitted = _fitted(case, InverseHarmonicMean(λ))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from itertools import islice, pairwise
+from dataclasses import replace
+from itertools import islice, pairwise, product
 from typing import Any
 
 import pytest
@@ -26,11 +27,28 @@ from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.region import influences
 from influence_calculator.maths.stochastic_recursion import recursion
 from influence_calculator.maths.training_batches import TrainingBatches
-from model_cases import CASES, LINEAR, LOGISTIC, MLP, ModelCase
+from model_cases import ATTENTION, CASES, LINEAR, LOGISTIC, MLP, TRANSFORMER, ModelCase
 from references import REGULARIZATIONS, reference
 from training_sets import TrainingSet
 
 MODES = list(SecondOrderMode)
+HESSIAN, FISHER, GAUSS_NEWTON = MODES
+
+LIGHT = replace(TRANSFORMER, name="transformer of a light penalty", penalty=3e-4)
+BRIEF = replace(TRANSFORMER, name="transformer trained briefly", steps=5)
+"""TRANSFORMER's own Hessian and Gauss-Newton matrix have eigenvalues of hundreds, and LiSSA takes as many
+steps; these have 27 and less than 1."""
+EXACT_STEPS = [
+    *product(CASES, MODES, REGULARIZATIONS),
+    *product((TRANSFORMER, ATTENTION), [FISHER], REGULARIZATIONS),
+    *product([BRIEF], [GAUSS_NEWTON], REGULARIZATIONS),
+    (LIGHT, HESSIAN, 1.0),
+]
+STEPS_OVER_PARTS = [
+    *product((LINEAR, LOGISTIC), [FISHER], (1e-1, 0.5, 1.0)),
+    (LOGISTIC, FISHER, 1e-2),
+    *product([MLP], [GAUSS_NEWTON], (1e-1, 1.0)),
+]
 
 
 def _fitted(case: ModelCase, method: Lissa, size: int = 5) -> Fitted:
@@ -58,9 +76,7 @@ def _exact(case: ModelCase, λ: float, mode: SecondOrderMode, **changes: Any) ->
     return Lissa(**{**options, "second_order": mode, **changes})
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("λ", REGULARIZATIONS)
+@pytest.mark.parametrize(("case", "mode", "λ"), EXACT_STEPS, ids=str)
 def test_steps_over_all_examples_give_the_factors_and_influences_of_the_explicit_matrix(
     case: ModelCase, mode: SecondOrderMode, λ: float
 ) -> None:
@@ -87,23 +103,27 @@ def test_a_perturbation_is_the_inputs_gradient_of_the_influence(case: ModelCase)
     oracle.assert_close(perturbations(fitted, objective, left, (x, y), 3), expected, bound)
 
 
-@pytest.mark.parametrize("case", [LINEAR, LOGISTIC], ids=repr)
+@pytest.mark.parametrize(("case", "mode", "λ"), STEPS_OVER_PARTS, ids=str)
 @pytest.mark.parametrize("size", [5, 22])
-def test_steps_over_parts_are_right_on_average(case: ModelCase, size: int) -> None:
+def test_steps_over_parts_are_right_on_average(
+    case: ModelCase, mode: SecondOrderMode, λ: float, size: int
+) -> None:
     """Within the standard error over seeds. Mistake 1: 22 of 23 examples leave a part of one."""
-    λ, seeds, mode = 0.5, 32, "empirical_fisher"
-    scale = 20 * _scale(case, mode, λ)
-    method = Lissa(λ, maxiter=400, scale=scale, rtol=0.0, batch_size=size, second_order=SecondOrderMode(mode))
+    # A step takes a tenth of a millisecond with the Fisher matrix and several with the other.
+    seeds, steadied = (32 if λ > 1e-2 else 16, 10) if mode is FISHER else (8, 5)
+    scale = steadied * _scale(case, mode, λ)
+    # What is left of the start is e^-8 of it, little beside the noise.
+    method = Lissa(λ, maxiter=int(8 * scale / λ), scale=scale, rtol=0.0, batch_size=size, second_order=mode)
     objective = xy_objective(case.model(), case.loss)
     data = TrainingSet(case.train(), 23)
     rows = []
     for seed in range(seeds):
-        fitted = Lissa(**{**vars(method), "seed": seed}).fitted(objective, {}, data)
+        fitted = replace(method, seed=seed).fitted(objective, {}, data)
         rows.append(fitted.solve({"": reference(case, mode).test[:2]}).left[""].flatten())
     answers = torch.stack(rows)
     error = (answers.mean(0) - reference(case, mode).factors(λ)[:2].flatten()).norm()
     standard_error = (answers.var(0) / seeds).sum().sqrt()
-    assert 0 < standard_error < 0.02 * answers.mean(0).norm()
+    assert 0 < standard_error < 0.05 * answers.mean(0).norm()
     assert error < 2 * standard_error
 
 

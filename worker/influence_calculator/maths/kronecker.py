@@ -248,7 +248,7 @@ class LayerRows:
     def turned_back(self, rows: Tensor) -> Tensor:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""
         back = Basis(self.basis.inputs.mT, self.basis.outputs.mT)
-        V = rows.to(back.inputs.dtype).view(-1, *self._group_shape)
+        V = rows.to(back.inputs.dtype).reshape(-1, *self._group_shape)
         return layer_columns(self.layer, _turned(V, back).reshape(-1, *self.basis.matrix_shape))
 
     @property
