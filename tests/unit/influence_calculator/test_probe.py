@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_calculator import GradDotInfluence
 from influence_calculator.maths.capture import captured_gradients
 from influence_calculator.maths.errors import (
     CalculatorError,
@@ -125,6 +126,17 @@ def test_gradients_that_hooks_miss_are_refused_by_name(name: str) -> None:
     build, features, parameters = MISMATCHES[name]
     with pytest.raises(CaptureMismatchError, match=f"^{parameters}: .*Usual causes.*Call the module"):
         probe(_objective(build()), _batch(*features))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("one_shot", [True, False])
+def test_a_loader_of_short_batches_hides_no_mismatch(size: int, one_shot: bool) -> None:
+    """Short batches are joined later; one of one example alone would be compared with itself."""
+    x, y = _batch(4)
+    batches = list(zip(x.split(size), y.split(size), strict=True))
+    model = GradDotInfluence(Mixing().double(), F.cross_entropy)
+    with pytest.raises(CaptureMismatchError, match=r"layer\.weight, layer\.bias"):
+        model.fit(iter(batches) if one_shot else batches)
 
 
 def test_parameters_that_hooks_see_rightly_are_not_named() -> None:

@@ -87,7 +87,9 @@ class Problem:
 
 
 class Build(Protocol):
-    def __call__(self, problem: Problem, /, **changes: Any) -> TorchBlockwiseInfluence: ...
+    def __call__(
+        self, problem: Problem, network: nn.Module | None = None, /, **changes: Any
+    ) -> TorchBlockwiseInfluence: ...
 
 
 def direct(problem: Problem, network: nn.Module | None = None, **changes: Any) -> DirectInfluence:
