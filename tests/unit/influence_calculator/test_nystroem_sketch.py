@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import oracle
+from influence_calculator import NystroemSketchInfluence
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import BlockMode, Relative
 from influence_calculator.maths.curvature import SecondOrderMode
@@ -175,3 +178,23 @@ def test_a_relative_regularization_without_a_positive_trace_is_refused() -> None
 def test_a_rank_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="rank: expected a whole number of at least 1, got 0"):
         NystroemSketch(0.1, 0)
+
+
+def test_float32_keeps_the_directions_of_a_wide_model() -> None:
+    """What counts as rounding does not grow with the number of parameters."""
+    torch.manual_seed(0)
+    network = nn.Linear(100_000, 2).double()
+    x = torch.randn(16, 100_000, dtype=torch.float64) / 100_000**0.5
+    x = x * torch.logspace(0, -1, 16, dtype=torch.float64)[:, None]
+    y = torch.arange(16) % 2
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = NystroemSketchInfluence(
+            copy.deepcopy(network).to(dtype),
+            F.cross_entropy,
+            0.01,
+            rank=8,
+            second_order_mode=SecondOrderMode.GENERALIZED_GAUSS_NEWTON,
+        )
+        found.append(model.fit([(x.to(dtype), y)]).influences(x[:4].to(dtype), y[:4], x.to(dtype), y))
+    oracle.assert_close(found[1].double(), found[0], 1e-3)

@@ -205,7 +205,8 @@ class _SketchPass(CurvaturePass):
 
 
 def _relative_rounding(sketch: Tensor) -> float:
-    return 10 * max(sketch.shape) * torch.finfo(sketch.dtype).eps
+    """Of the core's eigenvalues; by its width, as a product's rounding does not grow with the unknowns."""
+    return 10 * min(sketch.shape) * torch.finfo(sketch.dtype).eps
 
 
 def _check_count(field: str, value: int) -> None:
