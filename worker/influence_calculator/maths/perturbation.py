@@ -70,11 +70,11 @@ def perturbations_by_block(
 
 def _empty(objective: Objective, factors: Left, batch: Batch, *parts: int) -> list[Tensor]:
     """One for each input that moves."""
-    leaves, rows = pytree.tree_leaves(batch), len(next(iter(factors.values())))
+    leaves, shape = pytree.tree_leaves(batch), (*parts, len(next(iter(factors.values()))), batch_size(batch))
     moving = [leaves[place] for place in _moving_places(batch)]
     return [
-        x.new_empty(*parts, rows, batch_size(batch), *x.shape[1:], dtype=accumulation_dtype(x.dtype))
-        for x in (x.to(objective.device) for x in moving)
+        torch.empty(*shape, *x.shape[1:], dtype=accumulation_dtype(x.dtype), device=objective.device)
+        for x in moving
     ]
 
 

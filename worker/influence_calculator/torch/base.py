@@ -49,7 +49,7 @@ from influence_calculator.maths.objective import (
     xy_objective,
 )
 from influence_calculator.maths.perturbation import perturbations
-from influence_calculator.maths.probe import PROBED, probe
+from influence_calculator.maths.probe import probe
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
 from influence_calculator.torch.buffers import by_reference, packed, unpacked
@@ -195,7 +195,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         """
         passes = len(self.method.passes()) + self.method.needs_data
         training = IterableTrainingData(data, self.model_device, passes)
-        self._look_at(training.first(PROBED))
+        self._look_at(training.first())
         batches = JoinedBatches(self.objective, training)
         kept = KeptBatches(batches) if len(self.method.passes()) > 1 else batches
         state = fit(self.method, self.objective, kept)
@@ -298,9 +298,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             NotFittedException: `fit` has not run.
         """
         fitted = self._require_fitted()
-        batch = self._batch(x, y)
-        if isinstance(fitted, CompactFitted) and batch_size(batch) > 0:
-            compact = fitted.compact(self.objective, batch)
+        if isinstance(fitted, CompactFitted) and batch_size((x, y)) > 0:
+            compact = fitted.compact(self.objective, self._batch(x, y))
             if compact is not None:
                 self._noted(Solved({}, compact.report))
                 return compact.rows

@@ -21,7 +21,6 @@ from influence_calculator.maths.blocks import require_positive
 from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
-from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.training_batches import KeptBatches, TrainingBatches
 from influence_calculator.maths.training_products import training_product
 from influence_calculator.torch.restricted_model import RestrictedModel, RestrictTo
@@ -59,7 +58,7 @@ class _DataOperator(RowsOperator, TensorDictOperator, ABC):
 
     def _read_again(self) -> KeptBatches:
         data = IterableTrainingData(self.dataloader, self.device, passes=2)
-        self._restricted.batch(*data.first(PROBED))
+        self._restricted.batch(*data.first())
         return KeptBatches(data)
 
     @property

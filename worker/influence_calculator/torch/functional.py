@@ -28,7 +28,6 @@ from influence_calculator.maths.krylov import MOST_RESTARTS, Krylov, search_in
 from influence_calculator.maths.layout import Layout, Slot, columns_of, tensors_of
 from influence_calculator.maths.objective import xy_objective
 from influence_calculator.maths.preconditioners import NystroemPreconditioner, fitted_to
-from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.training_batches import JoinedBatches
 from influence_calculator.torch.data_operators import HessianOperator
 from influence_calculator.torch.ignored import warn_of_no_effect
@@ -348,7 +347,7 @@ def _like(operator: TensorOperator) -> Tensor:
 
 def _matrix(second_order: SecondOrderMode, own: RestrictedModel, data_loader: Iterable[Any]) -> Tensor:
     data = IterableTrainingData(data_loader, own.device, passes=1)
-    own.batch(*data.first(PROBED))
+    own.batch(*data.first())
     step = MatrixPass(BlockMode.FULL, second_order)
     sums = step.accumulate(own.objective, JoinedBatches(own.objective, data).batches(), {})
     return step.finish("", sums[""], data.length, {})["matrix"]

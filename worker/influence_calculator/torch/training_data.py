@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from influence_calculator.errors import OneShotIterableError
 from influence_calculator.iterables import Readable, pair_of
 from influence_calculator.maths.objective import IndexedBatch, batch_size
+from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.training_batches import joined
 
 
@@ -43,27 +44,26 @@ class IterableTrainingData:
             self._length = sum(batch_size(x) for x, _ in self._read())
         return self._length
 
-    def first(self, examples: int) -> tuple[Any, Any]:
+    def first(self) -> tuple[Any, Any]:
         """The first batch that holds examples, joined with those that follow, where shapes allow, until there
-        are that many; a later pass sees them too.
+        are as many as a probe tries; a later pass sees them too.
 
         Raises:
             ValueError: there is none.
         """
         pairs, taken, count = self._read(), [], 0
         for pair in pairs:
-            taken.append(IndexedBatch(count, self._on_device(pair)))
+            taken.append(IndexedBatch(count, pair))
             count += batch_size(pair[0])
-            if count >= examples:
+            if count >= PROBED:
                 break
         if not taken:
             raise ValueError(
                 "data: expected at least one batch with an example, got none; the training data is empty"
             )
         if self._items.is_one_shot:
-            self._peeked = chain([batch for _, batch in taken], pairs)
-        together: tuple[Any, Any] = next(joined(taken, count)).batch
-        return together
+            self._peeked = chain([pair for _, pair in taken], pairs)
+        return self._on_device(next(joined(taken, count)).batch)
 
     def batches(self) -> Iterator[IndexedBatch]:
         """One pass over all examples."""

@@ -39,13 +39,14 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     influence plan job.yaml --json | jq .regions
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
     job = read_job(file, device=device, output=output)
-    from influence_job.driver.earlier_job import read_record
     from influence_job.methods import method_of
     from influence_job.plan import make_plan
     from influence_job.worker.loading import measure_job
 
     sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
     if job.spec.gradients is not None:
+        from influence_job.driver.earlier_job import read_record
+
         # Refused in the words of a run; factors that do not exist yet can be planned for.
         read_record(job.spec)
     sizes = measure_job(job.spec)

@@ -169,13 +169,15 @@ def _multiplied(second_order: SecondOrder, shapes: ModelShapes, rows: int) -> fl
 
 
 def _trace(spec: Any, sizes: Sizes) -> float:
-    """Of a relative λ; exact, so that a Hessian is multiplied with every unit vector."""
+    """Of a relative λ; exact, so that a Hessian is multiplied with every unit vector. Fisher's is the sum of
+    gradients' squares.
+    """
     if not spec.relative:
         return 0.0
-    shapes, second_order = sizes.shapes, getattr(spec, "second_order", SecondOrder.EMPIRICAL_FISHER)
-    if second_order is SecondOrder.EMPIRICAL_FISHER:
-        return sizes.train * (_capture(shapes) + _gradient(shapes))
-    return sizes.train * _multiplied(second_order, shapes, shapes.width)
+    fisher = isinstance(spec, InverseHarmonicMeanSpec) or spec.second_order is SecondOrder.EMPIRICAL_FISHER
+    if fisher:
+        return sizes.train * _multiplied(SecondOrder.EMPIRICAL_FISHER, sizes.shapes, 0)
+    return sizes.train * _multiplied(spec.second_order, sizes.shapes, sizes.shapes.width)
 
 
 def _fit_cg(spec: CgSpec, sizes: Sizes) -> float:
@@ -229,7 +231,7 @@ def _turn_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
 
 def _turn_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
     """Of one training gradient, its part among the eigenvectors, where the complement is left out."""
-    return 0.0 if spec.complement else 2.0 * min(spec.rank, sizes.shapes.width) * sizes.shapes.width
+    return 0.0 if spec.complement else _project(spec, sizes)
 
 
 def _solve_direct(_: DirectSpec, sizes: Sizes) -> float:
@@ -240,7 +242,7 @@ def _iterated(second_order: SecondOrder, sizes: Sizes, examples: int) -> float:
     """Products of all right-hand sides with one example's curvature, `examples` times."""
     if second_order is SecondOrder.EMPIRICAL_FISHER:
         # Gradients are kept from one iteration to the next.
-        once = sizes.train * (_capture(sizes.shapes) + _gradient(sizes.shapes))
+        once = sizes.train * _multiplied(second_order, sizes.shapes, 0)
         return once + examples * 4.0 * sizes.shapes.width * sizes.test
     return examples * _multiplied(second_order, sizes.shapes, sizes.test)
 
@@ -263,7 +265,7 @@ def _solve_inverse_harmonic_mean(_: InverseHarmonicMeanSpec, sizes: Sizes) -> fl
     return once + sizes.test * sizes.train * 4.0 * shapes.width
 
 
-def _project(spec: TrakSpec, sizes: Sizes) -> float:
+def _project(spec: TrakSpec | ArnoldiSpec, sizes: Sizes) -> float:
     """Of one example's gradient."""
     return 2.0 * min(spec.rank, sizes.shapes.width) * sizes.shapes.width
 
