@@ -19,7 +19,7 @@ import oracle
 import preloaded
 from dense_ekfac import DenseLayer, PseudoGradients, dense_layer
 from ekfac_cases import EKFAC_CASES, GROUPS_CASE, MLP_CASE, TOKENS_MEAN, EkfacCase
-from influence_calculator.maths import ekfac, kronecker, region
+from influence_calculator.maths import kronecker, region
 from influence_calculator.maths.blocks import Relative
 from influence_calculator.maths.capture import CapturedLayer, measure
 from influence_calculator.maths.ekfac import Ekfac
@@ -232,15 +232,12 @@ def test_ranges_that_are_summed_do_not_matter(expectation: str) -> None:
 @pytest.mark.parametrize(
     ("limit", "computed"), [(0, 8), (2_000, 7), (1 << 20, 4)], ids=["none", "some", "all"]
 )
-def test_what_the_first_pass_captured_is_not_computed_again_while_it_fits(
-    limit: int, computed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ekfac, "KEPT_BYTES", limit)
+def test_what_the_first_pass_captured_is_not_computed_again_while_it_fits(limit: int, computed: int) -> None:
     case, method = MLP_CASE, Ekfac(samples=2, seed=SEED)
     forwards: list[Any] = []
     objective = _objective(case)
     objective.model.register_forward_hook(lambda *call: forwards.append(call))
-    found = _tensors(fit(method, objective, TrainingSet(case.data(N, 1), 3)))
+    found = _tensors(fit(method, objective, TrainingSet(case.data(N, 1), 3), kept_bytes=limit))
     assert len(forwards) == computed  # of 4 batches in each of 2 passes
     state: dict[str, Any] = {}
     for step in method.passes():

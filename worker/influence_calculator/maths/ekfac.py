@@ -59,9 +59,6 @@ from influence_calculator.maths.objective import Batch, Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.traced_gradients import used_by_hand
 
-KEPT_BYTES = 64 << 20
-"""What the first pass captured and the second takes over, when both run in one process."""
-
 
 class Unsupported(StrEnum):
     """What becomes of tracked parameters of layers that EK-FAC cannot treat."""
@@ -136,8 +133,8 @@ class Ekfac(Method):
         return self._passes(KeptCaptures(0))
 
     @override
-    def passes_in_one_process(self) -> tuple[FitPass, ...]:
-        return self._passes(KeptCaptures(KEPT_BYTES if self.update_diagonal else 0))
+    def passes_in_one_process(self, kept_bytes: int) -> tuple[FitPass, ...]:
+        return self._passes(KeptCaptures(kept_bytes if self.update_diagonal else 0))
 
     def _passes(self, kept: KeptCaptures) -> tuple[FitPass, ...]:
         expectation = OutputExpectation(Expectation(self.expectation), self.samples, self.seed)

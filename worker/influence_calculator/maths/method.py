@@ -291,8 +291,10 @@ class Method(ABC):
     def passes(self) -> tuple[FitPass, ...]:
         """The passes over the training data that fit it, in order; none if it needs no fit."""
 
-    def passes_in_one_process(self) -> tuple[FitPass, ...]:
-        """The same, for one process that runs all of them: they may hand over more than what they leave."""
+    def passes_in_one_process(self, kept_bytes: int) -> tuple[FitPass, ...]:  # noqa: ARG002
+        """The same, for one process that runs all of them: they may hand over, beside what they leave, so
+        many bytes on the model's device of what the next would compute again.
+        """
         return self.passes()
 
     @abstractmethod
@@ -305,14 +307,19 @@ class Method(ABC):
 
 
 def fit(
-    method: Method, objective: Objective, data: TrainingData, ranges: Sequence[TrainingData] | None = None
+    method: Method,
+    objective: Objective,
+    data: TrainingData,
+    ranges: Sequence[TrainingData] | None = None,
+    kept_bytes: int = 0,
 ) -> FitState:
     """Fits in this process: the reference for every other driver of the passes.
 
     `ranges` are contiguous pieces of `data`, whose sums are added in order; default: one piece, all of it.
+    `kept_bytes` may be kept on the device from one pass to the next; no number depends on it.
     """
     state: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for step in method.passes_in_one_process():
+    for step in method.passes_in_one_process(kept_bytes):
         if not is_due(step, state):
             continue
         total: Sums | None = None

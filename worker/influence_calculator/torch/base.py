@@ -51,6 +51,7 @@ from influence_calculator.maths.objective import (
 from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.probe import probe
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
+from influence_calculator.memory import available_bytes
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
 from influence_calculator.torch.buffers import by_reference, packed, unpacked
 from influence_calculator.torch.composable import TorchComposableInfluence
@@ -96,6 +97,9 @@ GRADIENT_BYTES = 2**28
 
 CACHED_GRADIENT_BYTES = 2**25
 """32 MiB of them on a processor: what is computed from them is read again while its cache holds it."""
+
+KEPT_SHARE = 4
+"""A fit keeps one part in so many of the memory that its device has left, from one pass to the next."""
 
 LEAST_EXAMPLES = 32
 """Differentiated at once where there is memory: fewer cost more than the cache gains."""
@@ -187,7 +191,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         """Fits the method to training data: a DataLoader (shuffled or not) or any iterable of (x, y).
 
         First compares the batched gradients of a few examples with autograd's, so that a layer the
-        capture does not see, dropout or batch statistics fail here and not in the numbers.
+        capture does not see, dropout or batch statistics fail here and not in the numbers. What a pass over
+        the data computes and the next one needs too is kept in up to a quarter of the device's free memory.
 
         Raises:
             OneShotIterableError: data that can be read once, for a method that reads it more often.
@@ -198,7 +203,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self._look_at(training.first())
         batches = JoinedBatches(self.objective, training)
         kept = KeptBatches(batches) if len(self.method.passes()) > 1 else batches
-        state = fit(self.method, self.objective, kept)
+        spare = available_bytes(self.model_device) // KEPT_SHARE
+        state = fit(self.method, self.objective, kept, kept_bytes=spare)
         self._take(state, training if self.method.needs_data else None)
         return self
 
