@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
 from influence_calculator import (
@@ -24,6 +25,7 @@ from influence_calculator import (
     DirectInfluence,
     DisableClientSingleThreadCheck,
     EkfacInfluence,
+    GradDotInfluence,
     InfluenceMode,
     InverseHarmonicMeanInfluence,
     JacobiPreconditioner,
@@ -42,6 +44,8 @@ from influence_calculator import (
 )
 from influence_calculator.maths import training_batches
 from influence_calculator.maths.training_batches import KEPT_BYTES
+from influence_calculator.torch import base
+from influence_calculator.torch.base import TorchInfluenceFunctionModel
 from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.training_data import in_one_order
 from model_cases import LOGISTIC, MLP
@@ -633,3 +637,37 @@ def test_an_argument_without_effect_says_so_where_the_model_is_made(build: Build
     with pytest.warns(UserWarning, match=f"{argument} has no effect: see solver_report") as told:
         build(**{argument: True})
     assert [warning.filename for warning in told] == [__file__]
+
+
+class TestExamplesScoredAtOnce:
+    """On a processor, with a layer of a million parameters whose gradients leave its cache."""
+
+    N = 100
+
+    @pytest.mark.parametrize(
+        ("method", "captured", "longest"),
+        [(EkfacInfluence, 2**30, 100), (EkfacInfluence, 1, 25), (GradDotInfluence, 2**30, 25)],
+        ids=["in pieces", "in pieces that capture too much", "whole"],
+    )
+    def test_are_more_where_their_gradients_are_formed_in_pieces(
+        self,
+        method: type[TorchInfluenceFunctionModel],
+        captured: int,
+        longest: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        monkeypatch.setattr(base, "CAPTURED_BYTES", captured)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 3))
+        x, y = torch.randn(self.N, 1000), torch.randint(3, (self.N,))
+        λ = {} if method is GradDotInfluence else {"hessian_regularization": 0.1}
+        influence = method(model, loss=F.cross_entropy, **λ).fit([(x[:8], y[:8])])
+        factors = influence.influence_factors(x[:2], y[:2])
+        lengths: list[int] = []
+        model.register_forward_hook(lambda _module, given, _output: lengths.append(len(given[0])))
+        found = influence.influences_from_factors(factors, x, y)
+        assert max(lengths) == longest
+        one_by_one = [
+            influence.influences_from_factors(factors, x[i : i + 1], y[i : i + 1]) for i in range(5)
+        ]
+        torch.testing.assert_close(found[:, :5], torch.cat(one_by_one, dim=1), rtol=1e-4, atol=1e-5)

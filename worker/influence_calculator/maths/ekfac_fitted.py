@@ -57,6 +57,7 @@ class EkfacFitted(CompactFitted):
         captured = {name for spec in self._specs for name in spec.parameters}
         captured |= {spec.weight for spec in self._lookups}
         self._others = {slot.name: slot for slot in layout.slots if slot.name not in captured}
+        self.forms_pieces = not self._others
 
     @override
     def gradients(self, objective: Objective, batch: Batch) -> Left:

@@ -183,6 +183,8 @@ class Fitted(ABC):
     """A fitted method: scores test chunks against training batches."""
 
     layout: Layout
+    forms_pieces: bool = False
+    """Whether `right` holds gradients of a bounded piece of the batch at a time, however long that is."""
     notes: tuple[str, ...] = ()
     """What the user must know of the fit: that it did not converge, that the curvature is indefinite."""
 
@@ -218,7 +220,8 @@ class Fitted(ABC):
     def score(self, left: Left, batch: Batch) -> Tensor:
         """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`; float32 at least, whatever is stored."""
         rows = next(iter(left.values()))
-        scores = rows.new_zeros(rows.shape[0], batch_size(batch), dtype=score_dtype(rows))
+        # A training example's scores side by side: products with the longer side of few rows are slow.
+        scores = rows.new_zeros(batch_size(batch), rows.shape[0], dtype=score_dtype(rows)).T
         for part in self.right(batch):
             add_scores(scores, left, part)
             # What comes next is formed while this name lasts.

@@ -27,6 +27,7 @@ from influence_calculator.errors import NotFittedException, SolverWarning
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import BlockMode, Regularization
 from influence_calculator.maths.by_token import influences_by_token
+from influence_calculator.maths.capture import measure
 from influence_calculator.maths.checkpoints import Checkpoints
 from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.gradients import accumulation_dtype
@@ -103,6 +104,12 @@ KEPT_SHARE = 4
 
 LEAST_EXAMPLES = 32
 """Differentiated at once where there is memory: fewer cost more than the cache gains."""
+
+PIECED_EXAMPLES = 128
+"""The same of a method that forms their gradients in pieces: the cache gains by no shorter batch."""
+
+CAPTURED_BYTES = 2**30
+"""1 GiB for what such a batch captures."""
 
 
 class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]], FitsInParts[Tensor], ABC):
@@ -424,10 +431,10 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     @denormals_flushed()
     def _scores(self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
         """Influences of `rows`: a left representation in mode Up, factors in mode Perturbation."""
-        fitted, pieces = self._require_fitted(), self._micro_batch(batch)
+        fitted = self._require_fitted()
         if mode is InfluenceMode.Up:
-            return region.influences(fitted, rows, batch, pieces)
-        return perturbations(fitted, self.objective, rows, batch, pieces)
+            return region.influences(fitted, rows, batch, self._scored_at_once(batch))
+        return perturbations(fitted, self.objective, rows, batch, self._micro_batch(batch))
 
     @denormals_flushed()
     def _scored(self, factors: Left, mode: InfluenceMode) -> Left:
@@ -451,18 +458,28 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def _on_device(self, tensors: Any) -> Any:
         return pytree.tree_map(lambda leaf: leaf.to(self.model_device), tensors)
 
+    def _scored_at_once(self, batch: tuple[Tensor, Tensor]) -> int:
+        """`_micro_batch` for scores, which a method may form in pieces."""
+        n, usual = batch_size(batch), self._micro_batch(batch)
+        if usual >= n or self.model_device.type != "cpu" or not self._require_fitted().forms_pieces:
+            return usual
+        shapes = measure(self.objective, batch)
+
+        def captured(examples: int) -> int:
+            return self.method.footprint(shapes, examples, 1).capture
+
+        each = max(1, captured(2) - captured(1))
+        return _alike(n, max(usual, min(PIECED_EXAMPLES, CAPTURED_BYTES // each)))
+
     def _micro_batch(self, batch: tuple[Tensor, Tensor]) -> int:
-        """Examples differentiated at once, so that one parameter's gradients stay below a limit: pieces of
-        the batch that are alike.
-        """
-        n = max(1, batch_size(batch))
+        """Examples differentiated at once, so that one parameter's gradients stay below a limit."""
         example = self.model_dtype.itemsize * max(
             value.numel() for value in self.objective.parameters().values()
         )
         most = GRADIENT_BYTES // example
         if self.model_device.type == "cpu":
             most = min(most, max(LEAST_EXAMPLES, CACHED_GRADIENT_BYTES // example))
-        return math.ceil(n / math.ceil(n / max(1, most)))
+        return _alike(batch_size(batch), most)
 
     def _noted(self, solved: Solved) -> Solved:
         self.solver_report = solved.report
@@ -529,3 +546,9 @@ def regularization_of(value: GivenRegularization) -> Regularization:
     if isinstance(value, Mapping):
         return {block: 0.0 if λ is None else λ for block, λ in value.items()}
     return value
+
+
+def _alike(n: int, most: int) -> int:
+    """How long pieces of n examples are that hold at most so many and are alike."""
+    n, most = max(1, n), max(1, most)
+    return math.ceil(n / math.ceil(n / most))
