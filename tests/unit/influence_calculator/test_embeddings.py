@@ -58,6 +58,42 @@ def test_a_model_that_asks_for_numbers_scores_as_one_that_does_not() -> None:
     torch.testing.assert_close(_influences(_Reads(WORDS_CASE.model())), expected, rtol=1e-9, atol=1e-12)
 
 
+class _Cut(nn.Module):
+    """The mean over the words of a sentence, cut to the longest of its batch or as it comes."""
+
+    def __init__(self, *, cut: bool) -> None:
+        super().__init__()
+        self.cut = cut
+        generator = torch.Generator().manual_seed(3)
+        # Without cutting, what stands for no word is left out by `padding_idx`.
+        self.words = nn.Embedding(6, 3, padding_idx=None if cut else 0).double()
+        self.head = nn.Linear(3, 3).double()
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, : int((x != 0).sum(1).max())] if self.cut else x
+        read = (x != 0).unsqueeze(2)
+        answer: Tensor = self.head((self.words(x) * read).sum(1) / read.sum(1))
+        return answer
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_sentences_cut_to_the_longest_of_their_batch_score_as_whole_ones(size: int) -> None:
+    x = torch.tensor(
+        [[1, 2, 0, 0], [3, 3, 3, 4], [5, 0, 0, 0], [2, 4, 0, 0], [1, 1, 5, 0], [4, 0, 0, 0], [2, 5, 3, 1]]
+    )
+    y = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+
+    def influences(model: nn.Module) -> Tensor:
+        batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
+        fitted = EkfacInfluence(model, True, 0.1).fit(batches)
+        factors = fitted.influence_factors(x[:3], y[:3])
+        return torch.cat([fitted.influences_from_factors(factors, *batch) for batch in batches], dim=1)
+
+    torch.testing.assert_close(influences(_Cut(cut=True)), influences(_Cut(cut=False)), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, N])
 def test_the_size_of_a_batch_does_not_matter(size: int) -> None:
     """Of 4 examples with 4 places each, the looked-up places are as many as the examples."""

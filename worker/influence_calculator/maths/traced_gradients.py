@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.layers import EmbeddingSpec
@@ -37,7 +38,8 @@ class Lookups(NamedTuple):
     gradients: Tensor
     """g, by what was looked up, `[n, S, o]`; 0 where there is no token."""
     valid: Tensor
-    """`[n, S]`: whether a position holds a token; `padding_idx` is none."""
+    """`[n, S]`: whether a position holds a token; `padding_idx` is none, nor is what an example lacks that
+    looks up fewer positions than others."""
 
 
 class TracedGradients(NamedTuple):
@@ -64,19 +66,13 @@ def traced_gradients(
         with sdpa_kernel(SDPBackend.MATH):
             differentiated = vmap(grad(traced.loss, argnums=(0, 1), has_aux=True), in_dims=(None, None, 0))
             (rows, shifted), ids = differentiated(parameters, shifts, batch)
+        lookups = traced.lookups(batch_size(batch), ids, shifted)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
         # Control flow that depends on data (`.item()`, `if`) cannot be vmapped: one example at a time.
-        (rows, shifted), ids = _one_by_one(traced, parameters, batch)
-    n = batch_size(batch)
-    return TracedGradients(
-        {name: rows.pop(name).flatten(1) for name in names},
-        {
-            spec.name: _joined(spec, own[spec.weight], n, ids[spec.name], shifted[spec.name])
-            for spec in embeddings
-        },
-    )
+        rows, lookups = _one_by_one(traced, parameters, batch)
+    return TracedGradients({name: rows.pop(name).flatten(1) for name in names}, lookups)
 
 
 def positions(objective: Objective, example: Batch, embeddings: Sequence[EmbeddingSpec]) -> dict[str, int]:
@@ -134,6 +130,14 @@ class _Traced:
         with _hooks(self.objective, self.embeddings, shifted):
             return self.objective.example_loss(parameters, example), ids
 
+    def lookups(self, n: int, ids: Calls, gradients: Calls) -> dict[str, Lookups]:
+        """Of n examples, from the ids of every call and the gradients by its shift."""
+        own = self.objective.parameters()
+        return {
+            spec.name: _joined(spec, own[spec.weight], n, ids[spec.name], gradients[spec.name])
+            for spec in self.embeddings
+        }
+
 
 @contextmanager
 def _hooks(objective: Objective, embeddings: Sequence[EmbeddingSpec], change: Change) -> Iterator[None]:
@@ -163,8 +167,8 @@ def _hook(spec: EmbeddingSpec, change: Change) -> Any:
 
 def _one_by_one(
     traced: _Traced, parameters: Mapping[str, Tensor], batch: Batch
-) -> tuple[tuple[dict[str, Tensor], Calls], Calls]:
-    found, ids = [], []
+) -> tuple[dict[str, Tensor], dict[str, Lookups]]:
+    rows, lookups = [], []
     for i in range(batch_size(batch)):
         example = pytree.tree_map(lambda leaf, i=i: leaf[i], batch)
         given = (dict(parameters), traced.shifts(unsqueezed(example)))
@@ -172,15 +176,20 @@ def _one_by_one(
         leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         values, shifts = pytree.tree_unflatten(leaves, structure)
         with torch.enable_grad():
-            loss, own = traced.loss(values, shifts, example)
+            loss, ids = traced.loss(values, shifts, example)
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        found.append(pytree.tree_unflatten(list(gradients), structure))
-        ids.append(own)
-    return _stacked(found), _stacked(ids)
+        own_rows, shifted = pytree.tree_unflatten(list(gradients), structure)
+        rows.append(own_rows)
+        lookups.append(traced.lookups(1, ids, shifted))
+    return (
+        {name: torch.stack([own[name] for own in rows]) for name in parameters},
+        {spec.name: _filled([own[spec.name] for own in lookups]) for spec in traced.embeddings},
+    )
 
 
-def _stacked(trees: list[Any]) -> Any:
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+def _filled(lookups: Sequence[Lookups]) -> Lookups:
+    """Of one example each as a batch: a model may cut each to its length, or call a layer for some alone."""
+    return Lookups(*(pad_sequence([v[0] for v in values], batch_first=True) for values in zip(*lookups)))
 
 
 def _joined(
