@@ -78,8 +78,9 @@ class _Cut(nn.Module):
         return answer
 
 
+@pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 7])
-def test_sentences_cut_to_the_longest_of_their_batch_score_as_whole_ones(size: int) -> None:
+def test_sentences_cut_to_the_longest_of_their_batch_score_as_whole_ones(size: int, corrected: bool) -> None:
     x = torch.tensor(
         [[1, 2, 0, 0], [3, 3, 3, 4], [5, 0, 0, 0], [2, 4, 0, 0], [1, 1, 5, 0], [4, 0, 0, 0], [2, 5, 3, 1]]
     )
@@ -87,7 +88,7 @@ def test_sentences_cut_to_the_longest_of_their_batch_score_as_whole_ones(size: i
 
     def influences(model: nn.Module) -> Tensor:
         batches = [(x[i : i + size], y[i : i + size]) for i in range(0, len(x), size)]
-        fitted = EkfacInfluence(model, True, 0.1).fit(batches)
+        fitted = EkfacInfluence(model, corrected, 0.1).fit(batches)
         factors = fitted.influence_factors(x[:3], y[:3])
         return torch.cat([fitted.influences_from_factors(factors, *batch) for batch in batches], dim=1)
 
