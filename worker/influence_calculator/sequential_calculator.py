@@ -24,6 +24,7 @@ from influence_calculator.base_influence_function_model import InfluenceFunction
 from influence_calculator.errors import NotFittedException, OneShotIterableError
 from influence_calculator.groups import DEFAULT_GROUP_BYTES
 from influence_calculator.iterables import Readable, pair_of, require_fixed_order
+from influence_calculator.maths.errors import UnsupportedInputError
 from influence_calculator.types import InfluenceMode, as_mode
 
 Pairs = Iterable[Sequence[Tensor]]
@@ -188,6 +189,22 @@ def _rows_of_pair(solve: Callable[[Any, Any], Tensor], item: Any) -> Tensor:
     return solve(*pair_of("test_data_iterable", item))
 
 
+def _one_array(perturbed: Any) -> Tensor:
+    """What a block can hold: the perturbations of one input.
+
+    Raises:
+        UnsupportedInputError: the model takes several floating-point inputs.
+    """
+    if isinstance(perturbed, Tensor):
+        return perturbed
+    entries = pytree.tree_flatten_with_path(perturbed)[0]
+    moved = ", ".join(pytree.keystr(path) for path, leaf in entries if leaf is not None)
+    raise UnsupportedInputError(
+        f"mode perturbation: expected one floating-point input to move, got {moved}; a calculator's result is "
+        "one array, so ask the model itself, whose `influences` answers for each of them, or use mode up"
+    )
+
+
 def _unwrapped(item: Any) -> Tensor:
     return item[0] if isinstance(item, list | tuple) else item
 
@@ -237,4 +254,4 @@ class _Group:
             if self.mode is InfluenceMode.Up:
                 yield self.model.influences_from_left(together, x, y)
             else:
-                yield self.model.influences_from_factors(together, x, y, self.mode)
+                yield _one_array(self.model.influences_from_factors(together, x, y, self.mode))

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracle
-from influence_calculator import DirectInfluence, EkfacInfluence, GradDotInfluence, InfluenceMode
+from influence_calculator import (
+    DirectInfluence,
+    EkfacInfluence,
+    GradDotInfluence,
+    InfluenceMode,
+    NestedTorchCatAggregator,
+    SequentialInfluenceCalculator,
+    UnsupportedInputError,
+)
 from influence_calculator.maths.blocks import BlockMode
 from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.method import Fitted, fit
@@ -153,6 +161,15 @@ def test_blocks_of_several_inputs_sum_to_the_whole() -> None:
     blocks, whole = halved.influences_by_block(*sides), halved.influences(*sides)
     for name in ("p", "q"):
         oracle.assert_close(torch.stack([part[name] for part in blocks.values()]).sum(0), whole[name], 1e-9)
+
+
+def test_a_sequence_of_blocks_takes_one_moving_input_and_names_the_others() -> None:
+    _, halved = _of_halves(GradDotInfluence)
+    (x, y), (x_test, y_test) = MLP.train(), MLP.test()
+    sides = [(_halves(x_test), y_test)], [(_halves(x), y)]
+    lazy = SequentialInfluenceCalculator(halved).influences(*sides, InfluenceMode.Perturbation)
+    with pytest.raises(UnsupportedInputError, match=r"expected one .*, got \['p'\], \['q'\]; .*`influences`"):
+        lazy.compute(aggregator=NestedTorchCatAggregator())
 
 
 def test_floating_targets_are_not_mistaken_for_inputs() -> None:
