@@ -200,8 +200,8 @@ def _one_array(perturbed: Any) -> Tensor:
     entries = pytree.tree_flatten_with_path(perturbed)[0]
     moved = ", ".join(pytree.keystr(path) for path, leaf in entries if leaf is not None)
     raise UnsupportedInputError(
-        f"mode perturbation: expected one floating-point input to move, got {moved}; a calculator's result is "
-        "one array, so ask the model itself, whose `influences` answers for each of them, or use mode up"
+        f"mode perturbation: expected one floating-point input to move, got {moved}; a calculator's result "
+        "is one array, so ask the model itself, whose `influences` answers for each of them, or use mode up"
     )
 
 
