@@ -23,15 +23,13 @@ from influence_calculator.base_influence_function_model import FitsInParts, Infl
 from influence_calculator.chunk_tasks import WorkerSide
 from influence_calculator.dask_graph import sent
 from influence_calculator.maths.method import FitPass, is_due
+from influence_calculator.maths.probe import PROBED
 
 Arrays = Mapping[str, NDArray[Any]]
 """Sums of one unit, or what a pass leaves of it."""
 
 State = dict[str, dict[str, Arrays]]
 """Pass -> unit -> arrays: a `FitState` as it travels."""
-
-LOOKED_AT = 8
-"""Training examples that the client looks at before anything is computed."""
 
 
 def fit(
@@ -53,7 +51,7 @@ def fit(
         )
     if not len(x):
         raise ValueError("x: expected at least one training example, got none")
-    first = client.gather(client.compute([x[:LOOKED_AT], y[:LOOKED_AT]]))
+    first = client.gather(client.compute([x[:PROBED], y[:PROBED]]))
     passes = model.begin_fit(*map(converter.from_numpy, first))
     side = sent(client, "influence-model", WorkerSide(model, converter, model.factor_dtype))
     state: State = {}

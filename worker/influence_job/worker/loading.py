@@ -14,7 +14,7 @@ from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import Batch, batch_size, slice_batch
-from influence_calculator.maths.probe import probe
+from influence_calculator.maths.probe import PROBED, probe
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
@@ -29,8 +29,6 @@ from influence_job.worker.session import Session, WorkerContext, build, session
 from influence_job.worker.training_gradients import gradient_path
 
 KIND = "load"
-PROBED = 4
-"""Examples of each side that the probe differentiates."""
 
 
 @dataclass(frozen=True)
