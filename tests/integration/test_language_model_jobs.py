@@ -14,13 +14,16 @@ import xarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import adapters_task
 import language_models as lm
 from influence_calculator import DirectInfluence, EkfacInfluence, SecondOrderMode
+from influence_job.storage.arrays import OURS
 from jobs import Jobs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "jobs.md"
 TRAIN, TEST = 40, 6
 ENCODER = r"encoder.*(query|key|value|dense)"
+GAUSS_NEWTON = SecondOrderMode.GENERALIZED_GAUSS_NEWTON
 DIRECT = {"name": "Direct", "regularization": 0.05, "secondOrder": "GeneralizedGaussNewton"}
 JOB: dict[str, Any] = {"task": {"entrypoint": "reviews:task"}, "chunks": {"test": 4, "train": 16}}
 
@@ -75,7 +78,7 @@ def test_ekfac_and_a_full_gradient_method_give_the_librarys_influences(
             _Wrapped(saved),
             F.cross_entropy,
             0.05,
-            second_order_mode=SecondOrderMode.GENERALIZED_GAUSS_NEWTON,
+            second_order_mode=GAUSS_NEWTON,
         ),
     }
     for method in (ekfac, DIRECT):
@@ -102,7 +105,7 @@ def test_the_parts_of_its_tokens_are_the_librarys(saved: Path, jobs: Jobs, tmp_p
         _Wrapped(saved, ENCODER),
         F.cross_entropy,
         0.05,
-        second_order_mode=SecondOrderMode.GENERALIZED_GAUSS_NEWTON,
+        second_order_mode=GAUSS_NEWTON,
     ).fit([_data(TRAIN, 1)])
     expected = model.influences_by_token(*_data(TEST, 2), *_data(TRAIN, 1)).numpy()
     found = xarray.open_zarr(tmp_path / "parts.zarr", consolidated=False)["influences"].values
@@ -110,3 +113,28 @@ def test_the_parts_of_its_tokens_are_the_librarys(saved: Path, jobs: Jobs, tmp_p
     words = lm.sentences(TRAIN, 1)["attention_mask"].bool().numpy()
     assert not found[:, ~words].any()
     assert found[:, words].any()
+
+
+@pytest.mark.parametrize("excluded", [True, False], ids=["Ekfac", "Direct"])
+def test_low_rank_adapters_in_a_frozen_model_give_the_librarys_influences(
+    excluded: bool, jobs: Jobs, tmp_path: Path
+) -> None:
+    """The store names what contributes nothing: the frozen model, and for EK-FAC a norm."""
+    method = {"name": "Ekfac", "regularization": 0.05, "unsupported": "Exclude"} if excluded else DIRECT
+    path, net = tmp_path / "result.zarr", lm.Packed(adapters_task.model())
+    changes = {"task": {"entrypoint": "adapters_task:task"}, "method": method, "chunks": JOB["chunks"]}
+    jobs.finish(jobs.manifest(changes), output=path, workers=1)
+    model = (
+        EkfacInfluence(net, update_diagonal=True, regularization=0.05, unsupported="exclude")
+        if excluded
+        else DirectInfluence(net, F.cross_entropy, 0.05, second_order_mode=GAUSS_NEWTON)
+    )
+    test, train = (lm.packed(lm.sentences(*sizes)) for sizes in (adapters_task.TEST, adapters_task.TRAIN))
+    expected = model.fit([train]).influences(*test, *train).numpy()
+    opened = xarray.open_zarr(path, consolidated=False)
+    assert np.linalg.norm(opened["influences"] - expected) < 1e-8 * np.linalg.norm(expected)
+    every = dict(adapters_task.model().named_parameters())
+    assert opened.attrs[OURS]["provenance"]["leftOut"] == {
+        "untracked": [name for name, value in every.items() if not value.requires_grad],
+        "excluded": [f"{adapters_task.NORM}.{name}" for name in ("weight", "bias")] if excluded else [],
+    }

@@ -83,7 +83,7 @@ def create(
                 "fingerprint": fingerprint,
                 "plan": plan.to_json(),
                 "annotations": annotations,
-                "provenance": provenance(loaded.environment),
+                "provenance": provenance(loaded.environment, loaded.left_out),
             }
         },
     )

@@ -1,4 +1,4 @@
-"""What a store says of its making: versions, image, numerical environment. Told, never compared.
+"""What a store says of its making: versions, image, environment, parameters left out. Told, never compared.
 
 What must be equal for equal bits is in the fingerprint and in the ledger's rows.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,16 +28,20 @@ _PACKAGES = (
 )
 
 
-def provenance(environment: str | None = None) -> dict[str, Any]:
+def provenance(
+    environment: str | None = None, left_out: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
     """The provenance of this process, for the root attributes.
 
     Args:
         environment: the numerical environment as a worker describes it, once one is known.
+        left_out: why -> names of the model's parameters that contribute nothing, once they are known.
     """
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "imageDigest": os.environ.get(IMAGE_DIGEST_VARIABLE) or None,
         "environment": environment,
+        "leftOut": {why: list(names) for why, names in (left_out or {}).items()},
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | versions(),
     }

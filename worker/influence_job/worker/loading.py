@@ -48,6 +48,8 @@ class Loaded:
     """Pass -> the pass before it in its series, if it is one of a series."""
     annotations: dict[str, str]
     """Coordinate (`test_label`) -> numpy dtype."""
+    left_out: dict[str, list[str]]
+    """Why -> the model's parameters that contribute nothing."""
 
 
 def load(context: WorkerContext) -> Outcome:
@@ -89,7 +91,19 @@ def describe(own: Session) -> Loaded:
         units={step.name: len(step.units(own.objective)) for step in passes},
         follows={step.name: step.follows for step in passes if step.follows is not None},
         annotations=annotations,
+        left_out=_left_out(own),
     )
+
+
+def _left_out(own: Session) -> dict[str, list[str]]:
+    """Parameters that are not tracked, and tracked ones that no block of the method holds."""
+    objective = own.objective
+    every, tracked = (name for name, _ in objective.model.named_parameters()), set(objective.names)
+    held = tracked if own.method.sums_checkpoints else {slot.name for slot in own.layout.slots}
+    return {
+        "untracked": [name for name in every if name not in tracked],
+        "excluded": [name for name in objective.names if name not in held],
+    }
 
 
 def _probed(own: Session) -> dict[str, str]:

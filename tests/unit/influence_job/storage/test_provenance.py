@@ -15,9 +15,10 @@ from influence_job.storage.provenance import provenance
 
 def test_names_versions_image_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INFLUENCE_IMAGE_DIGEST", "sha256:abc")
-    told = provenance("torch 2, H100")
+    told = provenance("torch 2, H100", {"untracked": ("0.weight",), "excluded": ()})
     assert told["imageDigest"] == "sha256:abc"
     assert told["environment"] == "torch 2, H100"
+    assert told["leftOut"] == {"untracked": ["0.weight"], "excluded": []}
     assert told["versions"]["python"] == platform.python_version()
     for package in ("torch", "zarr", "influence-operator"):
         assert told["versions"][package] == version(package)
