@@ -16,8 +16,7 @@ import stored
 import traced_task
 from influence_calculator import ArnoldiInfluence, NystroemSketchInfluence, SecondOrderMode
 from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
-from jobs import Barrier, Jobs
-from resuming import count, resume_and_check
+from jobs import Jobs
 
 TEST = 8
 SMALL: dict[str, Any] = {
@@ -102,30 +101,6 @@ def test_factors_without_complement_are_stored_by_parameter_and_scored_by_anothe
     jobs.finish(jobs.manifest(changed(method)), output=narrow)
     one, other = (xarray.open_zarr(path)["influences"].values for path in (scores, narrow))
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
-
-
-KILLS = {
-    "in a range of a later pass": Barrier("put", "before", "^fit/krylov-2/partial/3/"),
-    "before what a pass leaves": Barrier("put", "before", "^fit/krylov-3/0"),
-    "while the pass before it is deleted": Barrier("delete", "before", "^fit/krylov-2/"),
-}
-
-
-@pytest.mark.parametrize("name", KILLS)
-def test_a_fit_that_is_killed_between_its_passes_goes_on_with_the_same_bits(
-    name: str, jobs: Jobs, tmp_path: Path
-) -> None:
-    changes = {"method": METHODS["Arnoldi without complement"]}
-    jobs.finish(jobs.manifest(changes), output=tmp_path / "undisturbed.zarr")
-    expected = stored.result(stored.open_store(tmp_path / "undisturbed.zarr"))
-    path = tmp_path / "killed.zarr"
-    run = jobs.start(jobs.manifest(changes), output=path, barrier=KILLS[name])
-    run.wait_for_barrier()
-    run.kill()
-    rows = count(stored.held(stored.open_store(path)))
-    assert rows["fit/krylov-1/unit"] == 1
-    assert rows["factors"] == 0
-    resume_and_check(jobs, path, expected, changes, workers=1)
 
 
 @pytest.mark.parametrize(

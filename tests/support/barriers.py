@@ -6,7 +6,8 @@ test starts, and in nothing that we ship. What it does is told by environment va
 
 BARRIER        "<function> <before|after> <n> <pattern>": the n-th call, counted over all processes, of one
                of `PLACES` whose text matches the pattern
-BARRIER_FOLDER where `reached` appears when a process waits there, and `go` lets it go on
+BARRIER_FOLDER where `reached` appears when a process waits there, and `go` lets it go on; `ticket-<n>` holds
+               the id of the process that made the n-th call
 BARRIER_PACE   seconds that every region waits before it is stored: time to see a run half done
 WRITES_LOG     a file that gets one line per file renamed, linked or removed, by Python's own audit events
 """
@@ -119,10 +120,13 @@ def _ticket(folder: Path) -> int:
     number = 1
     while True:
         try:
-            os.close(os.open(folder / f"ticket-{number}", os.O_CREAT | os.O_EXCL))
-            return number
+            ticket = os.open(folder / f"ticket-{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             number += 1
+        else:
+            os.write(ticket, str(os.getpid()).encode())
+            os.close(ticket)
+            return number
 
 
 def _log_writes(path: str) -> None:
