@@ -13,7 +13,7 @@ import xarray
 import zarr
 
 import checkpoints_task
-from influence_calculator import InfluenceMode, TracInInfluence
+from influence_calculator import TracInInfluence
 from jobs import Jobs
 
 JOB: dict[str, Any] = {
@@ -23,25 +23,22 @@ JOB: dict[str, Any] = {
 }
 
 
-def in_memory(mode: InfluenceMode = InfluenceMode.Up) -> np.ndarray:
+def in_memory() -> np.ndarray:
     """The library's answer for the same task."""
     task = checkpoints_task.task()
     model = TracInInfluence(task.model, F.cross_entropy, task.checkpoints)
     test, train = task.test.read(0, 8), task.train.read(0, 96)
-    return model.fit([train]).influences(*test, *train, mode).numpy()
+    return model.fit([train]).influences(*test, *train).numpy()
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("mode", list(InfluenceMode))
-def test_a_job_gives_the_librarys_sum_over_the_checkpoints(
-    mode: InfluenceMode, jobs: Jobs, tmp_path: Path
-) -> None:
+def test_a_job_gives_the_librarys_sum_over_the_checkpoints(jobs: Jobs, tmp_path: Path) -> None:
     path = tmp_path / "result.zarr"
-    run = jobs.finish(jobs.manifest({**JOB, "mode": mode.name}), "--json", output=path)
-    assert_close(xarray.open_zarr(path, consolidated=False)["influences"].values, in_memory(mode))
+    run = jobs.finish(jobs.manifest(JOB), "--json", output=path)
+    assert_close(xarray.open_zarr(path, consolidated=False)["influences"].values, in_memory())
     factors = zarr.open_group(path / "factors", mode="r")
     blocks = [factors[str(i)].attrs["block"] for i in range(2)]
     assert blocks == ["checkpoint_0", "checkpoint_1"]
