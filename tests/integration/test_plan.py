@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import stored
+from counted_reads_task import READS
+from influence_calculator.maths.probe import PROBED
+from influence_job.plan import Plan
 from jobs import Jobs
 
 GROUPS = {
@@ -25,6 +31,66 @@ def test_the_plan_that_is_printed_is_the_one_that_a_run_stores(jobs: Jobs, tmp_p
     assert {name: planned[name] for name in ran.to_json()} == ran.to_json()
     assert (planned["groups"], planned["regions"]) == (ran.groups, ran.regions) == (2, 40)
     assert planned["resultBytes"] == 24 * 640 * 4
+
+
+SOLVED = {"name": "Cg", "maxiter": 3, "rtol": 1e-12, "secondOrder": "GeneralizedGaussNewton"}
+NO_RESTART = {"rank": 2, "krylovDimension": 12, "tol": 1e-12, "maxIter": 0}
+
+
+def counted_reads(
+    jobs: Jobs, path: Path, changes: dict[str, Any], **arguments: Any
+) -> tuple[Plan, list[int], dict[tuple[int, int], int]]:
+    """A run's plan, how often it read each training chunk, and what else it read of the training data."""
+    counted = {"task": {"entrypoint": "counted_reads_task:task", "arguments": arguments}}
+    reads = path.with_suffix(".reads")
+    jobs.finish(
+        jobs.manifest({**counted, "chunks": {"test": 8, "train": 64}, **changes}),
+        output=path,
+        workers=1,
+        env={READS: str(reads)},
+    )
+    plan = stored.plan_of(stored.open_store(path))
+    times = Counter(tuple(map(int, line.split())) for line in reads.read_text().splitlines())
+    of_chunks = [times.pop(plan.train_range(chunk)) for chunk in range(plan.train_chunks)]
+    return plan, of_chunks, dict(times)
+
+
+@pytest.mark.parametrize(
+    ("method", "little", "groups"),
+    [
+        ({"name": "GradDot", "regularization": None}, {}, 1),
+        ({"name": "Ekfac"}, {"workers": GROUPS["workers"]}, 2),
+        ({"name": "Arnoldi", **NO_RESTART}, {}, 1),
+    ],
+    ids=["GradDot", "Ekfac", "Arnoldi"],
+)
+def test_a_run_reads_each_training_chunk_as_often_as_the_plan_says(
+    method: dict[str, Any], little: dict[str, Any], groups: int, jobs: Jobs, tmp_path: Path
+) -> None:
+    """Beside a few examples that Loading reads."""
+    path = tmp_path / "result.zarr"
+    plan, of_chunks, others = counted_reads(jobs, path, {"method": method, **little}, hidden=40)
+    assert (plan.train_chunks, plan.groups) == (10, groups)
+    assert plan.passes_per_iteration == 0
+    assert of_chunks == [plan.training_passes] * plan.train_chunks
+    assert max(stop - start for start, stop in others) <= PROBED
+
+
+@pytest.mark.parametrize(
+    ("method", "keeps", "repeated"),
+    [(SOLVED, False, 3 + 1), ({"name": "InverseHarmonicMean"}, False, 1), (SOLVED, True, None)],
+    ids=["Cg", "InverseHarmonicMean", "Cg, kept"],
+)
+def test_a_solver_reads_training_data_that_it_cannot_keep_in_each_of_its_passes(
+    method: dict[str, Any], keeps: bool, repeated: int | None, jobs: Jobs, tmp_path: Path
+) -> None:
+    """One per test chunk and iteration, and one that checks what conjugate gradients end with; data that it
+    can keep once. The first chunk shows which they are.
+    """
+    plan, of_chunks, _ = counted_reads(jobs, tmp_path / "result.zarr", {"method": method}, keeps=keeps)
+    assert plan.passes_per_iteration == 3
+    further = 1 if repeated is None else 3 * repeated
+    assert of_chunks[1:] == [plan.training_passes + further] * (plan.train_chunks - 1)
 
 
 def test_a_plan_in_words_names_grid_groups_passes_bytes_and_memory(jobs: Jobs) -> None:
