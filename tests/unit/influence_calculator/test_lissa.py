@@ -473,7 +473,7 @@ class TestHalfPrecision:
 
     @pytest.mark.parametrize("mode", ["hessian", "empirical_fisher", "generalized_gauss_newton"])
     @pytest.mark.parametrize("case", [MLP, LOGISTIC], ids=repr)
-    def test_a_solve_ends_at_its_rounding_and_says_so(self, case: ModelCase, mode: str) -> None:
+    def test_a_solve_that_stays_at_its_rounding_answers_and_says_so(self, case: ModelCase, mode: str) -> None:
         found, report = self.solved(case, mode, 20.0)
         assert (report.status == SolverStatus.MAX_ITERATIONS).all()
         assert (report.residual < 0.05).all()

@@ -60,7 +60,7 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     if plan.fit_passes:
         stages["Fitting"] = _of_method(_FITS, spec, sizes)
     if plan.on_itself:
-        each = capture + gradient + 2 * states * sizes.shapes.width
+        each = capture + gradient + 2.0 * sum(plan.blocks.values())
         stages["Scores"] = plan.train * each + _of_method(_SOLVES, spec, sizes)
     elif plan.gradients_only:
         stages["Gradients"] = plan.train * (capture + gradient + turn)
@@ -153,12 +153,12 @@ def _per_group(layer: LayerShape, power: int) -> int:
 
 
 def _fit_direct(spec: DirectSpec, sizes: Sizes) -> float:
-    shapes = sizes.shapes
+    shapes, widths = sizes.shapes, sizes.blocks.values()
     if spec.second_order is SecondOrder.EMPIRICAL_FISHER:
-        example = _capture(shapes) + _gradient(shapes) + 2.0 * shapes.width**2
+        example = _capture(shapes) + _gradient(shapes) + sum(2.0 * width**2 for width in widths)
     else:
-        example = 2 * _capture(shapes) * shapes.width  # a product with H per parameter
-    return sizes.train * example + 2 / 3 * shapes.width**3
+        example = 2 * _capture(shapes) * sum(widths)  # a product with H per parameter
+    return sizes.train * example + sum(width**3 / 3 for width in widths)  # Cholesky's
 
 
 def _multiplied(second_order: SecondOrder, shapes: ModelShapes, rows: int) -> float:
@@ -235,7 +235,7 @@ def _turn_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
 
 
 def _solve_direct(_: DirectSpec, sizes: Sizes) -> float:
-    return sizes.test * 2.0 * sizes.shapes.width**2
+    return sizes.test * sum(2.0 * width**2 for width in sizes.blocks.values())
 
 
 def _iterated(second_order: SecondOrder, sizes: Sizes, examples: int) -> float:
