@@ -207,6 +207,7 @@ def test_a_spec_that_only_the_operators_rules_refuse_stalls_the_job_until_it_is_
     assert job.condition("Ready")["status"] == "False"
     assert job.status["observedGeneration"] == 1
     assert ("Warning", "InvalidSpec") in job.events()
+    time.sleep(2)  # its own status is a change too, at which it looks once
     requests = Requests(job.namespace)
     time.sleep(5)
     assert not requests.count(), "nothing is tried again"
