@@ -23,7 +23,7 @@ def available_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
     """
     match device.type:
         case "cpu":
-            return max(0, min(psutil.virtual_memory().available, *_left_of_limits(cgroup)))
+            return max(0, min([psutil.virtual_memory().available, *_left_of_limits(cgroup)]))
         case "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -32,7 +32,7 @@ def available_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
 
 
 def _left_of_limits(cgroup: Path) -> list[int]:
-    left = [2**63]
+    left = []
     for names in _FILES:
         try:
             limit, use, parts = ((cgroup / name).read_text() for name in names)
