@@ -100,6 +100,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     held = rows(path)
     assert held["factors"] == 0
     rerun = resume_and_check(jobs, path, expected, {"method": METHODS[kill.method]}, workers=1)
+    if kill.method == "Arnoldi":
+        assert held["fit/krylov-1/unit"] == 1
     finished = {kind.split("/")[1] for kind in held if kind.endswith("/unit")}
     again = [name for name in times_written(rerun, path) if name.startswith("fit/") and "partial" in name]
     assert not [name for name in again if name.split("/")[1] in finished]
