@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
-from influence_job.spec import API_VERSION, KIND, InfluenceJob, InfluenceJobSpec
+from influence_job.spec import API_VERSION, KIND, InfluenceJob, InfluenceJobSpec, MethodSpec
 
 MANIFEST: dict[str, Any] = {
     "apiVersion": API_VERSION,
@@ -17,6 +17,12 @@ MANIFEST: dict[str, Any] = {
         "output": {"url": "gs://bucket/digits.zarr"},
     },
 }
+
+
+METHOD_NAMES = {
+    get_args(method.model_fields["name"].annotation)[0] for method in get_args(get_args(MethodSpec)[0])
+}
+"""Of every method that a job may name."""
 
 
 def manifest(**changes: Any) -> dict[str, Any]:

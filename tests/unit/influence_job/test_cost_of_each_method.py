@@ -6,7 +6,6 @@ a projection; of one example C its capture, G its gradient, Q the product of a r
 
 from __future__ import annotations
 
-import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,15 +28,9 @@ from influence_calculator.maths.perturbation import perturbations
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
 from influence_job.methods import method_of
 from influence_job.plan import Plan, Sizes, cost, make_plan
-from influence_job.spec import InfluenceJobSpec, MethodSpec
-from manifests import spec
+from influence_job.spec import InfluenceJobSpec
+from manifests import METHOD_NAMES, spec
 from training_sets import TrainingSet
-
-NAMES = {
-    typing.get_args(method.model_fields["name"].annotation)[0]
-    for method in typing.get_args(typing.get_args(MethodSpec)[0])
-}
-"""Of every method that a job may name."""
 
 λ = 0.1
 GAUSS_NEWTON = {"regularization": λ, "secondOrder": "GeneralizedGaussNewton"}
@@ -96,7 +89,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def test_every_method_of_a_job_has_a_case() -> None:
     assert (
-        {case["name"] for case in METHODS.values()} == NAMES == {law.method["name"] for law in LAWS.values()}
+        {case["name"] for case in METHODS.values()}
+        == METHOD_NAMES
+        == {law.method["name"] for law in LAWS.values()}
     )
 
 

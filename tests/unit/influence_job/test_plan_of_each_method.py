@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import typing
 from typing import Any
 
 import pytest
@@ -14,15 +13,9 @@ from rich.console import Console
 from influence_job.cli.plan import as_document, draw
 from influence_job.methods import method_of
 from influence_job.plan import Plan, Sizes, make_plan
-from influence_job.spec import InfluenceJob, MethodSpec, Products
+from influence_job.spec import InfluenceJob, Products
 from influence_job.worker.loading import measure_job
-from manifests import manifest
-
-NAMES = {
-    typing.get_args(method.model_fields["name"].annotation)[0]
-    for method in typing.get_args(typing.get_args(MethodSpec)[0])
-}
-"""Of every method that a job may name."""
+from manifests import METHOD_NAMES, manifest
 
 λ = 0.05
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,7 +76,7 @@ def _in_words(job: InfluenceJob, sizes: Sizes, plan: Plan) -> str:
 
 def test_every_method_of_a_job_has_a_case() -> None:
     """A method without one is not planned below; nor is a way to make Cg's products."""
-    assert {case["name"] for case in METHODS.values()} == NAMES
+    assert {case["name"] for case in METHODS.values()} == METHOD_NAMES
     products = {case.get("products", "Local") for case in METHODS.values() if case["name"] == "Cg"}
     assert products == set(Products)
 
