@@ -199,6 +199,21 @@ def record(objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | Non
     return recording
 
 
+class _Start(torch.autograd.Function):
+    """The same tensor at the start of a graph, and no leaf, for that may not be changed in place (inplace
+    ReLU).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, start: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:  # noqa: ARG004
+        return None, None
+
+
 def _hook(calls: list[_Call]) -> Any:
     def record_call(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -206,8 +221,7 @@ def _hook(calls: list[_Call]) -> Any:
             return output
         inputs = args[0] if args else kwargs["input"]
         if not output.requires_grad:
-            # The graph starts here. A clone, because a leaf may not be changed in place (inplace ReLU).
-            output = output.detach().requires_grad_().clone()
+            output = _Start.apply(output, output.new_empty(0, requires_grad=True))
         calls.append(
             _Call(inputs.detach(), get_gradient_edge(output), output.new_empty(()).expand_as(output))
         )

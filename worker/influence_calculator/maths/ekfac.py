@@ -44,6 +44,7 @@ from influence_calculator.maths.ekfac_passes import (
     basis_of,
     matrix_shape,
     output_basis_of,
+    scored_by_parameter,
     side_shapes,
     uncaptured_blocks,
 )
@@ -158,7 +159,12 @@ class Ekfac(Method):
                 eigenvalues = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,))
             eigenvalues = eigenvalues.to(objective.device)
             solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues))
-        rows = {block: LayerRows(layer, basis_of(objective, layer, state)) for block, layer in layers.items()}
+        rows = {
+            block: LayerRows(
+                layer, basis_of(objective, layer, state), scored_by_parameter(objective, layer, state)
+            )
+            for block, layer in layers.items()
+        }
         looked_up = {
             block: EmbeddingRows(spec, output_basis_of(objective, spec, state))
             for block, spec in embeddings.items()

@@ -1,7 +1,8 @@
 """Fitted EK-FAC: gradients turned into each layer's eigenbasis, where the inverse is a division.
 
 The representations stay in that basis: turning what a layer captured costs `2(o² + j²)` per token,
-turning factors back `2oj(o + j)` per test example, which only those who ask for factors pay.
+turning factors back `2oj(o + j)` per test example, which only those pay who ask for factors, and layers
+of many tokens, whose training gradients are then not turned at all.
 
 Shapes: n, t examples, o outputs, j inputs (with a bias one more), P_b = o·j parameters of block b.
 """
@@ -35,7 +36,9 @@ from influence_calculator.maths.traced_gradients import TracedGradients, traced_
 
 
 class EkfacFitted(CompactFitted):
-    """Scores in the eigenbases: `left = Qᵀg / (Λ + λ)`, `right = Qᵀg`; `Q = I` outside of layers."""
+    """Solves in the eigenbases, `Qᵀg / (Λ + λ)`, and scores there, `right = Qᵀg`, or by parameter layer by
+    layer; `Q = I` outside of layers.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class EkfacFitted(CompactFitted):
     def right(self, batch: Batch) -> Iterator[Part]:
         for layer in captured_layers(self.objective, batch, self._specs):
             block = layer.spec.name
-            for row, column, values in turned_in_pieces(layer, self._layers[block].basis):
+            for row, column, values in self._layers[block].right(layer):
                 yield Part(block, column, values, row)
         traced = self._traced(self.objective, batch)
         yield from self._diagonal(traced)
@@ -111,7 +114,8 @@ class EkfacFitted(CompactFitted):
         They are output gradients and activations of every token, layer by layer, where those are fewer
         numbers than their products.
         """
-        if not self._is_captured or any(rows.basis.groups > 1 for rows in self._layers.values()):
+        layers = self._layers.values()
+        if not self._is_captured or any(rows.basis.groups > 1 or rows.by_parameter for rows in layers):
             return 0
         return sum(sum(rows.basis.matrix_shape) for rows in self._layers.values())
 
@@ -137,6 +141,7 @@ class EkfacFitted(CompactFitted):
                 left = rows.basis.inputs.new_empty(n, self.layout.width)
                 self._expand(left, sides)
             self._solve_into(left, layer.spec.name, turned_in_pieces(layer, rows.basis))
+            rows.score_in_place(self.layout.split(left)[layer.spec.name])
         if left is None:
             left = torch.cat(
                 [side.flatten(1) for block in self.layout.blocks for side in sides[block]], dim=1
@@ -170,6 +175,13 @@ class EkfacFitted(CompactFitted):
         """Writes the columns of layers by their turned output gradients and activations."""
         for block, tokens in sides.items():
             self._solve_into(left, block, products_in_pieces(*tokens))
+
+    @override
+    def scored(self, left: Left) -> Left:
+        return {
+            block: self._layers[block].scored(rows) if block in self._layers else rows
+            for block, rows in left.items()
+        }
 
     def factors(self, left: Left) -> Left:
         return {

@@ -31,6 +31,7 @@ from influence_calculator.maths.kronecker import (
     add_products,
     add_squared_gradients,
     eigenbasis,
+    scores_by_parameter,
 )
 from influence_calculator.maths.layers import (
     EmbeddingSpec,
@@ -51,8 +52,8 @@ DiagonalBlocks = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class CovariancePass(FitPass):
-    """Leaves `Q_A`, `Q_G` and their eigenvalues of each layer, of an embedding without `Q_A`, which is the
-    identity; and `Λ` of each diagonal block.
+    """Leaves `Q_A`, `Q_G`, their eigenvalues and what was counted of each layer, of an embedding without
+    `Q_A`, which is the identity; and `Λ` of each diagonal block.
     """
 
     expectation: OutputExpectation
@@ -113,6 +114,8 @@ class CovariancePass(FitPass):
             "input_vectors": Q_A,
             "output_values": λ_G,
             "output_vectors": Q_G,
+            "tokens": sums["tokens"],
+            "examples": sums["tokens"].new_tensor(length),
         }
 
 
@@ -175,6 +178,14 @@ def side_shapes(objective: Objective, layer: LayerSpec) -> tuple[tuple[int, ...]
     o, j = matrix_shape(objective, layer)
     k = layer.groups
     return ((j,), (o,)) if k == 1 else ((k, j), (k, o // k))
+
+
+def scored_by_parameter(objective: Objective, layer: LayerSpec, state: FitState) -> bool:
+    """Whether that costs less, by what the covariance pass counted."""
+    tokens, examples = (
+        float(fitted_tensor(state, COVARIANCE, layer.name, name, ())) for name in ("tokens", "examples")
+    )
+    return scores_by_parameter(int(examples), tokens / examples, *matrix_shape(objective, layer))
 
 
 def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:

@@ -6,9 +6,11 @@ A layer's gradient as a matrix `V` is `[o, j]`: its weight's columns, then its b
     (H + λI)^-1 V = Q_G ( (Q_Gᵀ V Q_A) / (Λ + λ) ) Q_Aᵀ.
 
 What is scored stays turned, `Q_Gᵀ V Q_A`, where the inverse is a division: products of two turned
-gradients are those of the gradients, since the basis is orthogonal.
+gradients are those of the gradients, since the basis is orthogonal. Where turning the training set costs
+more than turning the test side back, gradients of both are scored by parameter.
 
-Shapes: n, t examples, S tokens, o outputs, i inputs, j = i + 1 with a bias, P_b = o·j.
+Shapes: N examples that were fitted, n, t examples, S tokens, o outputs, i inputs, j = i + 1 with a bias,
+P_b = o·j.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ CACHED_ELEMENTS = 3 << 20
 
 OUTPUTS = 32
 """A multiple of this many outputs' gradients is formed at once: of others, products are slow."""
+
+TEST_EXAMPLES = 256
+"""That a training set is taken to be scored against at once, where its gradients are turned or not."""
 
 COVARIANCE_COLUMNS = 256
 """Of a covariance, summed at once on a processor, which thus leaves out most of the upper triangle."""
@@ -187,6 +192,20 @@ def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[Piece]:
         yield Piece(row, 0, turned_gradients(layer.of_examples(row, row + rows), basis))
 
 
+def gradients_in_pieces(layer: CapturedLayer, dtype: torch.dtype) -> Iterator[Piece]:
+    """`CapturedLayer.per_sample` of a layer without groups, the parameters' columns side by side, as
+    `turned_in_pieces`.
+    """
+    g = layer.gradients.to(dtype)
+    columns = 0
+    if layer.spec.weight is not None:
+        a = layer.activations.to(dtype)
+        yield from products_in_pieces(a, g) if layer.spec.transposed else products_in_pieces(g, a)
+        columns = g.shape[2] * a.shape[2]
+    if layer.spec.bias is not None:
+        yield Piece(0, columns, g.sum(1))
+
+
 def products_in_pieces(g: Tensor, a: Tensor) -> Iterator[Piece]:
     """`Σ_s g aᵀ` of `[n, S, o]` and `[n, S, j]`, each example's as a row, in pieces that together are all.
 
@@ -223,6 +242,19 @@ def turns_tokens(S: int, o: int, j: int) -> bool:
     return S * (o * o + j * j) <= o * j * (o + j)
 
 
+def scores_by_parameter(N: int, S: float, o: int, j: int) -> bool:
+    """Whether gradients are scored by parameter: N training examples are not turned, at `2S(o² + j²)` or
+    `2oj(o + j)` each, but `TEST_EXAMPLES` turned back, at `2oj(o + j)` each.
+
+    Not for less than an eighth of what a training example costs beside: its capture, `4ojS`, its gradient,
+    `2ojS`, and `2oj` for each score.
+    """
+    back = 2 * o * j * (o + j)
+    turning = min(2 * S * (o * o + j * j), back)
+    beside = 2 * o * j * (3 * S + TEST_EXAMPLES)
+    return N * turning >= TEST_EXAMPLES * back and 8 * turning >= beside
+
+
 def _turned(V: Tensor, basis: Basis, out: Tensor | None = None) -> Tensor:
     """`Q_Gᵀ V Q_A` of `[n·k, o/k, j]`; `out`, which may be V, is memory for it."""
     if basis.groups == 1:
@@ -235,9 +267,27 @@ def _turned(V: Tensor, basis: Basis, out: Tensor | None = None) -> Tensor:
 class LayerRows:
     """Rows `[t, P_b]` of one layer, by parameter and turned into the layer's basis."""
 
-    def __init__(self, layer: LayerSpec, basis: Basis) -> None:
+    def __init__(self, layer: LayerSpec, basis: Basis, by_parameter: bool = False) -> None:
+        """`by_parameter`: how they are scored; with groups always turned."""
         self.layer = layer
         self.basis = basis
+        self.by_parameter = by_parameter and basis.groups == 1
+
+    def right(self, captured: CapturedLayer) -> Iterator[Piece]:
+        """Gradients as they are scored, piece by piece."""
+        if self.by_parameter:
+            return gradients_in_pieces(captured, self.basis.inputs.dtype)
+        return turned_in_pieces(captured, self.basis)
+
+    def scored(self, rows: Tensor) -> Tensor:
+        """Turned rows as they are scored."""
+        return self.turned_back(rows) if self.by_parameter else rows
+
+    def score_in_place(self, rows: Tensor) -> None:
+        """The same, written into the rows, with memory for a piece of them."""
+        if self.by_parameter:
+            for piece in rows.split(max(1, PRODUCT_ELEMENTS // rows.shape[1])):
+                piece.copy_(self.turned_back(piece))
 
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""

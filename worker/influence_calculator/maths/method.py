@@ -2,10 +2,11 @@
 
 Every method is a pair of representations: `left` of a test chunk and `right` of a training chunk,
 and a score `[t, n]` of the two. Both stand in coordinates that the method chooses: the parameters
-themselves, or a basis in which it costs less. Influence factors, which the public API shows, are a left
-representation by parameter. Fitting is a sequence of passes over the training data, each a
-map-reduce over contiguous ranges whose partial results are SUMS, so that any driver (a loop, Dask, a
-resumable job) may run it and gets the same bits for the same ranges.
+themselves, or a basis in which it costs less. It may solve in others than it scores in: `scored` leads
+from the ones to the others. Influence factors, which the public API shows, are a left representation by
+parameter. Fitting is a sequence of passes over the training data, each a map-reduce over contiguous
+ranges whose partial results are SUMS, so that any driver (a loop, Dask, a resumable job) may run it and
+gets the same bits for the same ranges.
 
 Shapes: t test examples, n training examples of a batch, P_b parameters of block b.
 """
@@ -191,24 +192,28 @@ class Fitted(ABC):
     @abstractmethod
     def gradients(self, objective: Objective, batch: Batch) -> Left:
         """Per-example gradients of `objective` (the method's own, or another loss on the same model), in
-        the coordinates of `right`.
+        the coordinates that it solves in.
         """
 
     @abstractmethod
     def solve(self, gradients: Left) -> Solved:
         """The left representation of test gradients: `(H + λI)^-1 g` in the method's approximation and
-        coordinates.
+        in the same coordinates.
         """
+
+    def scored(self, left: Left) -> Left:
+        """What `solve` answered in the coordinates of `right`, for the blocks given."""
+        return left
 
     @abstractmethod
     def factors(self, left: Left) -> Left:
-        """Influence factors by parameter of a left representation, for the blocks given."""
+        """Influence factors by parameter of what `solve` answered, for the blocks given."""
 
     @abstractmethod
     def left(self, factors: Left) -> Left:
         """The left representation of influence factors: the inverse of `factors`.
 
-        Both return what they were given where the method's coordinates are the parameters.
+        Both return what they were given where the method solves in the parameters themselves.
         """
 
     @abstractmethod
@@ -218,7 +223,9 @@ class Fitted(ABC):
         """
 
     def score(self, left: Left, batch: Batch) -> Tensor:
-        """`left · right(batch)ᵀ`, `[t, n]`, on the device of `left`; float32 at least, whatever is stored."""
+        """`left · right(batch)ᵀ`, `[t, n]`, of what `scored` returned, on its device; float32 at least,
+        whatever is stored.
+        """
         rows = next(iter(left.values()))
         # A training example's scores side by side: products with the longer side of few rows are slow.
         scores = rows.new_zeros(batch_size(batch), rows.shape[0], dtype=score_dtype(rows)).T
@@ -239,12 +246,14 @@ class CompactFitted(Fitted, ABC):
     @abstractmethod
     def compact(self, objective: Objective, batch: Batch) -> Compact | None:
         """The left representation of a test batch as compact rows; of examples that have none, whole,
-        `[t, P]`, flattened by the layout; None: this model has neither.
+        `[t, P]`, as it is scored, flattened by the layout; None: this model has neither.
         """
 
     @abstractmethod
     def expanded(self, rows: Tensor) -> Tensor:
-        """The left representation `[t, P]`, flattened by the layout, of compact rows `[t, K]`."""
+        """The left representation `[t, P]`, as it is scored, flattened by the layout, of compact rows
+        `[t, K]`.
+        """
 
 
 class PassesFitted(Fitted, ABC):

@@ -17,7 +17,7 @@ from influence_calculator.maths.objective import Batch, IndexedBatch, batch_size
 
 
 def influences(fitted: Fitted, left: Left, batch: Batch, micro_batch: int) -> Tensor:
-    """Up-weighting: `z_test · g_train`, `[t, n]`; `left` as the method's `solve` answers.
+    """Up-weighting: `z_test · g_train`, `[t, n]`; `left` as the method's `scored` returns it.
 
     Positive means that the training example helps: removing it raises the test loss by about
     score / N. Neither negated nor divided by N.
@@ -49,7 +49,7 @@ def influences_by_block(fitted: Fitted, left: Left, batch: Batch, micro_batch: i
 def influences_from_gradients(left: Left, gradients: Left) -> Tensor:
     """The same as `influences`, `[t, n]`, from training gradients that are there already, on any device.
 
-    They are what the method's `gradients` answers for its own objective.
+    They are what the method's `gradients` answers for its own objective, `left` what its `solve` does.
     """
     rows = next(iter(left.values()))
     n = next(iter(gradients.values())).shape[0]

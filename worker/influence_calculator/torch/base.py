@@ -287,11 +287,11 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return replace(solved, left=self._require_fitted().factors(solved.left))
 
     def _solved(self, x: Tensor, y: Tensor) -> Solved:
-        """The left representation, in the coordinates of the method."""
+        """The left representation, in the coordinates that the method solves in."""
         return self._noted(self._require_fitted().solve(self._gradients(x, y)))
 
     def _gradients(self, x: Tensor, y: Tensor) -> Left:
-        """Of each example by block, in the coordinates of the method."""
+        """Of each example by block, in the coordinates that the method solves in."""
         fitted, batch = self._require_fitted(), self._batch(x, y)
         if batch_size(batch) > 0:
             return fitted.gradients(self.objective, batch)
@@ -316,11 +316,11 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             if compact is not None:
                 self._noted(Solved({}, compact.report))
                 return compact.rows
-        return fitted.layout.flatten_left(self._solved(x, y).left)
+        return fitted.layout.flatten_left(fitted.scored(self._solved(x, y).left))
 
     @denormals_flushed()
     def expanded(self, left: Tensor) -> Tensor:
-        """The left representation of what `left` returned: `[t, P]`, or in the coordinates of the method.
+        """What is scored of what `left` returned: `[t, P]`, or in the coordinates of the method.
 
         Raises:
             NotFittedException: `fit` has not run.
@@ -345,7 +345,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         for start in range(0, len(factors), at_once):
             rows = slice(start, start + at_once)
             given = fitted.layout.split(factors[rows])
-            turned = fitted.left(given)
+            turned = fitted.scored(fitted.left(given))
             if turned is given:
                 return factors
             flat = fitted.layout.flatten_left(turned)
@@ -430,7 +430,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     @denormals_flushed()
     def _scores(self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
-        """Influences of `rows`: a left representation in mode Up, factors in mode Perturbation."""
+        """Influences of `rows`: a left representation as it is scored in mode Up, factors in mode
+        Perturbation.
+        """
         fitted = self._require_fitted()
         if mode is InfluenceMode.Up:
             return region.influences(fitted, rows, batch, self._scored_at_once(batch))
@@ -439,15 +441,18 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     @denormals_flushed()
     def _scored(self, factors: Left, mode: InfluenceMode) -> Left:
         """What `_scores` takes in place of factors."""
-        return self._require_fitted().left(factors) if mode is InfluenceMode.Up else factors
+        fitted = self._require_fitted()
+        return fitted.scored(fitted.left(factors)) if mode is InfluenceMode.Up else factors
 
     @denormals_flushed()
     def _sides(
         self, x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None, mode: InfluenceMode
     ) -> tuple[Left, tuple[Tensor, Tensor]]:
         """What `_scores` takes: of the test examples, and the training batch (the test examples without)."""
-        solve = self._solved if mode is InfluenceMode.Up else self.solve
-        rows = solve(x_test, y_test).left
+        if mode is InfluenceMode.Up:
+            rows = self._require_fitted().scored(self._solved(x_test, y_test).left)
+        else:
+            rows = self.solve(x_test, y_test).left
         return rows, self._batch(x_test, y_test) if x is None or y is None else self._batch(x, y)
 
     def _batch(self, x: Any, y: Any) -> tuple[Any, Any]:

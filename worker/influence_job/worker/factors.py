@@ -35,11 +35,11 @@ class Basis(StrEnum):
     PARAMETERS = "parameters"
     """Influence factors by parameter."""
     METHOD = "method"
-    """The method's left representation: factors in the basis in which it scores."""
+    """The method's left representation: factors in the basis in which it solves."""
 
 
 def stored_basis(spec: InfluenceJobSpec) -> Basis:
-    """A job that only needs factors to score them stores them as they are scored."""
+    """A job that only needs factors to score them stores them as they are solved."""
     scores = spec.operation in (
         Operation.INFLUENCES,
         Operation.INFLUENCES_BY_BLOCK,
@@ -71,7 +71,7 @@ def compute_factors(context: WorkerContext, ended: str | None, index: int) -> Ou
 
 def differentiated(own: Session, index: int, *, annotated: bool = False) -> tuple[Left, str]:
     """Gradients of the examples of a chunk (of training examples where the operation is of them alone), in
-    the coordinates in which the method scores, and the digest of what was read.
+    the coordinates in which the method solves, and the digest of what was read.
 
     `annotated`: stores the examples' coordinates too.
 
@@ -107,8 +107,9 @@ def solve(own: Session, gradients: Left, ended: str | None) -> Solved:
 
 
 def load_group(own: Session, group: int) -> Left:
-    """One group of test chunks from the store onto the device: its left representation; in mode
-    Perturbation and for InfluencesByToken its factors by parameter.
+    """One group of test chunks from the store onto the device: its left representation as it is scored, or,
+    where gradients are stored, as those are; in mode Perturbation and for InfluencesByToken its factors by
+    parameter.
     """
     start, stop = own.plan.group_range(group)
     loaded: Left = {}
@@ -121,16 +122,21 @@ def load_group(own: Session, group: int) -> Left:
 
 
 def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
-    """A block's rows on the device, in the basis that the mode takes; turned a test chunk at a time."""
+    """A block's rows on the device, in the basis that the mode takes; a test chunk at a time, in place."""
     by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
     wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
-    if basis is wanted:
-        return rows.to(own.device, own.resident_dtype)
-    turn = own.fitted.left if wanted is Basis.METHOD else own.fitted.factors
-    resident = torch.empty(rows.shape, dtype=own.resident_dtype, device=own.device)
-    for into, piece in zip(resident.split(own.plan.test_chunk), rows.split(own.plan.test_chunk), strict=True):
-        into.copy_(turn({block: piece.to(own.device)})[block])
-    return resident
+    turns = []
+    if basis is not wanted:
+        turns.append(own.fitted.left if wanted is Basis.METHOD else own.fitted.factors)
+    if not by_parameter and own.spec.operation.reads_training:
+        turns.append(own.fitted.scored)
+    for piece in rows.split(own.plan.test_chunk):
+        given = turned = {block: piece.to(own.device)}
+        for turn in turns:
+            turned = turn(turned)
+        if turned[block] is not given[block]:
+            piece.copy_(turned[block])
+    return rows.to(own.device, own.resident_dtype)
 
 
 def read_rows(own: Session, store: Store, path: str, start: int, stop: int, width: int) -> Tensor:
