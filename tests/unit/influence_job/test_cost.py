@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import positions_task
 from counted_products import CountedProducts
 from influence_calculator.maths import region
 from influence_calculator.maths.capture import measure
@@ -69,3 +70,19 @@ def test_the_cost_of_embeddings_is_that_of_the_products_that_are_done() -> None:
 
 def test_words_that_no_text_holds_cost_nothing() -> None:
     assert _job(50_000).gflop() == _job(5000).gflop()
+
+
+def test_a_layer_that_is_scored_by_parameter_is_not_turned() -> None:
+    """A first layer passes no gradient on, which a plan leaves out of account; turning would be as much again."""
+    task = positions_task.task()
+    objective = xy_objective(task.model, F.cross_entropy)
+    train, test = task.train.read(0, positions_task.TRAIN), task.test.read(0, positions_task.TEST)
+    blocks = dict(METHOD.layout(objective).widths)
+    sizes = Sizes(test=len(test[1]), train=len(train[1]), shapes=measure(objective, train), blocks=blocks)
+    given = spec(method={"name": "Ekfac", "regularization": 0.1}, chunks={"test": TEST, "train": TRAIN})
+    plan = make_plan(given, METHOD, sizes)
+    fitted = METHOD.fitted(objective, fit(METHOD, objective, TrainingSet(train, TRAIN)), None)
+    left = fitted.scored(fitted.solve(fitted.gradients(objective, test)).left)
+    with CountedProducts() as scoring:
+        region.influences(fitted, left, train, plan.micro_batch)
+    assert cost.gflop(given, sizes, plan)["Scores"] == pytest.approx(scoring.flop / 1e9, rel=0.5)

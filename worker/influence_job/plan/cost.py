@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from influence_calculator.maths.ekfac_footprint import rows_scored_at_once
+from influence_calculator.maths.kronecker import scores_by_parameter
 from influence_calculator.maths.logra_footprint import block_ranks, other_ranks
 from influence_calculator.maths.nystroem_sketch import PROBE
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
@@ -69,7 +70,7 @@ def gflop(spec: InfluenceJobSpec, sizes: Sizes, plan: Plan) -> dict[str, float]:
     if plan.has_scores:
         pairs = float(plan.test) * plan.train
         differentiated = plan.groups * plan.train if plan.operation.reads_training else 0
-        training = differentiated * (capture + gradient + turn)
+        training = differentiated * (capture + gradient + turn - _unturned(spec, sizes))
         stages["Scores"] = training + 2.0 * _columns(spec, sizes, plan) * pairs
         if plan.by_token:
             stages["Scores"] = plan.groups * plan.train * capture + gradient * pairs  # Z ã of every token
@@ -218,15 +219,26 @@ def _turn_lookups(_: EkfacSpec, sizes: Sizes) -> float:
 
 
 def _turn_ekfac(spec: EkfacSpec, sizes: Sizes) -> float:
-    """Of one example, the tokens of each layer or the sum of their products, whichever is less."""
-    layers = sum(
-        min(
-            2.0 * layer.tokens * _per_group(layer, 2),
-            2.0 * layer.inputs * layer.outputs * (layer.inputs + layer.group_outputs),
-        )
-        for layer in sizes.shapes.layers
-    )
-    return layers + _turn_lookups(spec, sizes)
+    """Of one example."""
+    return sum(map(_turn_layer, sizes.shapes.layers)) + _turn_lookups(spec, sizes)
+
+
+def _turn_layer(layer: LayerShape) -> float:
+    """The tokens of an example or the sum of their products, whichever is less."""
+    tokens = 2.0 * layer.tokens * _per_group(layer, 2)
+    return min(tokens, 2.0 * layer.inputs * layer.outputs * (layer.inputs + layer.group_outputs))
+
+
+def _unturned(spec: InfluenceJobSpec, sizes: Sizes) -> float:
+    """What is not turned of one example because it is scored by parameter."""
+    if not isinstance(spec.method, EkfacSpec):
+        return 0.0
+    layers = [layer for layer in sizes.shapes.layers if layer.groups == 1]
+    return sum(_turn_layer(layer) for layer in layers if _scores_by_parameter(layer, sizes.train))
+
+
+def _scores_by_parameter(layer: LayerShape, train: int) -> bool:
+    return scores_by_parameter(train, layer.tokens, layer.outputs, layer.inputs + int(layer.bias))
 
 
 def _turn_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
