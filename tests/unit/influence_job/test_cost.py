@@ -73,7 +73,7 @@ def test_words_that_no_text_holds_cost_nothing() -> None:
 
 
 def test_a_layer_that_is_scored_by_parameter_is_not_turned() -> None:
-    """A first layer passes no gradient on, which a plan leaves out of account; turning would be as much again."""
+    """Turning would be as much again; that a first layer passes no gradient on is left out of account."""
     task = positions_task.task()
     objective = xy_objective(task.model, F.cross_entropy)
     train, test = task.train.read(0, positions_task.TRAIN), task.test.read(0, positions_task.TEST)
