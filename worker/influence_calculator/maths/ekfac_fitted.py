@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.capture import captured_layers
+from influence_calculator.maths.capture import CapturedLayer, captured_layers
 from influence_calculator.maths.embeddings import EmbeddingRows
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
+    PRODUCT_ELEMENTS,
     DiagonalSolver,
     LayerRows,
     Piece,
@@ -140,8 +141,10 @@ class EkfacFitted(CompactFitted):
                 n = layer.activations.shape[0] // layer.spec.groups
                 left = rows.basis.inputs.new_empty(n, self.layout.width)
                 self._expand(left, sides)
-            self._solve_into(left, layer.spec.name, turned_in_pieces(layer, rows.basis))
-            rows.score_in_place(self.layout.split(left)[layer.spec.name])
+            if rows.by_parameter:
+                self._solve_by_parameter(left, layer)
+            else:
+                self._solve_into(left, layer.spec.name, turned_in_pieces(layer, rows.basis))
         if left is None:
             left = torch.cat(
                 [side.flatten(1) for block in self.layout.blocks for side in sides[block]], dim=1
@@ -152,6 +155,16 @@ class EkfacFitted(CompactFitted):
             finite = torch.isfinite(left).all(dim=1)
             left[~finite] = torch.nan
         return Compact(left, direct_report(finite))
+
+    def _solve_by_parameter(self, left: Tensor, layer: CapturedLayer) -> None:
+        """Writes the columns of one layer by parameter, a few examples at a time."""
+        block = layer.spec.name
+        columns, shifted = self.layout.split(left)[block], self._solvers[block].shifted
+        at_once = max(1, PRODUCT_ELEMENTS // columns.shape[1])
+        for start in range(0, len(columns), at_once):
+            examples = slice(start, start + at_once)
+            V = turned_gradients(layer.of_examples(examples.start, examples.stop), self._layers[block].basis)
+            self._layers[block].turned_back(V.div_(shifted), out=columns[examples])
 
     def _solve_into(self, left: Tensor, block: str, pieces: Iterable[Piece]) -> None:
         """Writes the columns of one layer, piece by piece."""

@@ -41,7 +41,7 @@ OUTPUTS = 32
 TEST_EXAMPLES = 256
 """That a training set is taken to be scored against at once, where its gradients are turned or not."""
 
-COVARIANCE_COLUMNS = 256
+COVARIANCE_COLUMNS = 128
 """Of a covariance, summed at once on a processor, which thus leaves out most of the upper triangle."""
 
 
@@ -283,11 +283,6 @@ class LayerRows:
         """Turned rows as they are scored."""
         return self.turned_back(rows) if self.by_parameter else rows
 
-    def score_in_place(self, rows: Tensor) -> None:
-        """The same, written into the rows, with memory for a piece of them."""
-        if self.by_parameter:
-            for piece in rows.split(max(1, PRODUCT_ELEMENTS // rows.shape[1])):
-                piece.copy_(self.turned_back(piece))
 
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""
@@ -295,11 +290,11 @@ class LayerRows:
         V = V.view(-1, *self._group_shape)
         return _turned(V, self.basis, out=V).reshape(len(columns), -1)
 
-    def turned_back(self, rows: Tensor) -> Tensor:
+    def turned_back(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""
         back = Basis(self.basis.inputs.mT, self.basis.outputs.mT)
         V = rows.to(back.inputs.dtype).reshape(-1, *self._group_shape)
-        return layer_columns(self.layer, _turned(V, back).reshape(-1, *self.basis.matrix_shape))
+        return layer_columns(self.layer, _turned(V, back).reshape(-1, *self.basis.matrix_shape), out)
 
     @property
     def _group_shape(self) -> tuple[int, int]:
@@ -317,13 +312,15 @@ def layer_matrices(layer: LayerSpec, columns: Tensor, shape: tuple[int, int]) ->
     return torch.cat([by_output, bias.reshape(t, o, j - i)], dim=2)
 
 
-def layer_columns(layer: LayerSpec, matrices: Tensor) -> Tensor:
-    """The inverse of `layer_matrices`."""
-    i = matrices.shape[2] if layer.bias is None else matrices.shape[2] - 1
-    weight = matrices[:, :, :i].mT if layer.transposed else matrices[:, :, :i]
-    if layer.bias is None:
-        return weight.flatten(1)
-    return torch.cat([weight.flatten(1), matrices[:, :, -1]], dim=1)
+def layer_columns(layer: LayerSpec, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+    """The inverse of `layer_matrices`; `out` is `[t, P_b]`."""
+    t, o, j = matrices.shape
+    i = j if layer.bias is None else j - 1
+    columns = matrices.new_empty(t, o * j) if out is None else out
+    weight = columns[:, : o * i].unflatten(1, (i, o) if layer.transposed else (o, i))
+    weight.copy_(matrices[:, :, :i].mT if layer.transposed else matrices[:, :, :i])
+    columns[:, o * i :].unflatten(1, (o, j - i)).copy_(matrices[:, :, i:])
+    return columns
 
 
 class DiagonalSolver:
