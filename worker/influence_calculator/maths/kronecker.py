@@ -283,7 +283,6 @@ class LayerRows:
         """Turned rows as they are scored."""
         return self.turned_back(rows) if self.by_parameter else rows
 
-
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""
         V = layer_matrices(self.layer, columns.to(self.basis.inputs.dtype), self.basis.matrix_shape)

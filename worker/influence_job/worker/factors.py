@@ -23,6 +23,9 @@ from influence_job.worker.session import Session, WorkerContext, session
 
 KIND = "factors"
 
+TURNED_ELEMENTS = 1 << 24
+"""Of a group's rows, turned at once: 64 MiB in float32."""
+
 
 def factor_path(block: int) -> str:
     """The array of one block's factors, dimensions test and column."""
@@ -122,7 +125,7 @@ def load_group(own: Session, group: int) -> Left:
 
 
 def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
-    """A block's rows on the device, in the basis that the mode takes; a test chunk at a time, in place."""
+    """A block's rows on the device, in the basis that the mode takes; a few at a time are turned, in place."""
     by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
     wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
     turns = []
@@ -130,7 +133,7 @@ def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
         turns.append(own.fitted.left if wanted is Basis.METHOD else own.fitted.factors)
     if not by_parameter and own.spec.operation.reads_training:
         turns.append(own.fitted.scored)
-    for piece in rows.split(own.plan.test_chunk):
+    for piece in rows.split(max(1, TURNED_ELEMENTS // max(1, rows.shape[1]))):
         given = turned = {block: piece.to(own.device)}
         for turn in turns:
             turned = turn(turned)
