@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import adapters_task
 import language_models as lm
 from influence_calculator import DirectInfluence, EkfacInfluence, SecondOrderMode
 from influence_job.storage.arrays import OURS
-from jobs import Jobs
+from jobs import INFLUENCE, Jobs
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "jobs.md"
 TRAIN, TEST = 40, 6
@@ -134,7 +135,13 @@ def test_low_rank_adapters_in_a_frozen_model_give_the_librarys_influences(
     opened = xarray.open_zarr(path, consolidated=False)
     assert np.linalg.norm(opened["influences"] - expected) < 1e-8 * np.linalg.norm(expected)
     every = dict(adapters_task.model().named_parameters())
+    untracked = [name for name, value in every.items() if not value.requires_grad]
     assert opened.attrs[OURS]["provenance"]["leftOut"] == {
-        "untracked": [name for name, value in every.items() if not value.requires_grad],
+        "untracked": untracked,
         "excluded": [f"{adapters_task.NORM}.{name}" for name in ("weight", "bias")] if excluded else [],
     }
+    run = subprocess.run([INFLUENCE, "show", str(path)], capture_output=True, text=True, check=True)
+    shown = " ".join(run.stdout.split())
+    assert f'not tracked: {len(untracked)} of the model\'s parameters ("{untracked[0]}", ' in shown
+    names = f'("{adapters_task.NORM}.weight", "{adapters_task.NORM}.bias")'
+    assert (f"left out by the method: 2 of the model's parameters {names}" in shown) == excluded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from influence_job.cli.summary import Ranked, Summary, TestCase
 
 
-SHOWN_BLOCKS = 8
-"""Names of blocks that the headline tells; all are in the store."""
+SHOWN_NAMES = 8
+"""Names of blocks and of parameters that the headline tells; all are in the store."""
 
 
 def _json_object(_: click.Context, __: click.Parameter, text: str) -> dict[str, Any]:
@@ -159,6 +159,7 @@ def _headline(summary: Summary) -> list[str]:
         f"  {_examples(plan)}, {sum(plan['blocks'].values())} {_columns(plan)}{_stored(summary)}",
         f"  method {method['name']}"
         + (f", regularization {method['regularization']}" if "regularization" in method else ""),
+        *_left_out(record.get("provenance", {}).get("leftOut", {})),
         f"  {_made(record)}",
     ]
     if summary.solver:
@@ -197,9 +198,22 @@ def _parts(plan: dict[str, Any]) -> str:
         return f" × {plan['featureShape'][0]} tokens"
     if plan["operation"] != Operation.INFLUENCES_BY_BLOCK:
         return ""
-    names = [f'"{name}"' for name in plan["blocks"]]
-    told = names if len(names) <= SHOWN_BLOCKS else [*names[:SHOWN_BLOCKS], "…"]
-    return f" × {len(names)} blocks ({', '.join(told)})"
+    return f" × {len(plan['blocks'])} blocks ({_named(plan['blocks'])})"
+
+
+def _named(names: Collection[str]) -> str:
+    quoted = [f'"{name}"' for name in names]
+    return ", ".join(quoted if len(quoted) <= SHOWN_NAMES else [*quoted[:SHOWN_NAMES], "…"])
+
+
+def _left_out(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """The model's parameters that contribute nothing, by why."""
+    told = {"untracked": "not tracked", "excluded": "left out by the method"}
+    return [
+        f"  {words}: {len(names[why])} of the model's parameters ({_named(names[why])})"
+        for why, words in told.items()
+        if names.get(why)
+    ]
 
 
 def _stored(summary: Summary) -> str:

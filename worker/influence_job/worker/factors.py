@@ -125,7 +125,7 @@ def load_group(own: Session, group: int) -> Left:
 
 
 def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
-    """A block's rows on the device, in the basis that the mode takes; a few at a time are turned, in place."""
+    """A block's rows on the device, in the basis that the mode takes; turned in place, a few at a time."""
     by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
     wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
     turns = []
