@@ -235,7 +235,7 @@ def _with_eigenvalues(case: Case, name: str, group: int) -> tuple[DenseLayer, Te
     dense = dense_layer(model, name, *train_of(case), _pseudo_gradients(case), group)
     unit = dict(_ekfac_state(case)["covariance"][name])
     if dense_ekfac.groups_of(model.get_submodule(name)) > 1:
-        unit = {key: tensor[group] for key, tensor in unit.items()}
+        unit = {key: tensor[group] for key, tensor in unit.items() if tensor.dim() > 0}
     Q_A, Q_G = unit["input_vectors"], unit["output_vectors"]
     for Q, covariance in ((Q_A, dense.activations), (Q_G, dense.gradients)):
         rotated = Q.T @ covariance @ Q
