@@ -47,7 +47,7 @@ EXACT_STEPS = [
 STEPS_OVER_PARTS = [
     *product((LINEAR, LOGISTIC), [FISHER], (1e-1, 0.5, 1.0)),
     (LOGISTIC, FISHER, 1e-2),
-    *product([MLP], [GAUSS_NEWTON], (1e-1, 1.0)),
+    *product([MLP], [GAUSS_NEWTON], (1e-2, 1e-1, 1.0)),
 ]
 
 
