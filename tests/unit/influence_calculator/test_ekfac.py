@@ -703,6 +703,7 @@ def test_half_precision_is_summed_in_float32() -> None:
     state = fit(Ekfac(), objective, TrainingSet((x.to(torch.bfloat16), y), 4))
     tensors = [t for units in state.values() for own in units.values() for t in own.values()]
     assert {t.dtype for t in tensors if t.dim() > 0} == {torch.float32}
+    assert {t.dtype for t in tensors if t.dim() == 0} == {torch.float64}, "counts"
     fitted = Ekfac(regularization=1.0).fitted(objective, state, None)
     left = fitted.solve(fitted.gradients(objective, (x[:T].to(torch.bfloat16), y[:T]))).left
     assert all(rows.dtype == torch.float32 and rows.isfinite().all() for rows in left.values())

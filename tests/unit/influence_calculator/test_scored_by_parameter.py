@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -60,7 +61,12 @@ def test_training_gradients_stay_unturned_where_that_costs_less(
     examples: int, tokens: float, outputs: int, inputs: int, by_parameter: bool
 ) -> None:
     """Layers of a conv net, a transformer and an MLP."""
-    assert scores_by_parameter(examples, tokens, outputs, inputs) == by_parameter
+    assert scores_by_parameter(examples, tokens, outputs, inputs, 1) == by_parameter
+    assert not scores_by_parameter(examples, tokens, outputs, inputs, 2), "groups stay turned"
+
+
+def _wherever_it_can(answer: bool, *sizes: float) -> bool:
+    return answer and sizes[-1] == 1
 
 
 def _both(case: EkfacCase, monkeypatch: pytest.MonkeyPatch) -> tuple[Fitted, Fitted]:
@@ -69,7 +75,8 @@ def _both(case: EkfacCase, monkeypatch: pytest.MonkeyPatch) -> tuple[Fitted, Fit
     state = fit(method, objective, TrainingSet(case.data(N, 1), 4))
     fits = []
     for answer in (False, True):
-        monkeypatch.setattr(ekfac_passes, "scores_by_parameter", lambda *_, answer=answer: answer)
+        rule = partial(_wherever_it_can, answer)
+        monkeypatch.setattr(ekfac_passes, "scores_by_parameter", rule)
         fits.append(method.fitted(objective, state))
     return fits[0], fits[1]
 

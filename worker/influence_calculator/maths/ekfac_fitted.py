@@ -21,11 +21,11 @@ from influence_calculator.maths.embeddings import EmbeddingRows
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
-    PRODUCT_ELEMENTS,
     DiagonalSolver,
     LayerRows,
     Piece,
     products_in_pieces,
+    turned_by_rows,
     turned_gradients,
     turned_in_pieces,
     turned_tokens,
@@ -160,11 +160,9 @@ class EkfacFitted(CompactFitted):
         """Writes the columns of one layer by parameter, a few examples at a time."""
         block = layer.spec.name
         columns, shifted = self.layout.split(left)[block], self._solvers[block].shifted
-        at_once = max(1, PRODUCT_ELEMENTS // columns.shape[1])
-        for start in range(0, len(columns), at_once):
-            examples = slice(start, start + at_once)
-            V = turned_gradients(layer.of_examples(examples.start, examples.stop), self._layers[block].basis)
-            self._layers[block].turned_back(V.div_(shifted), out=columns[examples])
+        rows = self._layers[block]
+        for row, _, values in turned_by_rows(layer, rows.basis):
+            rows.turned_back(values.div_(shifted), out=columns[row : row + len(values)])
 
     def _solve_into(self, left: Tensor, block: str, pieces: Iterable[Piece]) -> None:
         """Writes the columns of one layer, piece by piece."""

@@ -185,7 +185,8 @@ def scored_by_parameter(objective: Objective, layer: LayerSpec, state: FitState)
     tokens, examples = (
         float(fitted_tensor(state, COVARIANCE, layer.name, name, ())) for name in ("tokens", "examples")
     )
-    return scores_by_parameter(int(examples), tokens / examples, *matrix_shape(objective, layer))
+    o, j = matrix_shape(objective, layer)
+    return scores_by_parameter(int(examples), tokens / examples, o, j, layer.groups)
 
 
 def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:

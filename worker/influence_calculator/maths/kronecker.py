@@ -182,11 +182,16 @@ class Piece(NamedTuple):
 
 def turned_in_pieces(layer: CapturedLayer, basis: Basis) -> Iterator[Piece]:
     """`turned_gradients` in pieces that together are all of them, with memory for one."""
-    n, S = layer.gradients.shape[0] // basis.groups, layer.activations.shape[1]
-    o, j = basis.matrix_shape
-    if basis.groups == 1 and turns_tokens(S, o, j):
+    if basis.groups == 1 and turns_tokens(layer.activations.shape[1], *basis.matrix_shape):
         yield from products_in_pieces(*turned_tokens(layer, basis))
         return
+    yield from turned_by_rows(layer, basis)
+
+
+def turned_by_rows(layer: CapturedLayer, basis: Basis) -> Iterator[Piece]:
+    """The same with all columns of the examples of each piece."""
+    n = layer.gradients.shape[0] // basis.groups
+    o, j = basis.matrix_shape
     rows = max(1, PRODUCT_ELEMENTS // (o * j))
     for row in range(0, n, rows):
         yield Piece(row, 0, turned_gradients(layer.of_examples(row, row + rows), basis))
@@ -242,17 +247,17 @@ def turns_tokens(S: int, o: int, j: int) -> bool:
     return S * (o * o + j * j) <= o * j * (o + j)
 
 
-def scores_by_parameter(N: int, S: float, o: int, j: int) -> bool:
+def scores_by_parameter(N: int, S: float, o: int, j: int, k: int) -> bool:
     """Whether gradients are scored by parameter: N training examples are not turned, at `2S(o² + j²)` or
     `2oj(o + j)` each, but `TEST_EXAMPLES` turned back, at `2oj(o + j)` each.
 
     Not for less than an eighth of what a training example costs beside: its capture, `4ojS`, its gradient,
-    `2ojS`, and `2oj` for each score.
+    `2ojS`, and `2oj` for each score. Nor if there are several groups, k: those are turned for little.
     """
     back = 2 * o * j * (o + j)
     turning = min(2 * S * (o * o + j * j), back)
     beside = 2 * o * j * (3 * S + TEST_EXAMPLES)
-    return N * turning >= TEST_EXAMPLES * back and 8 * turning >= beside
+    return k == 1 and N * turning >= TEST_EXAMPLES * back and 8 * turning >= beside
 
 
 def _turned(V: Tensor, basis: Basis, out: Tensor | None = None) -> Tensor:
@@ -268,10 +273,10 @@ class LayerRows:
     """Rows `[t, P_b]` of one layer, by parameter and turned into the layer's basis."""
 
     def __init__(self, layer: LayerSpec, basis: Basis, by_parameter: bool = False) -> None:
-        """`by_parameter`: how they are scored; with groups always turned."""
+        """`by_parameter`: how they are scored; without groups only."""
         self.layer = layer
         self.basis = basis
-        self.by_parameter = by_parameter and basis.groups == 1
+        self.by_parameter = by_parameter
 
     def right(self, captured: CapturedLayer) -> Iterator[Piece]:
         """Gradients as they are scored, piece by piece."""

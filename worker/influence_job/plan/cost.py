@@ -233,12 +233,12 @@ def _unturned(spec: InfluenceJobSpec, sizes: Sizes) -> float:
     """What is not turned of one example because it is scored by parameter."""
     if not isinstance(spec.method, EkfacSpec):
         return 0.0
-    layers = [layer for layer in sizes.shapes.layers if layer.groups == 1]
-    return sum(_turn_layer(layer) for layer in layers if _scores_by_parameter(layer, sizes.train))
+    return sum(_turn_layer(layer) for layer in sizes.shapes.layers if _is_unturned(layer, sizes.train))
 
 
-def _scores_by_parameter(layer: LayerShape, train: int) -> bool:
-    return scores_by_parameter(train, layer.tokens, layer.outputs, layer.inputs + int(layer.bias))
+def _is_unturned(layer: LayerShape, train: int) -> bool:
+    j = layer.inputs + int(layer.bias)
+    return scores_by_parameter(train, layer.tokens, layer.outputs, j, layer.groups)
 
 
 def _turn_arnoldi(spec: ArnoldiSpec, sizes: Sizes) -> float:
