@@ -8,11 +8,8 @@ Run as a script: the largest resident size since a mark can be read once the mar
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +19,12 @@ from influence_calculator.maths.capture import measure
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.method import fit
 from influence_calculator.maths.objective import xy_objective
+from peak_memory import mark, since
 from training_sets import TrainingSet
 
 MICRO_BATCH, ROWS = 128, 32
 IMAGES = (3, 64, 64)
 WORDS, WIDTH, TOKENS = 20_000, 256, 448
-
-
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def _mark() -> int:
-    """Forgets the largest size so far; returns the size now, with freed memory given back."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
-
-
-def _since(mark: int) -> int:
-    return _resident("VmHWM") - mark
 
 
 def _warm_up(method: Ekfac) -> None:
@@ -82,17 +63,17 @@ def main() -> None:
     _warm_up(method)
     shapes = measure(objective, (x, y))
     planned = method.footprint(shapes, MICRO_BATCH, ROWS)
-    mark = _mark()
+    before = mark()
     state = fit(method, objective, TrainingSet((x, y), MICRO_BATCH))
-    result = {"fit": [_since(mark), planned.fit]}
+    result = {"fit": [since(before), planned.fit]}
     fitted = method.fitted(objective, state, None)
-    mark = _mark()
+    before = mark()
     left = fitted.solve(fitted.gradients(objective, (x[:ROWS], y[:ROWS]))).left
     fitted.factors(left)
-    result["factors"] = [_since(mark), method.footprint(shapes, ROWS, ROWS).factors]
-    mark = _mark()
+    result["factors"] = [since(before), max(planned.factors, planned.by_parameter)]
+    before = mark()
     fitted.score(left, (x, y))
-    result["capture"] = [_since(mark), planned.capture]
+    result["capture"] = [since(before), planned.capture]
     print(json.dumps(result))
 
 

@@ -1,14 +1,13 @@
 """One stage of one method in a process of its own: prints its predicted and its measured bytes.
 
-`python measured_memory.py METHOD SECOND_ORDER HIDDEN EXAMPLES MICRO_BATCH ROWS STAGE`
+`python measured_memory.py METHOD SECOND_ORDER HIDDEN EXAMPLES MICRO_BATCH ROWS STAGE DEVICE`: on a GPU what
+torch allocates there, on a processor what the process has resident.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from influence_calculator.maths.capture import measure
 from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.direct import Direct
+from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.inverse_harmonic_mean import InverseHarmonicMean
 from influence_calculator.maths.layout import Left
@@ -27,37 +27,41 @@ from influence_calculator.maths.lissa import Lissa
 from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import Fitted, Method, PassesFitted, fit
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
-from influence_calculator.maths.objective import Objective, xy_objective
+from influence_calculator.maths.objective import Batch, Objective, batch_size, xy_objective
 from influence_calculator.maths.trak import Trak
+from peak_memory import mark, since
 from training_sets import TrainingSet
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _objective(inputs: int, hidden: int) -> Objective:
+def _objective(inputs: int, hidden: int, device: torch.device) -> Objective:
     model = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 10))
-    return xy_objective(model, F.cross_entropy)
+    return xy_objective(model.to(device), F.cross_entropy)
 
 
-def _run(method: Method, objective: Objective, data: TrainingSet, rows: int, stage: str) -> None:
-    x, y = data.whole
+def _data(count: int, inputs: int, device: torch.device) -> Batch:
+    return torch.randn(count, inputs, device=device), torch.randint(0, 10, (count,), device=device)
+
+
+def _run(method: Method, objective: Objective, data: TrainingSet, tests: Batch, stage: str) -> None:
+    """The stage; what was used before it and is free again is forgotten."""
     state = fit(method, objective, data)
     if stage == "fit":
         return
+    mark(objective.device)
     fitted = method.fitted(objective, state, data)
-    pieces = TrainingSet((x[:rows], y[:rows]), data.size)
-    found = [fitted.gradients(objective, piece.batch) for piece in pieces.batches()]
-    left = {block: torch.cat([piece.pop(block) for piece in found]) for block in fitted.layout.blocks}
-    del found
     if stage == "capture":
+        rows, widths = batch_size(tests), fitted.layout.factor_widths
+        left = {block: torch.ones(rows, width, device=objective.device) for block, width in widths.items()}
         region.influences(fitted, left, data.whole, data.size)
-    elif method.solves_by_passes:
+        return
+    pieces = (indexed.batch for indexed in TrainingSet(tests, data.size).batches())
+    found = [fitted.gradients(objective, batch) for batch in pieces]
+    if len(found) == 1:
+        left = found.pop()
+    else:
+        left = {block: torch.cat([piece.pop(block) for piece in found]) for block in fitted.layout.blocks}
+    del found
+    if method.solves_by_passes:
         _solve_by_passes(fitted, left, objective, data)
     else:
         fitted.solve(left)
@@ -79,7 +83,8 @@ def _solve_by_passes(fitted: Fitted, left: Left, objective: Objective, data: Tra
 
 def main() -> None:
     torch.set_num_threads(1)
-    name, mode, *sizes, stage = sys.argv[1:]
+    name, mode, *sizes, stage, where = sys.argv[1:]
+    device = torch.device(where)
     hidden, examples, micro_batch, rows = map(int, sizes)
     second_order = SecondOrderMode(mode)
     methods: dict[str, Method] = {
@@ -92,6 +97,7 @@ def main() -> None:
         "lissa in parts": Lissa(0.1, maxiter=2, second_order=second_order, batch_size=micro_batch),
         "inverse harmonic mean": InverseHarmonicMean(0.1),
         "grad-dot": GradDot(),
+        "ekfac": Ekfac(0.1),
         "trak": Trak(0.1, 64),
         "logra": Logra(0.1, 16).narrow(),
         "logra of high rank": Logra(0.1, 80).narrow(),
@@ -99,20 +105,20 @@ def main() -> None:
     }
     method = methods[name]
     # What torch loads and allocates once for all, whatever the model's size.
-    tiny = TrainingSet((torch.randn(4, 3), torch.zeros(4, dtype=torch.long)), 2)
+    tiny = _data(4, 3, device)
     for each in ("factors", "capture"):
-        _run(method, _objective(3, 4), tiny, 2, each)
-    objective = _objective(hidden, hidden)
-    whole = (torch.randn(examples, hidden), torch.randint(0, 10, (examples,)))
+        _run(method, _objective(3, 4, device), TrainingSet(tiny, 2), tiny, each)
+    objective = _objective(hidden, hidden, device)
+    whole, tests = _data(examples, hidden, device), _data(rows, hidden, device)
     footprint = method.footprint(measure(objective, whole), micro_batch, rows)
     # The plan counts the largest training set that iterating methods keep in memory; this one is smaller.
     kept = whole[0].nbytes
     if name == "inverse harmonic mean":
         kept += examples * footprint.factor_row
     unused = max(0, footprint.resident - kept) if method.needs_data else 0
-    before = _resident()
-    _run(method, objective, TrainingSet(whole, micro_batch), rows, stage)
-    seen = max(0, _peak() - before)
+    before = mark(device)
+    _run(method, objective, TrainingSet(whole, micro_batch), tests, stage)
+    seen = max(0, since(before, device))
     print(
         json.dumps(
             {

@@ -44,7 +44,7 @@ def _measured(*arguments: object) -> dict[str, int]:
 def test_a_footprint_is_what_the_stage_takes(
     method: str, mode: str, hidden: int, examples: int, micro_batch: int, rows: int, stage: str
 ) -> None:
-    seen = _measured(method, mode, hidden, examples, micro_batch, rows, stage)
+    seen = _measured(method, mode, hidden, examples, micro_batch, rows, stage, "cpu")
     planned = seen[stage]
     if stage == "capture":
         planned += rows * seen["factor_row"]

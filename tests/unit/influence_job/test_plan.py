@@ -466,9 +466,16 @@ def test_gradients_are_one_array_per_block_of_chunks_that_can_be_read_again() ->
     assert (plan.result_dims, plan.result_shape) == (("train", "column"), (5000, 1000))
     assert (plan.result_bytes, plan.training_passes) == (5000 * 1000 * 4, 3)
     assert list(plan.memory) == ["Loading", "Fitting", "Gradients"]
-    # The model; the gradients of a chunk and all of them once more; what is read, and what is written.
-    rows = 256 * 4000
-    assert plan.memory["Gradients"].device == 4000 + 2 * rows
+    # The model, the gradients of a chunk and what it is differentiated with; where that takes several
+    # micro-batches, the gradients once more.
+    rows, capture = 256 * 4000, Linear().footprint(sizes().shapes, 256, 1).capture
+    assert plan.memory["Gradients"].device == 4000 + rows + capture
+    chunks = {"train": 2048}
+    longer = make_plan(
+        spec(operation="TrainingGradients", device="cuda", chunks=chunks), Linear(), sizes(5000, 5000)
+    )
+    assert longer.micro_batch < 2048
+    assert longer.memory["Gradients"].device == 4000 + 2 * 2048 * 4000
     wide = sizes(5000, 5000, parameters=4 * MIB, blocks={"": 4 * MIB})
     assert make_plan(spec(operation="TrainingGradients", device="cuda"), Linear(), wide).train_chunk == 4
     with pytest.raises(PermanentError, match=r"5000 × 1000 of float32 .* Trak or Logra with a smaller rank"):

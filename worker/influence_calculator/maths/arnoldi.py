@@ -23,7 +23,12 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
-from influence_calculator.maths.footprints import block_widths, capture_bytes, collect_bytes, row_bytes
+from influence_calculator.maths.footprints import (
+    block_widths,
+    capture_bytes,
+    joined_bytes,
+    row_bytes,
+)
 from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted
 from influence_calculator.maths.krylov import MOST_RESTARTS, Eigenpairs, Krylov
 from influence_calculator.maths.krylov_passes import (
@@ -132,15 +137,15 @@ class Arnoldi(Method):
         row = row_bytes(shapes, sum(widths))
         vectors = sum(min(self.rank, width) * row_bytes(shapes, width) for width in widths)
         narrow = row_bytes(shapes, sum(min(self.rank, width) for width in widths))
-        factor_row, capture = row, capture_bytes(shapes, micro_batch)
-        collect = collect_bytes(shapes, micro_batch, sum(widths))
-        if self.in_eigenspace:
-            factor_row, capture = narrow, capture + micro_batch * narrow
-            collect = capture
+        factor_row, beside = (narrow, narrow) if self.in_eigenspace else (row, 0)
+        capture, of_rows = (
+            capture_bytes(shapes, n) + n * beside for n in (micro_batch, min(micro_batch, rows))
+        )
         return Footprint(
             fit=krylov_fit_bytes(self._series()[0], shapes, micro_batch),
-            # Gradients, and beside them the factors of all blocks and one block's on the way.
-            factors=vectors + 3 * rows * factor_row + collect,
+            # The gradients, and beside them the factors.
+            factors=vectors
+            + max(joined_bytes(rows * factor_row, of_rows, rows > micro_batch), 2 * rows * factor_row),
             capture=capture,
             factor_row=factor_row,
             resident=vectors,

@@ -32,6 +32,7 @@ from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
     collect_bytes,
+    gathered_bytes,
     row_bytes,
     workspace,
 )
@@ -141,15 +142,15 @@ class Cg(Method):
         kept = self.preconditioner.rows_kept * row if self.preconditioner is not None else 0
         # b, x, r, d, what is multiplied and the sum of products are alive beside a batch's product;
         # afterwards z and two temporaries of the updates. Gradients and factors of all rows are outside.
-        factors = KEPT_BYTES + max(product + 6 * block, 9 * block) + 2 * rows * row
+        gathered = gathered_bytes(shapes, micro_batch, rows, sum(widths))
+        factors = KEPT_BYTES + max(gathered, max(product + 6 * block, 9 * block) + 2 * rows * row)
         state = 0
         if self.solves_by_passes:
             # What the pass before left of all blocks; beside it the sums of a range and a batch's product, or
             # of one block the sums over all ranges, what this pass leaves and temporaries of the updates.
             state = STATE_ROWS * rows * row
             finishing = (2 + STATE_ROWS + 4) * block
-            gradients = 2 * rows * row + collect_bytes(shapes, micro_batch, sum(widths))
-            factors = kept + state + max(gradients, rows * row + product + block, finishing)
+            factors = kept + state + max(gathered, rows * row + product + block, finishing)
         return Footprint(
             fit=product + 3 * row if self.passes() else 0,
             factors=factors,

@@ -25,10 +25,12 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import MatrixPass
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError, SingularCurvatureError
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
     collect_bytes,
+    gathered_bytes,
     row_bytes,
     workspace,
 )
@@ -83,9 +85,10 @@ class Direct(Method):
         return Footprint(
             # The sums of all blocks, and either one batch's gradients or the directions at once.
             fit=matrices + max(collect, workspace(shapes, micro_batch)),
-            # All matrices and their factors (the solver copies H + λI once more while it factorizes),
-            # gradients, factors and the transposed copy that the triangular solve makes.
-            factors=2 * matrices + largest + 3 * rows * row + collect,
+            # All matrices and their factors, and of: H + λI once more while it is factorized; gradients;
+            # those, factors and the transposed copy that the triangular solve makes.
+            factors=2 * matrices
+            + max(largest, gathered_bytes(shapes, micro_batch, rows, sum(widths)), 3 * rows * row),
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
             resident=2 * matrices,
@@ -111,7 +114,7 @@ class DenseSolver:
             if int(failed) == 0:
                 return
         factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
-        if int(singular) != 0 or not torch.isfinite(factor).all():
+        if int(singular) != 0 or not finite_rows(factor).all():
             raise _no_inverse(block, matrix, λ)
         self._lu = (factor, pivots)
         self._cholesky = factor
@@ -126,7 +129,7 @@ class DenseSolver:
 
 
 def _no_inverse(block: str, matrix: Tensor, λ: float) -> CalculatorError:
-    if not torch.isfinite(matrix).all():
+    if not finite_rows(matrix).all():
         return NotFiniteError(
             f"block {block!r}: expected a finite curvature matrix, got NaN or infinity; "
             "a training example has a loss or gradient that is not finite"

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from influence_calculator.maths.capture import CapturedLayer, captured_layers
 from influence_calculator.maths.embeddings import EmbeddingRows
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
@@ -149,11 +150,8 @@ class EkfacFitted(CompactFitted):
             left = torch.cat(
                 [side.flatten(1) for block in self.layout.blocks for side in sides[block]], dim=1
             )
-        # A sum is finite only if all of its terms are, and costs a fraction of looking at each.
-        finite = torch.isfinite(left.sum(dim=1))
-        if not finite.all():
-            finite = torch.isfinite(left).all(dim=1)
-            left[~finite] = torch.nan
+        finite = finite_rows(left)
+        left[~finite] = torch.nan
         return Compact(left, direct_report(finite))
 
     def _solve_by_parameter(self, left: Tensor, layer: CapturedLayer) -> None:

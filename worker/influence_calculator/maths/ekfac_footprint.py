@@ -43,14 +43,15 @@ def ekfac_footprint(
     covariance += item * others
     correction = eigenvalues + max(graph + drawing + forming, looked_up)
     capture = max(graph + by_functions + forming, looked_up)
-    whole = max(graph + by_functions + _per_sample(shapes, micro_batch), looked_up)
+    whole = _gradients(shapes, min(micro_batch, rows), others)
     return Footprint(
         # Both passes hold one of: the covariances' sums, the bases.
         fit=bases + max(covariance, _eigen(shapes, bases), correction if update_diagonal else 0),
-        # While rows are differentiated their gradients; then those and the left representation; then, in
-        # place of the gradients, factors by parameter, and of one layer the matrix and a turned copy (an
-        # embedding's rows are turned as they are).
-        factors=bases + eigenvalues + rows * row + max(whole, rows * (row + 2 * largest_layer)),
+        # While rows are differentiated their gradients; then those and the left representation.
+        factors=bases + eigenvalues + rows * row + max(whole, rows * row),
+        # Then, in place of the gradients, factors by parameter, and of one layer the matrix and a turned copy
+        # (an embedding's rows are turned as they are).
+        by_parameter=bases + eigenvalues + rows * (2 * row + 2 * largest_layer),
         capture=capture,
         factor_row=row,
         resident=bases + eigenvalues,
@@ -110,6 +111,12 @@ def _graph(shapes: ModelShapes, micro_batch: int) -> int:
     output_gradients = shapes.itemsize * sum(layer.tokens * layer.outputs for layer in shapes.layers)
     example = shapes.example_bytes + 2 * shapes.activation_bytes + output_gradients
     return micro_batch * example
+
+
+def _gradients(shapes: ModelShapes, micro_batch: int, others: int) -> int:
+    """Of all layers at once, while the last of them are formed."""
+    graph, by_functions = _graph(shapes, micro_batch), 2 * max(4, shapes.itemsize) * micro_batch * others
+    return by_functions + max(graph + _per_sample(shapes, micro_batch), _lookups(shapes, micro_batch, graph))
 
 
 def _per_sample(shapes: ModelShapes, micro_batch: int) -> int:

@@ -45,6 +45,21 @@ def collect_bytes(shapes: ModelShapes, micro_batch: int, width: int) -> int:
     return capture_bytes(shapes, micro_batch) + micro_batch * row_bytes(shapes, width)
 
 
+def gathered_bytes(shapes: ModelShapes, micro_batch: int, rows: int, width: int) -> int:
+    """Gradients `[rows, P]` of examples that are differentiated one micro-batch after another.
+
+    Beside them the last micro-batch, or where there are several all of them once more, joined.
+    """
+    return joined_bytes(
+        rows * row_bytes(shapes, width), capture_bytes(shapes, min(micro_batch, rows)), rows > micro_batch
+    )
+
+
+def joined_bytes(gradients: int, capture: int, several: bool) -> int:
+    """The same of what a method takes in place of gradients, and of what it differentiates them with."""
+    return gradients + max(gradients if several else 0, capture)
+
+
 def graph_bytes(shapes: ModelShapes) -> int:
     """Of one example: itself, its activations and their gradients."""
     return 2 * shapes.activation_bytes + shapes.example_bytes

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.blocks import BlockMode, block_layout
-from influence_calculator.maths.footprints import capture_bytes, row_bytes
+from influence_calculator.maths.footprints import capture_bytes, gathered_bytes, row_bytes
 from influence_calculator.maths.gradient_methods import BlockwiseFitted
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
@@ -43,8 +43,8 @@ class GradDot(Method):
         row, capture = row_bytes(shapes, shapes.width), capture_bytes(shapes, micro_batch)
         return Footprint(
             fit=0,
-            # The gradients, and beside them the last micro-batch or all of them once more, joined.
-            factors=rows * row + max(rows * row, capture),
+            # The gradients, and the factors, which with a learning rate are others.
+            factors=max(gathered_bytes(shapes, micro_batch, rows, shapes.width), 2 * rows * row),
             capture=capture,
             factor_row=row,
             resident=0,

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.gradients import collected, per_sample_gradients
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitState, Fitted, Part, Solved, SolverReport, SolverStatus
@@ -78,10 +79,7 @@ def solve_by_block(solvers: Mapping[str, BlockSolver], gradients: Left) -> Solve
 
 def solve_finite_rows(solver: BlockSolver, rows: Tensor) -> tuple[Tensor, SolverReport]:
     """Solves the rows that are finite; the others answer NaN with status NOT_FINITE."""
-    # A sum is finite only if all of its terms are, and costs a fraction of looking at each.
-    if torch.isfinite(rows.sum(dim=1)).all():
-        return solver.solve(rows)
-    finite = torch.isfinite(rows).all(dim=1)
+    finite = finite_rows(rows)
     if finite.all():
         return solver.solve(rows)
     places = finite.nonzero().squeeze(1)

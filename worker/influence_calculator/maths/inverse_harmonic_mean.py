@@ -31,7 +31,14 @@ from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.directional import GRAPH_COPIES, activation_elements
 from influence_calculator.maths.errors import SingularCurvatureError
-from influence_calculator.maths.footprints import block_widths, capture_bytes, collect_bytes, row_bytes
+from influence_calculator.maths.finite import finite_rows
+from influence_calculator.maths.footprints import (
+    block_widths,
+    capture_bytes,
+    collect_bytes,
+    gathered_bytes,
+    row_bytes,
+)
 from influence_calculator.maths.gradient_methods import GradientFitted, not_finite
 from influence_calculator.maths.gradients import accumulation_dtype, collected
 from influence_calculator.maths.layout import Layout, Left
@@ -109,8 +116,13 @@ class InverseHarmonicMean(Method):
         at_once = max(1, PIECE_BYTES // (row + GRAPH_COPIES * shapes.activation_bytes))
         return Footprint(
             fit=collect_bytes(shapes, micro_batch, width) if self.passes() else 0,
-            # One piece's gradients beside the test gradients and the sums that become the factors.
-            factors=KEPT_BYTES + collect_bytes(shapes, at_once, width) + 2 * rows * row,
+            # The test gradients as they are gathered; then one piece's beside them and the sums that become
+            # the factors.
+            factors=KEPT_BYTES
+            + max(
+                gathered_bytes(shapes, micro_batch, rows, width),
+                collect_bytes(shapes, at_once, width) + 2 * rows * row,
+            ),
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
             resident=KEPT_BYTES,
@@ -139,7 +151,7 @@ class _HarmonicFitted(GradientFitted):
         finite = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for block, total in left.items():
             mean_of_inverses(total, gradients[block], self._batches.length, self._λ[block])
-            sound = torch.isfinite(total).all(dim=1)
+            sound = finite_rows(total)
             total[~sound] = torch.nan
             finite &= sound
         return Solved(left, _report(finite))

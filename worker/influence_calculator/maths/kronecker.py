@@ -26,6 +26,7 @@ from torch import Tensor
 
 from influence_calculator.maths.capture import CapturedLayer, per_sample_products
 from influence_calculator.maths.errors import NotFiniteError, SingularCurvatureError
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.layers import LayerSpec
 from influence_calculator.maths.method import SolverReport
 
@@ -111,7 +112,7 @@ def eigenbasis(matrix: Tensor, what: str) -> tuple[Tensor, Tensor]:
     Raises:
         NotFiniteError: naming `what` holds NaN or infinity.
     """
-    if not torch.isfinite(matrix).all():
+    if not finite_rows(matrix).all():
         raise NotFiniteError(
             f"{what}: expected finite sums over the training data, got NaN or infinity; "
             "look for training examples whose loss or outputs are not finite"

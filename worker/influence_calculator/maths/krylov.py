@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.errors import NotFiniteError
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.method import SETTLED
 from influence_calculator.maths.seeded_rows import generator
 
@@ -198,7 +199,7 @@ def search_in(search: Krylov, product: Callable[[Tensor], Tensor], like: Tensor,
     state = search.begun(search.start(len(like), generator(seed, "", 0), like))
     for step in range(search.steps):
         products = product(state["next"])
-        if not torch.isfinite(products).all():
+        if not finite_rows(products).all():
             raise NotFiniteError(
                 "product: expected finite numbers, got NaN or infinity; look for them in the data"
             )

@@ -15,6 +15,7 @@ from typing_extensions import override
 from influence_calculator.maths.blocks import BlockStructure, block_layout
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.errors import NotFiniteError
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.footprints import block_widths, collect_bytes, row_bytes, workspace
 from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype
@@ -56,7 +57,7 @@ class KrylovPass(FitPass):
         if PRODUCTS not in sums:
             return dict(state[self.follows or ""][unit])
         products = sums[PRODUCTS].div_(length)
-        if not torch.isfinite(products).all():
+        if not finite_rows(products).all():
             raise NotFiniteError(
                 f"block {unit!r}: expected finite products with the curvature, got NaN or infinity; a "
                 "training example has a loss or gradient that is not finite"

@@ -33,6 +33,7 @@ from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
     collect_bytes,
+    gathered_bytes,
     row_bytes,
     workspace,
 )
@@ -151,7 +152,10 @@ class Lissa(Method):
             fit=product + 3 * row if self.passes() else 0,
             # The answers, b, x, r and the sum of products are alive beside a batch's product. Gradients and
             # factors of all rows are outside.
-            factors=kept + product + 5 * block + 2 * rows * row,
+            factors=kept
+            + max(
+                gathered_bytes(shapes, micro_batch, rows, sum(widths)), product + 5 * block + 2 * rows * row
+            ),
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
             resident=kept,

@@ -35,8 +35,11 @@ def logra_footprint(
     capture = _capture(shapes, micro_batch, rank, sum(others))
     widest = row_bytes(shapes, max([_parameters(layer) for layer in shapes.layers] + others))
     factor_row = narrow if projected else row
-    differentiated = capture if projected else capture_bytes(shapes, micro_batch)
-    turned = rows * (narrow + (0 if projected else 2 * widest))
+    differentiated, of_rows = (
+        _capture(shapes, n, rank, sum(others)) if projected else capture_bytes(shapes, n)
+        for n in (micro_batch, min(micro_batch, rows))
+    )
+    turned = rows * (narrow + (0 if projected else widest))
     return Footprint(
         # The sums and one batch's part of them.
         fit=2 * matrices + projections + max(drawing, capture),
@@ -46,7 +49,7 @@ def logra_footprint(
         + largest
         + projections
         + rows * factor_row
-        + max(drawing, differentiated, rows * factor_row + turned),
+        + max(drawing, of_rows, rows * factor_row + turned),
         capture=differentiated,
         factor_row=factor_row,
         resident=2 * matrices + projections,

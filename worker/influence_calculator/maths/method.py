@@ -110,7 +110,9 @@ class Footprint:
     fit: int
     """Largest pass of the fit, with its sums and one micro-batch."""
     factors: int
-    """Solving one chunk of test examples, the fit's state included."""
+    """Solving one chunk of test examples, the fit's state included; representations stay as the method solves
+    them.
+    """
     capture: int
     """Differentiating one micro-batch of training examples in the score stage."""
     factor_row: int
@@ -123,6 +125,8 @@ class Footprint:
     """The same of a pass that solves; 0 if none does."""
     solving_state: int = 0
     """What such a pass leaves for the next."""
+    by_parameter: int = 0
+    """Turning the solved chunk into factors by parameter, where the method solves in other coordinates."""
 
 
 def score_dtype(left: Tensor) -> torch.dtype:

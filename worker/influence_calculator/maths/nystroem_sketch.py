@@ -27,6 +27,7 @@ from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
     collect_bytes,
+    gathered_bytes,
     row_bytes,
     workspace,
 )
@@ -135,7 +136,7 @@ class NystroemSketch(Method):
             stored = max(stored, krylov_stored_bytes(probe, shapes))
         return Footprint(
             fit=fit,
-            factors=sketch + 3 * rows * row + collect,
+            factors=sketch + max(gathered_bytes(shapes, micro_batch, rows, sum(widths)), 2 * rows * row),
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
             resident=sketch,

@@ -97,14 +97,16 @@ class Trak(Method):
         item = max(4, shapes.itemsize)
         row, narrow, matrix = row_bytes(shapes, shapes.width), row_bytes(shapes, k), k * k * item
         projection = projection_bytes(shapes.width, self.rank, item)
-        capture = capture_bytes(shapes, micro_batch) + micro_batch * narrow
+        capture, of_rows = (
+            capture_bytes(shapes, n) + n * narrow for n in (micro_batch, min(micro_batch, rows))
+        )
         factor_row = narrow if self.projected else row
         return Footprint(
             # The sum and one batch's part of it.
             fit=2 * matrix + projection + capture,
             # The matrix, its factor and a copy while that is made; the gradients, beside them the last
             # micro-batch or the factors, with the coordinates between.
-            factors=3 * matrix + projection + rows * (factor_row + narrow) + max(rows * factor_row, capture),
+            factors=3 * matrix + projection + rows * (factor_row + narrow) + max(rows * factor_row, of_rows),
             capture=capture if self.projected else capture_bytes(shapes, micro_batch),
             factor_row=factor_row,
             resident=2 * matrix + projection,

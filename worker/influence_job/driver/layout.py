@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from influence_job.plan import Plan
+from influence_job.plan.basis import Basis, stored_basis
 from influence_job.spec import InfluenceJob
 from influence_job.storage import arrays, sink_arrays
 from influence_job.storage.claim import Epoch
@@ -54,9 +55,9 @@ def create(
         )
         _create_report(store, plan.train, plan.train_chunk, "train")
     elif plan.gradients_only:
-        _create_rows(store, plan, training_gradients.gradient_path, "train", factors.Basis.METHOD)
+        _create_rows(store, plan, training_gradients.gradient_path, "train", Basis.METHOD)
     elif plan.operation.solves_tests:
-        _create_rows(store, plan, factors.factor_path, "test", factors.stored_basis(job.spec))
+        _create_rows(store, plan, factors.factor_path, "test", stored_basis(job.spec))
         _create_report(store, plan.test, plan.test_chunk, "test")
     if plan.has_scores:
         if plan.dense:
@@ -89,9 +90,7 @@ def create(
     )
 
 
-def _create_rows(
-    store: Store, plan: Plan, path: Callable[[int], str], dim: str, basis: factors.Basis
-) -> None:
+def _create_rows(store: Store, plan: Plan, path: Callable[[int], str], dim: str, basis: Basis) -> None:
     """Factors or gradients, one array per block."""
     for number, (block, width) in enumerate(plan.blocks.items()):
         arrays.create_array(

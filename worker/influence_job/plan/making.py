@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable
 
 from influence_calculator.maths.by_token import product_bytes
+from influence_calculator.maths.footprints import joined_bytes
 from influence_calculator.maths.method import Method
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import memory
+from influence_job.plan.basis import Basis, stored_basis
 from influence_job.plan.document import Plan, Sizes
 from influence_job.plan.memory import MIB, StageMemory
 from influence_job.spec import InfluenceJobSpec, Mode, Operation
@@ -130,12 +132,14 @@ def _training_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
 
 def _differentiated(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, rows: int) -> int:
     """Solving `rows` examples at once, or for TrainingGradients differentiating them, above the model."""
+    if spec.operation is Operation.TRAINING_GRADIENTS:
+        footprint = method.footprint(sizes.shapes, min(micro_batch, rows), rows)
+        gradients = joined_bytes(rows * footprint.factor_row, footprint.capture, rows > micro_batch)
+        return footprint.resident + gradients
     footprint = method.footprint(sizes.shapes, micro_batch, rows)
-    if spec.operation is not Operation.TRAINING_GRADIENTS:
+    if stored_basis(spec) is Basis.METHOD:
         return footprint.factors
-    gradients = rows * footprint.factor_row
-    # The gradients, and beside them the last micro-batch or all of them once more, joined.
-    return footprint.resident + gradients + max(gradients, footprint.capture)
+    return max(footprint.factors, footprint.by_parameter)
 
 
 def _region_bytes(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:

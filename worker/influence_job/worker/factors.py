@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from enum import StrEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
 from influence_calculator.maths.objective import IndexedBatch, Objective, micro_batches
-from influence_job.spec import InfluenceJobSpec, Mode, Operation
+from influence_job.plan.basis import Basis, stored_basis
+from influence_job.spec import Mode
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
 from influence_job.storage.store import Store
@@ -30,26 +31,6 @@ TURNED_ELEMENTS = 1 << 24
 def factor_path(block: int) -> str:
     """The array of one block's factors, dimensions test and column."""
     return f"factors/{block}"
-
-
-class Basis(StrEnum):
-    """Which coordinates a factor array's columns stand for: its attribute `basis`."""
-
-    PARAMETERS = "parameters"
-    """Influence factors by parameter."""
-    METHOD = "method"
-    """The method's left representation: factors in the basis in which it solves."""
-
-
-def stored_basis(spec: InfluenceJobSpec) -> Basis:
-    """A job that only needs factors to score them stores them as they are solved."""
-    scores = spec.operation in (
-        Operation.INFLUENCES,
-        Operation.INFLUENCES_BY_BLOCK,
-        Operation.INFLUENCES_FROM_GRADIENTS,
-    )
-    only_scored = scores and spec.mode is Mode.UP
-    return Basis.METHOD if only_scored else Basis.PARAMETERS
 
 
 def compute_factors(context: WorkerContext, ended: str | None, index: int) -> Outcome:
@@ -161,12 +142,14 @@ def _gradients(own: Session, objective: Objective, indexed: IndexedBatch) -> Lef
     pieces = [
         own.fitted.gradients(objective, piece.batch) for piece in micro_batches(indexed, own.plan.micro_batch)
     ]
-    return {block: torch.cat([piece[block] for piece in pieces]) for block in own.layout.blocks}
+    if len(pieces) == 1:
+        return pieces[0]
+    return {block: torch.cat([piece.pop(block) for piece in pieces]) for block in own.layout.blocks}
 
 
 def _require_finite(gradients: Left, side: str, start: int) -> None:
     for gradient in gradients.values():
-        bad = ~torch.isfinite(gradient).all(dim=1)
+        bad = ~finite_rows(gradient)
         if bad.any():
             index = start + int(bad.nonzero()[0])
             raise not_finite(side, index)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor
 
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.method import SETTLED, FitPass, Sums
 from influence_calculator.maths.objective import IndexedBatch, micro_batches
 from influence_calculator.maths.training_batches import joined
@@ -116,7 +116,9 @@ def _digested(
 
 
 def _is_finite(sums: Sums) -> bool:
-    return all(bool(torch.isfinite(value).all()) for values in sums.values() for value in values.values())
+    return all(
+        bool(finite_rows(value.reshape(1, -1)).all()) for values in sums.values() for value in values.values()
+    )
 
 
 def _overflow(start: int, stop: int) -> PermanentError:

@@ -14,12 +14,19 @@ from distributed import get_worker
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError
 from influence_job.data import ReadError
 from influence_job.errors import JobError, PermanentError, Reason
+from influence_job.plan.memory import CUDA_BUDGET
 from influence_job.storage.ledger import Row
+from influence_job.units import in_words
 
 REPORT_SECONDS = 0.25
 
 ROWS_TOPIC = "influence-rows"
 """Dask events on which workers report rows as soon as their objects are in the store."""
+
+_TOO_SMALL = (
+    f"; set workers.deviceMemory to what a worker may use of its GPU: batches and groups are planned for it, "
+    f"{in_words(CUDA_BUDGET)} by default"
+)
 
 
 @dataclass(frozen=True)
@@ -73,14 +80,14 @@ class Outcome:
             self.failure = Failure(kind, index, refusal.message, traceback.format_exc(), refusal)
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            self.failure = _failure(kind, index, what, error)
+            self.failure = _failure(kind, index, what, error, _TOO_SMALL)
         except Exception as error:
             self.failure = _failure(kind, index, what, error)
         return self.failure is None
 
 
-def _failure(kind: str, index: int, what: str, error: Exception) -> Failure:
+def _failure(kind: str, index: int, what: str, error: Exception, advice: str = "") -> Failure:
     last_line = (str(error).strip().splitlines() or [""])[-1]
     reason = Reason.INVALID_DATA if isinstance(error, ReadError) else Reason.REGION_FAILED
-    message = f"{what}: {type(error).__name__}: {last_line}"
+    message = f"{what}: {type(error).__name__}: {last_line}{advice}"
     return Failure(kind, index, message, traceback.format_exc(), None, reason)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.layout import Left
 from influence_job.plan import Plan
 from influence_job.storage import arrays, sink_arrays
@@ -139,7 +140,7 @@ class _Pipeline:
 
     def _solved_rows(self) -> np.ndarray:
         """Which test rows of the group have finite factors."""
-        finite = [torch.isfinite(block).all(dim=1) for block in self.left.values()]
+        finite = [finite_rows(block) for block in self.left.values()]
         return torch.stack(finite).all(dim=0).cpu().numpy()
 
     def _settle(self) -> None:
