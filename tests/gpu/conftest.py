@@ -21,6 +21,6 @@ def cuda() -> torch.device:
 @pytest.fixture
 def jobs(tmp_path: Path) -> Iterator[Jobs]:
     """Jobs in a folder of the test's own; what still runs at its end is killed."""
-    made = Jobs(tmp_path)
+    made = Jobs(tmp_path, installed=True)
     yield made
     made.close()

@@ -44,7 +44,9 @@ def test_a_footprint_is_what_the_stage_takes(
 ) -> None:
     arguments = map(str, (method, mode, hidden, examples, micro_batch, rows, stage, "cuda"))
     script = [sys.executable, str(SUPPORT / "measured_memory.py"), *arguments]
-    seen = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+    run = subprocess.run(script, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)
     planned = seen[stage]
     if stage == "capture":
         planned += rows * seen["factor_row"]

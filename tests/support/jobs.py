@@ -144,6 +144,8 @@ class Jobs:
 
     folder: Path
     runs: list[Run] = field(default_factory=list)
+    installed: bool = False
+    """All are runs of the installed command: torch for GPUs starts threads, which a fork would lack."""
 
     def manifest(self, changes: Mapping[str, Any] | None = None) -> Path:
         """A job file: `BASE` with changes to its spec, merged key by key; None takes a key out."""
@@ -166,6 +168,7 @@ class Jobs:
         installed: bool = False,
     ) -> Run:
         """Starts `influence run`: the installed command if so told, or if it is below a command `prefix`."""
+        installed = installed or self.installed
         folder = self.folder / f"run-{len(self.runs)}"
         folder.mkdir()
         settings = {
@@ -182,7 +185,12 @@ class Jobs:
         command += [] if workers is None else ["--workers", str(workers)]
         with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
             process = self._process(
-                command, settings, out, err, spares=workers or 0, installed=installed or bool(prefix)
+                command,
+                settings,
+                out,
+                err,
+                spares=workers or 0,
+                installed=installed or self.installed or bool(prefix),
             )
         run = Run(process, folder)
         self.runs.append(run)

@@ -197,7 +197,10 @@ class _SketchPass(CurvaturePass):
         eigenvalues, vectors = torch.linalg.eigh((core + core.T) / 2)
         kept = eigenvalues > _relative_rounding(sums["sketch"]) * eigenvalues.abs().max()
         root = (vectors[:, kept] / eigenvalues[kept].sqrt()).T @ sketch
-        _, singular, basis = torch.linalg.svd(root, full_matrices=False)
+        # Of r rows as long as the block: cuSOLVER refuses the singular values of millions of columns.
+        orthonormal, triangle = torch.linalg.qr(root.T)
+        _, singular, turn = torch.linalg.svd(triangle.T)
+        basis = turn @ orthonormal.T
         rank, width = sketch.shape
         result = sketch.new_zeros(rank, width), sketch.new_zeros(rank)
         result[0][: len(basis)], result[1][: len(singular)] = basis, singular**2
