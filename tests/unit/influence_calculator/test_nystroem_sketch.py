@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import oracle
 from influence_calculator import NystroemSketchInfluence
-from influence_calculator.maths import region
+from influence_calculator.maths import preconditioners, region
 from influence_calculator.maths.blocks import BlockMode, Relative
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.errors import SingularCurvatureError
@@ -198,3 +198,17 @@ def test_float32_keeps_the_directions_of_a_wide_model() -> None:
         )
         found.append(model.fit([(x.to(dtype), y)]).influences(x[:4].to(dtype), y[:4], x.to(dtype), y))
     oracle.assert_close(found[1].double(), found[0], 1e-3)
+
+
+def test_its_directions_are_drawn_once_for_all_batches_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And once more to end it: they are as many numbers as the sketch, made orthonormal on the CPU."""
+    drawn = []
+
+    def counted(*arguments: Any) -> Tensor:
+        drawn.append(arguments)
+        return orthonormal_rows(*arguments)
+
+    monkeypatch.setattr(preconditioners, "orthonormal_rows", counted)
+    method = NystroemSketch(0.1, 4, blocks=BlockMode.LAYER_WISE, second_order=GAUSS_NEWTON)
+    fit(method, xy_objective(MLP.model(), MLP.loss), TrainingSet(MLP.train(), 5))
+    assert len(drawn) == 2 * 3

@@ -139,11 +139,14 @@ class Cg(Method):
         if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
             product = max(product, collect_bytes(shapes, micro_batch, sum(widths)))
         block = (rows if self.simultaneous else 1) * largest
-        kept = self.preconditioner.rows_kept * row if self.preconditioner is not None else 0
+        kept = fit = 0
+        if self.preconditioner is not None:
+            kept = self.preconditioner.rows_kept * row
+            fit = self.preconditioner.fit_bytes(shapes, widths, product)
         # b, x, r, d, what is multiplied and the sum of products are alive beside a batch's product;
         # afterwards z and two temporaries of the updates. Gradients and factors of all rows are outside.
         gathered = gathered_bytes(shapes, micro_batch, rows, sum(widths))
-        factors = KEPT_BYTES + max(gathered, max(product + 6 * block, 9 * block) + 2 * rows * row)
+        factors = KEPT_BYTES + kept + max(gathered, max(product + 6 * block, 9 * block) + 2 * rows * row)
         state = 0
         if self.solves_by_passes:
             # What the pass before left of all blocks; beside it the sums of a range and a batch's product, or
@@ -152,11 +155,11 @@ class Cg(Method):
             finishing = (2 + STATE_ROWS + 4) * block
             factors = kept + state + max(gathered, rows * row + product + block, finishing)
         return Footprint(
-            fit=product + 3 * row if self.passes() else 0,
+            fit=max(product + 3 * row, fit) if self.passes() else 0,
             factors=factors,
             capture=capture_bytes(shapes, micro_batch),
             factor_row=row,
-            resident=kept if self.solves_by_passes else KEPT_BYTES,
+            resident=kept if self.solves_by_passes else KEPT_BYTES + kept,
             stored=kept,
             solving_sums=rows * row if self.solves_by_passes else 0,
             solving_state=state,

@@ -46,9 +46,12 @@ class CurvaturePass(FitPass):
             block: {**self.zeros(block, width, like), "clipped": torch.zeros((), dtype=torch.int64)}
             for block, width in layout.widths.items()
         }
+        directions = {
+            block: self.directions(block, like.new_empty(width)) for block, width in layout.widths.items()
+        }
         for _, batch in batches:
             for block, curvature in curvatures(self.second_order, objective, layout, batch):
-                self.add(block, curvature, sums[block])
+                self.add(curvature, sums[block], directions[block])
                 sums[block]["clipped"] += curvature.clipped
         return sums
 
@@ -56,9 +59,13 @@ class CurvaturePass(FitPass):
     def zeros(self, block: str, width: int, like: Tensor) -> dict[str, Tensor]:
         """The sums before the first batch, in dtype and on the device of `like`."""
 
+    def directions(self, block: str, like: Tensor) -> Tensor:  # noqa: ARG002  the block seeds what is drawn
+        """Rows as long as `like`, `[P_b]`, that every batch's curvature is multiplied by: none by default."""
+        return like.new_empty(0, len(like))
+
     @abstractmethod
-    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
-        """Adds one batch, in place."""
+    def add(self, curvature: BlockCurvature, sums: Mapping[str, Tensor], directions: Tensor) -> None:
+        """Adds one batch of one block, in place."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class MatrixPass(CurvaturePass):
         return {"matrix": like.new_zeros(width, width)}
 
     @override
-    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
+    def add(self, curvature: BlockCurvature, sums: Mapping[str, Tensor], directions: Tensor) -> None:
         curvature.add_matrix(sums["matrix"])
 
     @override
@@ -94,7 +101,7 @@ class TracePass(CurvaturePass):
         return {"trace": like.new_zeros(())}
 
     @override
-    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
+    def add(self, curvature: BlockCurvature, sums: Mapping[str, Tensor], directions: Tensor) -> None:
         sums["trace"].add_(curvature.trace())
 
     @override

@@ -43,7 +43,7 @@ from influence_calculator.maths.krylov_passes import (
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverStatus
 from influence_calculator.maths.objective import Objective, TrainingData
-from influence_calculator.maths.preconditioners import NystroemPreconditioner
+from influence_calculator.maths.preconditioners import NystroemPreconditioner, sketch_bytes
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.spectral import InverseEverywhere, Spectrum
 
@@ -123,13 +123,11 @@ class NystroemSketch(Method):
         widths = block_widths(shapes, self.blocks)
         row = row_bytes(shapes, sum(widths))
         sketch = sum(min(self.rank, width) * row_bytes(shapes, width) for width in widths)
-        largest = max(min(self.rank, width) * row_bytes(shapes, width) for width in widths)
         collect = collect_bytes(shapes, micro_batch, sum(widths))
         product = workspace(shapes, micro_batch)
         if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
             product = max(product, collect)
-        # The sums, and either Ω with a product on its way, or one block's finish in float64.
-        fit = sketch + max(product + 2 * largest, 5 * largest * 8 // max(4, shapes.itemsize))
+        fit = sketch_bytes(shapes, widths, self.rank, product)
         stored = sketch
         for probe in self._probe()[:1]:
             fit = max(fit, sketch + krylov_fit_bytes(probe, shapes, micro_batch))

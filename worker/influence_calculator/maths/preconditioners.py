@@ -8,7 +8,7 @@ Shapes: q rows, P_b parameters of block b, r the sketch's rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,10 @@ from influence_calculator.maths.blocks import BlockMode, BlockStructure
 from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode
 from influence_calculator.maths.curvature_passes import CurvaturePass
+from influence_calculator.maths.footprints import row_bytes
 from influence_calculator.maths.method import FitState
 from influence_calculator.maths.seeded_rows import generator, orthonormal_rows
+from influence_calculator.maths.shapes import ModelShapes
 
 
 class Preconditioner(ABC):
@@ -35,6 +37,10 @@ class Preconditioner(ABC):
         """Numbers that its pass sums per parameter."""
 
     @abstractmethod
+    def fit_bytes(self, shapes: ModelShapes, widths: Sequence[int], product: int) -> int:
+        """What its pass takes, over blocks of these widths; `product`: a batch's product with one row."""
+
+    @abstractmethod
     def fit_pass(self, blocks: BlockStructure, second_order: SecondOrderMode) -> CurvaturePass:
         """The pass over the training data that it needs."""
 
@@ -43,11 +49,19 @@ class Preconditioner(ABC):
         """Its product with every row, from what its pass left behind of one block."""
 
 
+def sketch_bytes(shapes: ModelShapes, widths: Sequence[int], rank: int, product: int) -> int:
+    """What the pass of a Nyström sketch takes: see `Preconditioner.fit_bytes`."""
+    blocks = [min(rank, width) * row_bytes(shapes, width) for width in widths]
+    # The sums and Ω with one block's product on its way; then the sums and one block's finish in float64.
+    finish = 5 * max(blocks) * 8 // max(4, shapes.itemsize)
+    return max(2 * sum(blocks) + product + max(blocks), sum(blocks) + finish)
+
+
 def fitted_to(preconditioner: Preconditioner, product: Rows, like: Tensor) -> dict[str, Tensor]:
     """What its pass leaves behind of one matrix that is known by its products; `like` a `[P]`."""
     step = preconditioner.fit_pass(BlockMode.FULL, SecondOrderMode.HESSIAN)
     sums = step.zeros("", len(like), like)
-    step.add("", _KnownByProducts(product, like), sums)
+    step.add(_KnownByProducts(product, like), sums, step.directions("", like))
     return step.finish("", sums, 1, {})
 
 
@@ -86,6 +100,12 @@ class JacobiPreconditioner(Preconditioner):
     def rows_kept(self) -> int:
         return 1
 
+    @override
+    def fit_bytes(self, shapes: ModelShapes, widths: Sequence[int], product: int) -> int:
+        row, largest = row_bytes(shapes, sum(widths)), row_bytes(shapes, max(widths))
+        # The diagonal and the signs; of one block the products and what they are multiplied to.
+        return (1 + self.num_samples_estimator) * row + product + 2 * self.num_samples_estimator * largest
+
     def __post_init__(self) -> None:
         _check_count("num_samples_estimator", self.num_samples_estimator)
 
@@ -122,6 +142,10 @@ class NystroemPreconditioner(Preconditioner):
     def rows_kept(self) -> int:
         return self.rank
 
+    @override
+    def fit_bytes(self, shapes: ModelShapes, widths: Sequence[int], product: int) -> int:
+        return sketch_bytes(shapes, widths, self.rank, product)
+
     def __post_init__(self) -> None:
         _check_count("rank", self.rank)
 
@@ -135,8 +159,9 @@ class NystroemPreconditioner(Preconditioner):
         kept = eigenvalues > 0
         if not kept.any():
             return lambda rows: rows
-        basis, eigenvalues = basis[kept], eigenvalues[kept]
-        weights = (eigenvalues.min() + regularization) / (eigenvalues + regularization) - 1
+        # Rows of the basis that are not kept are zero: choosing among them would copy it.
+        smallest = eigenvalues[kept].min()
+        weights = torch.where(kept, (smallest + regularization) / (eigenvalues + regularization) - 1, 0)
         return lambda rows: rows + (rows @ basis.T * weights) @ basis
 
 
@@ -152,13 +177,14 @@ class _DiagonalPass(CurvaturePass):
         return {"diagonal": like.new_zeros(width)}
 
     @override
-    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
-        total = sums["diagonal"]
-        signs = torch.randint(
-            0, 2, (self.samples, len(total)), generator=generator(self.seed, block), dtype=torch.int8
-        )
-        signs = signs.to(total) * 2 - 1
-        total.add_((signs * curvature.products(signs)).sum(0))
+    def directions(self, block: str, like: Tensor) -> Tensor:
+        drawn_by = generator(self.seed, block)
+        signs = torch.randint(0, 2, (self.samples, len(like)), generator=drawn_by, dtype=torch.int8)
+        return signs.to(like) * 2 - 1
+
+    @override
+    def add(self, curvature: BlockCurvature, sums: Mapping[str, Tensor], directions: Tensor) -> None:
+        sums["diagonal"].add_((directions * curvature.products(directions)).sum(0))
 
     @override
     def finish(
@@ -179,13 +205,14 @@ class _SketchPass(CurvaturePass):
         return {"sketch": like.new_zeros(min(self.rank, width), width)}
 
     @override
-    def add(self, block: str, curvature: BlockCurvature, sums: Mapping[str, Tensor]) -> None:
-        sums["sketch"].add_(curvature.products(self._test_matrix(block, sums["sketch"])))
-
-    def _test_matrix(self, block: str, like: Tensor) -> Tensor:
+    def directions(self, block: str, like: Tensor) -> Tensor:
         """Ω: r orthonormal rows."""
-        rank, width = like.shape
-        return orthonormal_rows(rank, width, generator(self.seed, block), like)
+        width = len(like)
+        return orthonormal_rows(min(self.rank, width), width, generator(self.seed, block), like)
+
+    @override
+    def add(self, curvature: BlockCurvature, sums: Mapping[str, Tensor], directions: Tensor) -> None:
+        sums["sketch"].add_(curvature.products(directions))
 
     @override
     def finish(
@@ -193,7 +220,7 @@ class _SketchPass(CurvaturePass):
     ) -> dict[str, Tensor]:
         """`HΩ (ΩᵀHΩ)^+ ΩᵀH = U S Uᵀ`, the pseudo-inverse over the positive eigenvalues only."""
         sketch = sums["sketch"].double() / length
-        core = sketch @ self._test_matrix(unit, sums["sketch"]).double().T
+        core = sketch @ self.directions(unit, sums["sketch"][0]).double().T
         eigenvalues, vectors = torch.linalg.eigh((core + core.T) / 2)
         kept = eigenvalues > _relative_rounding(sums["sketch"]) * eigenvalues.abs().max()
         root = (vectors[:, kept] / eigenvalues[kept].sqrt()).T @ sketch

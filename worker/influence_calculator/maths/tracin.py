@@ -58,7 +58,7 @@ class TracIn(Method):
         return Footprint(
             fit=0,
             # The gradients, and beside them the last micro-batch or all once more, joined or weighted.
-            factors=rows * row + max(rows * row, capture),
+            factors=rows * row + max(rows * row, capture_bytes(shapes, min(micro_batch, rows))),
             capture=capture,
             factor_row=row,
             resident=0,

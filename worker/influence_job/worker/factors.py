@@ -106,7 +106,7 @@ def load_group(own: Session, group: int) -> Left:
 
 
 def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
-    """A block's rows on the device, in the basis that the mode takes; turned in place, a few at a time."""
+    """A block's rows on the device, in the basis that the mode takes; moved and turned a few at a time."""
     by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
     wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
     turns = []
@@ -114,13 +114,17 @@ def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
         turns.append(own.fitted.left if wanted is Basis.METHOD else own.fitted.factors)
     if not by_parameter and own.spec.operation.reads_training:
         turns.append(own.fitted.scored)
-    for piece in rows.split(max(1, TURNED_ELEMENTS // max(1, rows.shape[1]))):
-        given = turned = {block: piece.to(own.device)}
+    in_place = (rows.device, rows.dtype) == (own.device, own.resident_dtype)
+    resident = rows if in_place else torch.empty_like(rows, device=own.device, dtype=own.resident_dtype)
+    at_once = max(1, TURNED_ELEMENTS // max(1, rows.shape[1]))
+    pieces = rows.split(at_once)
+    for piece, target in zip(pieces, pieces if in_place else resident.split(at_once)):
+        turned = {block: piece.to(own.device)}
         for turn in turns:
             turned = turn(turned)
-        if turned[block] is not given[block]:
-            piece.copy_(turned[block])
-    return rows.to(own.device, own.resident_dtype)
+        if turned[block] is not target:
+            target.copy_(turned[block])
+    return resident
 
 
 def read_rows(own: Session, store: Store, path: str, start: int, stop: int, width: int) -> Tensor:
