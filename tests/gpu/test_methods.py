@@ -65,6 +65,8 @@ MORE_MODELS: dict[str, Any] = {
     "cg of the hessian": lambda case: CgInfluence(case.model(), case.loss, 1.0, 1e-12, 0.0),
 }
 ALL_MODELS = {**MODELS, **MORE_MODELS}
+READING_THEIR_DATA = ("cg", "lissa in parts", "inverse harmonic mean")
+"""Methods that read the training set whenever they solve, and are not fitted on workers."""
 CAPTURED = (MLP, CONV1D, CONV2D, CONV3D, SEQUENCE)
 OTHERS = (SHARED, TRANSFORMER, ATTENTION, MULTIHEAD_SEQUENCE)
 EVERYTHING = [
@@ -164,6 +166,18 @@ def test_both_calculators(name: str, client: Client) -> None:
     in_turn = one.influences(batches(*case.test(), 3), batches(*case.train(), 5))
     for values in (found, in_turn.compute(NestedTorchCatAggregator()).cpu().numpy()):
         assert np.linalg.norm(values - expected) <= BOUND * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in READING_THEIR_DATA])
+def test_fits_on_workers(name: str, client: Client) -> None:
+    """Sums travel as numpy; the fitted model is on the GPU."""
+    case = CONV2D
+    expected = fitted(name, case, "cpu").influences(*case.test(), *case.train())
+    torch.manual_seed(5)
+    model = MODELS[name](case).to("cuda")
+    calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(device="cuda"), client)
+    calculator.fit(*arrays(*case.train(), 5))
+    near(model.influences(*case.test(), *case.train()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -21,6 +21,7 @@ def _measured(*arguments: object) -> dict[str, int]:
     [
         ("direct", "empirical_fisher", 100, 64, 32, 16, "fit"),
         ("direct", "empirical_fisher", 100, 64, 32, 16, "factors"),
+        ("direct", "hessian", 100, 256, 256, 16, "factors"),
         ("cg", "hessian", 900, 64, 32, 24, "factors"),
         ("cg", "empirical_fisher", 900, 128, 64, 24, "factors"),
         ("cg", "hessian", 900, 256, 128, 16, "capture"),

@@ -113,6 +113,7 @@ class DenseSolver:
             self._cholesky, failed = torch.linalg.cholesky_ex(shifted)
             if int(failed) == 0:
                 return
+            del self._cholesky  # it is as large as the other factor
         factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
         if int(singular) != 0 or not finite_rows(factor).all():
             raise _no_inverse(block, matrix, λ)
