@@ -251,7 +251,14 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     reads = 2 * plan.train_chunk_length * _training_bytes(spec, sizes)
     tests = rows * sizes.test_example_bytes
     solved = shapes.model_bytes + _differentiated(spec, method, sizes, plan.micro_batch, rows)
-    chunk_rows = rows * sum(plan.blocks.values()) * plan.itemsize
+    # One block at a time is brought to the host and written, a piece of it laid out and given its checksum.
+    columns = max(map(plan.factor_columns, range(len(plan.blocks))))
+    pieces = 2 * rows * columns * plan.itemsize
+    if on_host:
+        held = shapes.model_bytes + _resident(method, sizes) + rows * footprint.factor_row
+        written = max(0, held + pieces - solved)
+    else:
+        written = rows * max(plan.blocks.values()) * plan.itemsize + pieces
     scratch = 0
 
     def stage(device: int, host: int) -> StageMemory:
@@ -266,10 +273,10 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     if plan.on_itself:
         stages["Scores"] = stage(solved, reads)
     elif plan.gradients_only:
-        stages["Gradients"] = stage(solved, tests + chunk_rows)
+        stages["Gradients"] = stage(solved, tests + written)
     elif spec.operation.solves_tests:
         scratch += plan.factor_bytes if plan.has_scores else 0
-        stages["Factors"] = stage(solved, tests + chunk_rows)
+        stages["Factors"] = stage(solved, tests + written)
     if plan.has_scores:
         region = math.prod(plan.result_chunks) * plan.itemsize
         group = plan.group_rows * _factor_row(spec, method, sizes)

@@ -1,0 +1,71 @@
+"""What a worker of a whole job uses at most in each stage, against what `influence plan` says of it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import stored
+from jobs import Jobs, Run
+
+MIB = 1 << 20
+METHODS: dict[str, dict[str, Any]] = {
+    "Ekfac": {"method": {"name": "Ekfac"}},
+    "Ekfac, perturbations": {"method": {"name": "Ekfac"}, "mode": "Perturbation"},
+    "Cg": {"method": {"name": "Cg", "maxiter": 2, "secondOrder": "GeneralizedGaussNewton"}},
+    "GradDot": {"method": {"name": "GradDot", "regularization": None}},
+    "Trak": {"method": {"name": "Trak", "rank": 256}},
+    "GradDot, gradients": {
+        "method": {"name": "GradDot", "regularization": None},
+        "operation": "TrainingGradients",
+        "chunks": {"test": None, "train": 128},
+    },
+}
+
+
+def worker_of(run: Run) -> psutil.Process:
+    """The only worker: the largest of the driver's processes."""
+    found = psutil.Process(run.process.pid).children(recursive=True)
+    return max(found, key=lambda process: process.memory_info().rss)
+
+
+def stages_ended(run: Run) -> list[str]:
+    """Those that the driver has told the duration of, in order."""
+    return [line.partition(":")[0] for line in run.stderr.splitlines() if line.endswith(" s")]
+
+
+def peaks(run: Run) -> tuple[int, dict[str, int]]:
+    """Resident bytes of the idle worker, and the most in the stages, by how many had ended."""
+    run.wait_until(lambda: stages_ended(run), "the preflight", 120)
+    worker = worker_of(run)
+    idle, most = worker.memory_info().rss, defaultdict[int, int](int)
+    while run.code is None:
+        before = len(stages_ended(run))
+        try:
+            used = worker.memory_info().rss
+        except psutil.NoSuchProcess:
+            break
+        most[before] = max(most[before], used)
+        time.sleep(0.002)
+    run.wait()
+    assert run.code == 0, run.stderr
+    return idle, {stage: most[i] for i, stage in enumerate(stages_ended(run)) if i in most}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_worker_takes_what_the_plan_says(name: str, jobs: Jobs, tmp_path: Path) -> None:
+    common = {"task": {"entrypoint": "wide_task:task"}, "chunks": {"test": 24, "train": 128}}
+    manifest = jobs.manifest({**common, **METHODS[name]})
+    path = tmp_path / "result.zarr"
+    idle, seen = peaks(jobs.start(manifest, output=path, workers=1, installed=True))
+    planned = stored.plan_of(stored.open_store(path)).memory
+    for stage, memory in planned.items():
+        used = seen[stage] - idle
+        assert abs(used - memory.host) <= 0.2 * used + 200 * MIB, (
+            f"{stage}: planned {memory.host / MIB:.0f} MiB, seen {used / MIB:.0f} MiB"
+        )
