@@ -17,10 +17,19 @@ MIB = 1 << 20
 METHODS: dict[str, dict[str, Any]] = {
     "Ekfac": {"method": {"name": "Ekfac"}},
     "Ekfac, perturbations": {"method": {"name": "Ekfac"}, "mode": "Perturbation"},
-    "Cg": {"method": {"name": "Cg", "maxiter": 2, "secondOrder": "GeneralizedGaussNewton"}},
+    "Ekfac, of examples on themselves": {
+        "method": {"name": "Ekfac"},
+        "operation": "SelfInfluence",
+        "chunks": {"test": None, "train": 64},
+    },
+    "Cg": {
+        "method": {"name": "Cg", "maxiter": 1, "secondOrder": "GeneralizedGaussNewton"},
+        "chunks": {"test": 12, "train": 128},
+        "task": {"entrypoint": "wide_task:task", "arguments": {"test": 12}},
+    },
     "GradDot": {"method": {"name": "GradDot", "regularization": None}},
-    "Trak": {"method": {"name": "Trak", "rank": 256}},
     "GradDot, gradients": {
+        "task": {"entrypoint": "wide_task:task", "arguments": {"train": 128}},
         "method": {"name": "GradDot", "regularization": None},
         "operation": "TrainingGradients",
         "chunks": {"test": None, "train": 128},

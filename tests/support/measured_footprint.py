@@ -69,7 +69,8 @@ def main() -> None:
     fitted = method.fitted(objective, state, None)
     before = mark()
     left = fitted.solve(fitted.gradients(objective, (x[:ROWS], y[:ROWS]))).left
-    fitted.factors(left)
+    for block, rows in left.items():
+        fitted.factors({block: rows})
     result["factors"] = [since(before), max(planned.factors, planned.by_parameter)]
     before = mark()
     fitted.score(left, (x, y))

@@ -12,7 +12,7 @@ from influence_job.task import InfluenceTask
 FEATURES, CLASSES = 64, 10
 
 
-def task(hidden: int = 1200, train: int = 512, test: int = 48) -> InfluenceTask:
+def task(hidden: int = 1200, train: int = 256, test: int = 48) -> InfluenceTask:
     """An MLP 64-hidden-hidden-10 on random points; at 1200 a gradient takes 6 MB."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(train + test, FEATURES, generator=generator)

@@ -49,9 +49,9 @@ def ekfac_footprint(
         fit=bases + max(covariance, _eigen(shapes, bases), correction if update_diagonal else 0),
         # While rows are differentiated their gradients; then those and the left representation.
         factors=bases + eigenvalues + rows * row + max(whole, rows * row),
-        # Then, in place of the gradients, factors by parameter, and of one layer the matrix and a turned copy
+        # Then, in place of the gradients, of one layer the factors by parameter and a copy on the way to them
         # (an embedding's rows are turned as they are).
-        by_parameter=bases + eigenvalues + rows * (2 * row + 2 * largest_layer),
+        by_parameter=bases + eigenvalues + rows * (row + 2 * largest_layer),
         capture=capture,
         factor_row=row,
         resident=bases + eigenvalues,

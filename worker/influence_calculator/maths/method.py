@@ -126,7 +126,9 @@ class Footprint:
     solving_state: int = 0
     """What such a pass leaves for the next."""
     by_parameter: int = 0
-    """Turning the solved chunk into factors by parameter, where the method solves in other coordinates."""
+    """Turning the solved chunk into factors by parameter, one block after another, where the method solves in
+    other coordinates.
+    """
 
 
 def score_dtype(left: Tensor) -> torch.dtype:

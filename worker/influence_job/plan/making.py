@@ -137,7 +137,7 @@ def _differentiated(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_
         gradients = joined_bytes(rows * footprint.factor_row, footprint.capture, rows > micro_batch)
         return footprint.resident + gradients
     footprint = method.footprint(sizes.shapes, micro_batch, rows)
-    if stored_basis(spec) is Basis.METHOD:
+    if spec.operation is Operation.SELF_INFLUENCE or stored_basis(spec) is Basis.METHOD:
         return footprint.factors
     return max(footprint.factors, footprint.by_parameter)
 
