@@ -53,6 +53,8 @@ class Linear(Method):
     """Bytes of the fit."""
     row: int = 0
     """Bytes of one test example's factors; 0: four per parameter."""
+    turned: int = 0
+    """Bytes of turning a chunk of factors."""
 
     def layout(self, objective: Objective) -> Layout:
         raise NotImplementedError
@@ -73,6 +75,7 @@ class Linear(Method):
             factor_row=row,
             resident=self.state,
             stored=self.state,
+            by_parameter=self.turned,
         )
 
 
@@ -485,6 +488,24 @@ def test_gradients_are_one_array_per_block_of_chunks_that_can_be_read_again() ->
     tight = with_memory("1Gi", operation="TrainingGradients", chunks={"train": 64})
     with pytest.raises(PermanentError, match=r"chunks.train: differentiating 64 train examples at once"):
         make_plan(tight, Linear(), sizes(5000, 5000, parameters=8 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "turned"),
+    [
+        ({}, "Factors", False),
+        ({"mode": "Perturbation"}, "Factors", True),
+        ({"operation": "InfluenceFactors"}, "Factors", True),
+        ({"operation": "SelfInfluence"}, "Scores", False),
+    ],
+    ids=str,
+)
+def test_factors_by_parameter_are_counted_where_they_are_made(
+    changes: dict[str, Any], stage: str, turned: bool
+) -> None:
+    plan = make_plan(spec(**changes), Linear(turned=300 * MIB), sizes())
+    seen = plan.memory[stage].device
+    assert seen == 4000 + 300 * MIB if turned else seen < 10 * MIB
 
 
 def from_gradients(sizes_given: Sizes, **changes: Any) -> Plan:
