@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 import stored
 from jobs import Jobs, Run
+from peak_memory import forget, largest
 
 MIB = 1 << 20
 METHODS: dict[str, dict[str, Any]] = {
@@ -37,10 +37,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def worker_of(run: Run) -> psutil.Process:
+def worker_of(run: Run) -> int:
     """The only worker: the largest of the driver's processes."""
     found = psutil.Process(run.process.pid).children(recursive=True)
-    return max(found, key=lambda process: process.memory_info().rss)
+    return max(found, key=lambda process: process.memory_info().rss).pid
 
 
 def stages_ended(run: Run) -> list[str]:
@@ -51,15 +51,16 @@ def stages_ended(run: Run) -> list[str]:
 def peaks(run: Run) -> tuple[int, dict[str, int]]:
     """Resident bytes of the idle worker, and the most in the stages, by how many had ended."""
     run.wait_until(lambda: stages_ended(run), "the preflight", 120)
-    worker = worker_of(run)
-    idle, most = worker.memory_info().rss, defaultdict[int, int](int)
+    worker, ended = worker_of(run), len(stages_ended(run))
+    idle, most = forget(worker), dict[int, int]()
     while run.code is None:
-        before = len(stages_ended(run))
         try:
-            used = worker.memory_info().rss
-        except psutil.NoSuchProcess:
-            break
-        most[before] = max(most[before], used)
+            if len(stages_ended(run)) > ended:
+                ended = len(stages_ended(run))
+                forget(worker)
+            most[ended] = max(most.get(ended, 0), largest(worker))
+        except OSError:
+            break  # it has ended
         time.sleep(0.002)
     run.wait()
     assert run.code == 0, run.stderr

@@ -19,15 +19,25 @@ def mark(device: torch.device = CPU) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _resident("VmRSS")
+    return forget("self")
 
 
 def since(before: int, device: torch.device = CPU) -> int:
     """The largest use since the last mark, above what an earlier one found."""
-    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else _resident("VmHWM")) - before
+    return (torch.cuda.max_memory_allocated() if device.type == "cuda" else largest("self")) - before
 
 
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+def forget(process: int | str) -> int:
+    """Forgets the largest resident size of a process so far; returns the size now."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+    return _resident(process, "VmRSS")
+
+
+def largest(process: int | str) -> int:
+    """The largest resident size of a process since it was forgotten."""
+    return _resident(process, "VmHWM")
+
+
+def _resident(process: int | str, key: str) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
