@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from jobs import SUPPORT
-
-MIB = 1 << 20
+from peak_memory import assert_planned
 
 
 @pytest.mark.parametrize(
@@ -50,9 +49,4 @@ def test_a_footprint_is_what_the_stage_takes(
     run = subprocess.run(script, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout)
-    planned = seen[stage]
-    if stage == "capture":
-        planned += rows * seen["factor_row"]
-    assert abs(planned - seen["seen"]) <= 0.2 * seen["seen"] + 200 * MIB, (
-        f"planned {planned / MIB:.0f} MiB, seen {seen['seen'] / MIB:.0f} MiB"
-    )
+    assert_planned(seen[stage] + (rows * seen["factor_row"] if stage == "capture" else 0), seen["seen"])

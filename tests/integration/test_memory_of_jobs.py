@@ -11,9 +11,8 @@ import pytest
 
 import stored
 from jobs import Jobs, Run
-from peak_memory import forget, largest
+from peak_memory import assert_planned, forget, largest
 
-MIB = 1 << 20
 METHODS: dict[str, dict[str, Any]] = {
     "Ekfac": {"method": {"name": "Ekfac"}},
     "Ekfac, perturbations": {"method": {"name": "Ekfac"}, "mode": "Perturbation"},
@@ -75,7 +74,4 @@ def test_a_worker_takes_what_the_plan_says(name: str, jobs: Jobs, tmp_path: Path
     idle, seen = peaks(jobs.start(manifest, output=path, workers=1, installed=True))
     planned = stored.plan_of(stored.open_store(path)).memory
     for stage, memory in planned.items():
-        used = seen[stage] - idle
-        assert abs(used - memory.host) <= 0.2 * used + 200 * MIB, (
-            f"{stage}: planned {memory.host / MIB:.0f} MiB, seen {used / MIB:.0f} MiB"
-        )
+        assert_planned(memory.host, seen[stage] - idle, stage)

@@ -9,6 +9,14 @@ from pathlib import Path
 import torch
 
 CPU = torch.device("cpu")
+MIB = 1 << 20
+
+
+def assert_planned(planned: int, seen: int, what: str = "") -> None:
+    """That what was planned is within 20 % and 200 MiB of what was seen."""
+    assert abs(planned - seen) <= 0.2 * seen + 200 * MIB, (
+        f"{what} planned {planned / MIB:.0f} MiB, seen {seen / MIB:.0f} MiB"
+    )
 
 
 def mark(device: torch.device = CPU) -> int:

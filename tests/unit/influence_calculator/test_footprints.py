@@ -7,8 +7,7 @@ import json
 import pytest
 
 import preloaded
-
-MIB = 1 << 20
+from peak_memory import assert_planned
 
 
 def _measured(*arguments: object) -> dict[str, int]:
@@ -59,10 +58,4 @@ def test_a_footprint_is_what_the_stage_takes(
     method: str, mode: str, hidden: int, examples: int, micro_batch: int, rows: int, stage: str
 ) -> None:
     seen = _measured(method, mode, hidden, examples, micro_batch, rows, stage, "cpu")
-    planned = seen[stage]
-    if stage == "capture":
-        planned += rows * seen["factor_row"]
-    allowance = 0.2 * seen["seen"] + 200 * MIB
-    assert abs(planned - seen["seen"]) <= allowance, (
-        f"planned {planned / MIB:.0f} MiB, seen {seen['seen'] / MIB:.0f} MiB"
-    )
+    assert_planned(seen[stage] + (rows * seen["factor_row"] if stage == "capture" else 0), seen["seen"])
