@@ -13,8 +13,8 @@ MIB = 1 << 20
 
 
 def assert_planned(planned: int, seen: int, what: str = "") -> None:
-    """That what was planned is within 20 % and 200 MiB of what was seen."""
-    assert abs(planned - seen) <= 0.2 * seen + 200 * MIB, (
+    """That what was seen is within 20 % and 200 MiB of what was planned."""
+    assert abs(planned - seen) <= 0.2 * planned + 200 * MIB, (
         f"{what} planned {planned / MIB:.0f} MiB, seen {seen / MIB:.0f} MiB"
     )
 
