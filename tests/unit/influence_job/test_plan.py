@@ -508,6 +508,14 @@ def test_factors_by_parameter_are_counted_where_they_are_made(
     assert seen == 4000 + 300 * MIB if turned else seen < 10 * MIB
 
 
+def test_what_is_written_is_counted_beside_what_stays_of_solving() -> None:
+    """On a processor the model, the fit, the factors, and of a chunk in the store two copies."""
+    plan = make_plan(spec(chunks={"test": 32}), Linear(state=5 * MIB), sizes())
+    stage = plan.memory["Factors"]
+    assert stage.device == 4000 + 5 * MIB + 32 * 4000
+    assert stage.host == stage.device + 2 * 32 * 4000 + 32 * sizes().test_example_bytes
+
+
 def from_gradients(sizes_given: Sizes, **changes: Any) -> Plan:
     given = {"operation": "InfluencesFromGradients", "gradients": {"url": "x"}, **changes}
     return make_plan(spec(**given), Linear(), sizes_given)

@@ -255,7 +255,7 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     columns = max(map(plan.factor_columns, range(len(plan.blocks))))
     pieces = 2 * rows * columns * plan.itemsize
     if on_host:
-        held = shapes.model_bytes + _resident(method, sizes) + rows * footprint.factor_row
+        held = shapes.model_bytes + footprint.resident + rows * footprint.factor_row
         written = max(0, held + pieces - solved)
     else:
         written = rows * max(plan.blocks.values()) * plan.itemsize + pieces
