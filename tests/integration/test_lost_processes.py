@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 import stored
@@ -273,7 +272,5 @@ def test_a_local_worker_that_is_killed_is_replaced(jobs: Jobs, tmp_path: Path, u
     path = tmp_path / "result.zarr"
     run = jobs.start(jobs.manifest(), output=path, pace=PACE, installed=True)
     run.wait_until(lambda: regions(path) >= 2, "two regions in the ledger")
-    children = psutil.Process(run.process.pid).children(recursive=True)
-    largest = max(children, key=lambda child: child.memory_info().rss)
-    largest.send_signal(signal.SIGKILL)
+    run.workers[0].send_signal(signal.SIGKILL)
     finished(run, path, undisturbed)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 import stored
@@ -36,12 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def worker_of(run: Run) -> int:
-    """The only worker: the largest of the driver's processes."""
-    found = psutil.Process(run.process.pid).children(recursive=True)
-    return max(found, key=lambda process: process.memory_info().rss).pid
-
-
 def stages_ended(run: Run) -> list[str]:
     """Those that the driver has told the duration of, in order."""
     return [line.partition(":")[0] for line in run.stderr.splitlines() if line.endswith(" s")]
@@ -50,7 +43,7 @@ def stages_ended(run: Run) -> list[str]:
 def peaks(run: Run) -> tuple[int, dict[str, int]]:
     """Resident bytes of the idle worker, and the most in the stages, by how many had ended."""
     run.wait_until(lambda: stages_ended(run), "the preflight", 120)
-    worker, ended = worker_of(run), len(stages_ended(run))
+    (worker,), ended = (process.pid for process in run.workers), len(stages_ended(run))
     idle, most = forget(worker), dict[int, int]()
     while run.code is None:
         try:

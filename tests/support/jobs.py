@@ -121,6 +121,12 @@ class Run:
             time.sleep(0.01)
 
     @property
+    def workers(self) -> list[psutil.Process]:
+        """Dask's workers of an installed command."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+    @property
     def writes(self) -> list[str]:
         """Every file that the run put into place, by rename or link, in order."""
         return [path for event, path in self._events() if event != "os.remove"]

@@ -136,17 +136,9 @@ def main() -> None:
     before = mark(device)
     _run(method, objective, TrainingSet(whole, micro_batch), tests, stage)
     seen = max(0, since(before, device))
-    print(
-        json.dumps(
-            {
-                "fit": footprint.fit,
-                "factors": footprint.factors - unused,
-                "capture": footprint.capture,
-                "factor_row": footprint.factor_row,
-                "seen": seen,
-            }
-        )
-    )
+    planned = {"fit": footprint.fit, "factors": footprint.factors - unused}
+    planned["capture"] = footprint.capture + rows * footprint.factor_row
+    print(json.dumps({"planned": planned[stage], "seen": seen}))
 
 
 if __name__ == "__main__":

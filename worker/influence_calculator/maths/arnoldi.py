@@ -23,12 +23,7 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
-from influence_calculator.maths.footprints import (
-    block_widths,
-    capture_bytes,
-    joined_bytes,
-    row_bytes,
-)
+from influence_calculator.maths.footprints import block_widths, capture_bytes, joined_bytes, row_bytes
 from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted
 from influence_calculator.maths.krylov import MOST_RESTARTS, Eigenpairs, Krylov
 from influence_calculator.maths.krylov_passes import (

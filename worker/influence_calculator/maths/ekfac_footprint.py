@@ -42,8 +42,9 @@ def ekfac_footprint(
     covariance = max(graph + drawing + _covariance(shapes, micro_batch), looked_up)
     covariance += item * others
     correction = eigenvalues + max(graph + drawing + forming, looked_up)
-    capture = max(graph + by_functions + forming, looked_up)
-    whole = _gradients(shapes, min(micro_batch, rows), others)
+    capture = _differentiated(shapes, micro_batch, others, forming)
+    few = min(micro_batch, rows)
+    whole = _differentiated(shapes, few, others, _per_sample(shapes, few))
     return Footprint(
         # Both passes hold one of: the covariances' sums, the bases.
         fit=bases + max(covariance, _eigen(shapes, bases), correction if update_diagonal else 0),
@@ -113,10 +114,10 @@ def _graph(shapes: ModelShapes, micro_batch: int) -> int:
     return micro_batch * example
 
 
-def _gradients(shapes: ModelShapes, micro_batch: int, others: int) -> int:
-    """Of all layers at once, while the last of them are formed."""
+def _differentiated(shapes: ModelShapes, micro_batch: int, others: int, forming: int) -> int:
+    """Gradients of examples, `forming` what the layers take beside the graph; embeddings come after it."""
     graph, by_functions = _graph(shapes, micro_batch), 2 * max(4, shapes.itemsize) * micro_batch * others
-    return by_functions + max(graph + _per_sample(shapes, micro_batch), _lookups(shapes, micro_batch, graph))
+    return by_functions + max(graph + forming, _lookups(shapes, micro_batch, graph))
 
 
 def _per_sample(shapes: ModelShapes, micro_batch: int) -> int:

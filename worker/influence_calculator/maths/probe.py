@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.errors import CaptureMismatchError, TrainingModeError, UnsupportedModelError
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.gradients import per_sample_gradients
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
@@ -142,7 +143,7 @@ def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
 
 def _refuse_other_gradients(objective: Objective, few: Batch) -> None:
     expected = _one_by_one(objective, few)
-    finite = torch.stack([rows.isfinite().all(1) for rows in expected.values()]).all(0)
+    finite = torch.stack([finite_rows(rows) for rows in expected.values()]).all(0)
     shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
     layout = Layout.of(shapes, {name: (name,) for name in shapes})
     whole = max(float(rows[finite].norm()) for rows in expected.values())
