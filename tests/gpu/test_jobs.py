@@ -8,20 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xarray
 import yaml
 import zarr
 
 import jobs as local_jobs
-import queries_task
 import stored
 from influence_calculator import InfluenceMode
-from job_methods import METHODS
+from job_methods import METHODS, job_and_library
 from jobs import Barrier, Jobs
 from resuming import count, kill_and_resume
 
 EXAMPLE = Path(__file__).parents[2] / "examples/digits.yaml"
-TEST = 4
 
 
 def run(folder: Path, device: str, **changes: object) -> Path:
@@ -60,21 +57,9 @@ def test_lower_precision_keeps_the_ranking(tmp_path: Path, precision: str) -> No
 @pytest.mark.parametrize("name", METHODS)
 def test_a_job_gives_the_librarys_numbers(name: str, mode: InfluenceMode, jobs: Jobs, tmp_path: Path) -> None:
     """Of every method, in float64, against the library on a processor."""
-    fields, model = METHODS[name]
-    path, arguments = tmp_path / "result.zarr", {"test": TEST, "double": True}
-    changes = {
-        "task": {"entrypoint": "queries_task:task", "arguments": arguments},
-        "mode": mode.name,
-        "method": {"name": name, "regularization": None, **fields},
-        "chunks": {"test": 3, "train": 40},
-        "device": "cuda",
-    }
-    jobs.finish(jobs.manifest(changes), output=path, workers=2)
-    task = queries_task.task(**arguments)
-    train, test = task.train.read(0, queries_task.TRAIN), task.test.read(0, TEST)
-    expected = model(task).fit([train]).influences(*test, *train, mode).numpy()
-    found = xarray.open_zarr(path, consolidated=False)["influences"].values
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7 * np.abs(expected).max())
+    path = tmp_path / "result.zarr"
+    found, expected = job_and_library(name, mode, jobs, path, "cuda", workers=2)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-6, atol=1e-7 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", METHODS)

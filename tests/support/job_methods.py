@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xarray
 from torch.nn import functional as F
 
 import influence_calculator as library
-from influence_calculator import Relative, SecondOrderMode
+import queries_task
+from influence_calculator import InfluenceMode, Relative, SecondOrderMode
 from influence_job.task import InfluenceTask
+from jobs import Jobs
 
-LAMBDA = 0.05
+TEST, LAMBDA = 4, 0.05
 BY_GAUSS_NEWTON = {"regularization": LAMBDA, "secondOrder": "GeneralizedGaussNewton"}
 GAUSS_NEWTON: dict[str, Any] = {"second_order_mode": SecondOrderMode.GENERALIZED_GAUSS_NEWTON}
 Model = Callable[[InfluenceTask], Any]
@@ -61,3 +66,26 @@ METHODS: dict[str, tuple[dict[str, Any], Model]] = {
         lambda t: library.LograInfluence(t.model, F.cross_entropy, Relative(LAMBDA), 3, 2),
     ),
 }
+
+
+def job_and_library(
+    name: str, mode: InfluenceMode, jobs: Jobs, path: Path, device: str, workers: int
+) -> tuple[xarray.DataArray, np.ndarray]:
+    """Influences in float64: those of a job, and those of the library on a processor.
+
+    Test and training examples of the job come in chunks of which the last are not full.
+    """
+    fields, model = METHODS[name]
+    arguments = {"test": TEST, "double": True}
+    changes = {
+        "task": {"entrypoint": "queries_task:task", "arguments": arguments},
+        "mode": mode.name,
+        "method": {"name": name, "regularization": None, **fields},
+        "chunks": {"test": 3, "train": 40},
+        "device": device,
+    }
+    jobs.finish(jobs.manifest(changes), output=path, workers=workers)
+    task = queries_task.task(**arguments)
+    train, test = task.train.read(0, queries_task.TRAIN), task.test.read(0, TEST)
+    expected: np.ndarray = model(task).fit([train]).influences(*test, *train, mode).numpy()
+    return xarray.open_zarr(path, consolidated=False)["influences"], expected
