@@ -37,15 +37,15 @@ class Options:
     method: str
     """Of a program that knows several."""
 
-    def measure(self, inputs: Callable[[], Inputs], compute: Callable[[Inputs], np.ndarray]) -> None:
-        """Computes from new inputs each time, and writes seconds and the influences `[T, N]`."""
-        seconds, influences = [], np.empty(0)
-        for _ in range(self.repeats):
-            given = inputs()
+    def measure(self, inputs: Callable[[int], Inputs], compute: Callable[[Inputs], np.ndarray]) -> None:
+        """Computes from new `inputs(seed)` each time; writes seconds and influences `[R, T, N]`."""
+        seconds, influences = [], []
+        for repeat in range(self.repeats):
+            given = inputs(repeat)
             start = time.perf_counter()
-            influences = compute(given)
+            influences.append(compute(given))
             seconds.append(time.perf_counter() - start)
-        np.save(self.output, influences)
+        np.save(self.output, np.stack(influences))
         print(json.dumps(seconds))
 
 

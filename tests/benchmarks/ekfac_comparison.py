@@ -45,10 +45,8 @@ class Comparison:
     """Peers, and how many times faster than each ours has to be."""
     most_bound: float | None = None
     """How many times slower than the physical bound ours may be."""
-    least_correlation: float | None = None
-    """Of our scores from one draw per token with the reference's."""
     reference_draws: int | None = None
-    """Labels per token that the reference draws; None: it sums over all outputs, and ours must agree."""
+    """Draws per token of the reference; None: it sums over all outputs, and ours must agree."""
     most_repeats: int = 5
     """In one process, for what takes long."""
     plain_chunk: int | None = None
@@ -82,11 +80,11 @@ class Comparison:
             self._finding("ours / plain", seconds / plain, "×"),
             self._held("ours / bound", seconds / bound, "×", most=self.most_bound),
         ]
-        findings += self._quality(ours, expected)
-        for peer, side in peers.items():
-            value = correlation(side.influences(), expected) if of_peers[peer] else None
-            findings.append(self._finding(f"correlation of {peer.name} with {self._reference}", value, ""))
-        return findings
+        theirs = {
+            peer: correlation(side.influences(), expected) if of_peers[peer] else None
+            for peer, side in peers.items()
+        }
+        return findings + self._quality(ours, expected, theirs)
 
     def _times(self, peer: Peer, rounds: Rounds, seconds: float, first: float) -> list[Finding]:
         """A peer's times, None where it failed: then no ratio is told, and its target is not reached."""
@@ -115,14 +113,19 @@ class Comparison:
         with physical_bound.measured_rate(CORES) as rate:
             return physical_bound.physical_bound(layers, *sizes, rate, physical_bound.measured_bandwidth())
 
-    def _quality(self, ours: Side, expected: Array) -> list[Finding]:
-        """What our numbers are held to."""
+    def _quality(self, ours: Side, expected: Array, theirs: Mapping[Peer, float | None]) -> list[Finding]:
+        """What our numbers are held to: a peer's correlation with the reference, the mean over repeats."""
+        correlated = f"with {self._reference}"
+        findings = [
+            self._finding(f"correlation of {peer.name} {correlated}", value, "")
+            for peer, value in theirs.items()
+        ]
+        best = max(value or 0.0 for value in theirs.values())
         sampled = correlation(ours.influences(), expected)
-        name = f"correlation of ours, sampled, with {self._reference}"
-        findings = [self._held(name, sampled, "", least=self.least_correlation)]
+        findings.append(self._held(f"correlation of ours {correlated}", sampled, "", least=best))
         if self.reference_draws is None:
             ours.seconds(1, "--exact")
-            error = relative_error(ours.influences("--exact"), expected)
+            error = relative_error(ours.influences("--exact")[-1], expected)
             findings.append(
                 self._finding("error of ours, exact expectation", error, "", "≤ 1e-3", error <= 1e-3)
             )
@@ -154,7 +157,7 @@ class Comparison:
 
 
 COMPARISONS = {
-    "ekfac": Comparison("EK-FAC", DIGITS, faster={PYDVL: 25, KRONFLUENCE: 8}, least_correlation=0.95),
+    "ekfac": Comparison("EK-FAC", DIGITS, faster={PYDVL: 25, KRONFLUENCE: 8}),
     "ekfac_conv": Comparison(
         "EK-FAC, conv net", IMAGES, faster={KRONFLUENCE: 3}, most_bound=2, plain_chunk=IMAGES.chunk
     ),

@@ -66,4 +66,4 @@ def compute(given: Workload, loaded: Loaded) -> ndarray:
 if __name__ == "__main__":
     options = clock.options()
     clock.ready("kronfluence", THREADS)
-    options.measure(lambda: options.workload.load(options.folder), partial(compute, options.workload))
+    options.measure(lambda _: options.workload.load(options.folder), partial(compute, options.workload))

@@ -21,6 +21,7 @@ def compute(client: Client, inputs: side.Inputs, expectation: str = "sampled") -
         hessian_regularization=inputs.workload.regularization,
         loss=workload.loss,
         expectation=expectation,
+        seed=inputs.seed,
     ).fit(inputs.loader)
     calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
     influences: ndarray = calculator.influences(*inputs.arrays).compute()

@@ -42,8 +42,8 @@ def plain_ekfac(
 ) -> Tensor:
     """Influences `[T, N]` of every training example on every test example.
 
-    The curvature takes `draws` labels per position, or sums over all outputs where it is None. `chunk`
-    examples are differentiated at once, all of them where it is None.
+    The curvature takes `draws` per position, or sums over all outputs where it is None. `chunk` examples are
+    differentiated at once, all of them where it is None.
     """
     curvatures = fit(model, train, draws, chunk)
     factors = [
@@ -136,20 +136,24 @@ def by_labels(y: Tensor) -> Directions:
 
 
 def by_curvature(draws: int | None, generator: torch.Generator) -> Directions:
-    """V with `E[v vᵀ] = diag(p) − p pᵀ`: `√p_k (p − e_k)` for every k, or `p − e_k` of k drawn from p."""
+    """B's columns, or B ε of random signs ε: `B Bᵀ = diag(p) − p pᵀ` with `B = diag(√p) − p √pᵀ`."""
 
     def directions(logits: Tensor) -> Tensor:
         p = logits.softmax(1)
         if draws is None:
             assert logits.dim() == 2, "summing over the outputs of all tokens takes too long: ask for draws"
-            every: Tensor = p[None] - torch.eye(p.shape[1])[:, None, :]
-            return every * p.T.sqrt()[:, :, None]
-        flat = p.movedim(1, -1).flatten(0, -2)
-        drawn = torch.multinomial(flat, draws, replacement=True, generator=generator).T
-        labels = [row.view(len(p), *p.shape[2:]) for row in drawn]
-        return torch.cat([by_labels(y)(logits) for y in labels]) / draws**0.5
+            every = torch.eye(p.shape[1])[:, None, :].expand(-1, *p.shape)
+            return root(p, every)
+        shape = draws, *p.shape
+        return root(p, torch.randint(0, 2, shape, generator=generator) * 2.0 - 1) / draws**0.5
 
     return directions
+
+
+def root(p: Tensor, ε: Tensor) -> Tensor:
+    """`B ε` for each of `[K, n, C, ...]`."""
+    scaled = p.sqrt() * ε
+    return scaled - p * scaled.sum(2, keepdim=True)
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Side:
         return seconds
 
     def influences(self, *arguments: str) -> Array:
-        """The `[T, N]` that the latest process with these arguments found."""
+        """What each repeat of the latest process with these arguments found, `[R, T, N]`."""
         found: Array = np.load(self._output(*arguments))
         return found
 
@@ -98,8 +98,9 @@ def relative_error(found: Array, expected: Array) -> float:
 
 
 def correlation(found: Array, expected: Array) -> float:
-    """Pearson's, over all pairs."""
-    return float(np.corrcoef(found.ravel(), expected.ravel())[0, 1])
+    """Pearson's over all pairs of `[T, N]`, the mean of what each repeat in `found` has."""
+    each = [np.corrcoef(repeat.ravel(), expected.ravel())[0, 1] for repeat in found]
+    return float(np.mean(each))
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:

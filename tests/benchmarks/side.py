@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import clock
@@ -31,6 +32,8 @@ class Inputs(NamedTuple):
     """x_test, y_test, x, y in the workload's chunks."""
     method: str = ""
     """What the command line asks of a program that knows several."""
+    seed: int = 0
+    """Of what is drawn, another one in each repeat."""
 
 
 Compute = Callable[[Client, Inputs], np.ndarray]
@@ -46,14 +49,14 @@ def main(imports: str, compute: Compute, exactly: Compute | None = None) -> None
         # The workers wait while this process fits, on all cores, as it does for anyone who sets nothing.
         clock.ready(imports, threads=WORKERS)
         client.run(clock.ready, imports, threads=1)
-        options.measure(lambda: _inputs(options), lambda inputs: chosen(client, inputs))
+        options.measure(partial(_inputs, options), lambda inputs: chosen(client, inputs))
 
 
 def _cluster() -> LocalCluster:
     return LocalCluster(n_workers=WORKERS, threads_per_worker=1, memory_limit=0, dashboard_address=None)
 
 
-def _inputs(options: clock.Options) -> Inputs:
+def _inputs(options: clock.Options, seed: int) -> Inputs:
     chunk = options.workload.chunk
 
     def chunked(tensor: torch.Tensor) -> da.Array:
@@ -62,4 +65,4 @@ def _inputs(options: clock.Options) -> Inputs:
     model, (x, y), (x_test, y_test) = options.workload.load(options.folder)
     loader = DataLoader(TensorDataset(x, y), batch_size=chunk)
     arrays = (chunked(x_test), chunked(y_test), chunked(x), chunked(y))
-    return Inputs(options.workload, model, loader, arrays, options.method)
+    return Inputs(options.workload, model, loader, arrays, options.method, seed)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from dense_ekfac import Loss, PseudoGradients
-from influence_calculator.maths.draws import normals, uniforms
+from influence_calculator.maths.draws import signs
 
 Sampler = Callable[[int, int, Tensor, Tensor], Tensor]
 """(seed, example's index, outputs of a batch of one, its label) -> v of the draw."""
@@ -56,51 +56,40 @@ class EkfacCase:
         return lambda index, outputs, y: [self.sampler(seed, index, outputs, y)]
 
 
-def _uniform(seed: int, index: int, token: int) -> float:
-    return float(uniforms(seed, torch.tensor(index), token + 1, 0)[token])
-
-
-def _drawn_class(p: Tensor, u: float) -> int:
-    """The class in whose stretch of [0, 1] u lies."""
-    reached = 0.0
-    for label in range(len(p)):
-        reached += float(p[label])
-        if u < reached:
-            return label
-    return len(p) - 1
+def _signs(seed: int, index: int, count: int) -> Tensor:
+    return signs(seed, torch.tensor(index), count).double()
 
 
 def softmax_sampler(mean: bool, ignored: int | None = None) -> Sampler:
-    """`(p − e_y) / √m` token by token, m the number of tokens that count; tokens stand in dimension 1."""
+    """`(diag(√p) − p √pᵀ) ε / √m` token by token, m tokens that count; tokens stand in dimension 1."""
 
     def drawn(seed: int, index: int, outputs: Tensor, y: Tensor) -> Tensor:
         logits, labels = outputs.reshape(-1, outputs.shape[-1]), y.reshape(-1)
         counted = [s for s in range(len(labels)) if labels[s] != ignored]
+        ε = _signs(seed, index, logits.numel()).reshape(logits.shape)
         v = torch.zeros_like(logits)
         for s in counted:
             p = logits[s].softmax(0)
-            v[s] = p
-            v[s, _drawn_class(p, _uniform(seed, index, s))] -= 1
+            v[s] = (p.sqrt().diag() - torch.outer(p, p.sqrt())) @ ε[s]
         return (v / (len(counted) if mean else 1) ** 0.5).reshape(outputs.shape)
 
     return drawn
 
 
-def normal_sampler(scale: Callable[[int], float]) -> Sampler:
+def scaled_sampler(scale: Callable[[int], float]) -> Sampler:
     """`scale(d) ε`."""
 
     def drawn(seed: int, index: int, outputs: Tensor, _: Tensor) -> Tensor:
         d = outputs.numel()
-        return scale(d) * normals(seed, torch.tensor(index), d, 0).reshape(outputs.shape)
+        return scale(d) * _signs(seed, index, d).reshape(outputs.shape)
 
     return drawn
 
 
 def binary_sampler(seed: int, index: int, outputs: Tensor, _: Tensor) -> Tensor:
-    """`(p − y) / √d`, y drawn from Bernoulli(p)."""
-    p = outputs.reshape(-1).sigmoid()
-    y = torch.tensor([1.0 if _uniform(seed, index, k) < float(p[k]) else 0.0 for k in range(len(p))])
-    return ((p - y) / len(p) ** 0.5).reshape(outputs.shape)
+    """`√(p (1 − p) / d) ε`."""
+    p = outputs.sigmoid()
+    return (p * (1 - p) / p.numel()).sqrt() * _signs(seed, index, p.numel()).reshape(outputs.shape)
 
 
 def log_cosh(outputs: Tensor, y: Tensor) -> Tensor:
@@ -109,8 +98,8 @@ def log_cosh(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def log_cosh_sampler(seed: int, index: int, outputs: Tensor, y: Tensor) -> Tensor:
-    noise = normals(seed, torch.tensor(index), outputs.numel(), 0).reshape(outputs.shape)
-    return (1 - (outputs - y).tanh() ** 2).sqrt() * noise
+    ε = _signs(seed, index, outputs.numel()).reshape(outputs.shape)
+    return (1 - (outputs - y).tanh() ** 2).sqrt() * ε
 
 
 def per_token(reduction: str, ignored: int = -100) -> Loss:
@@ -270,12 +259,12 @@ GROUPS_CASE = EkfacCase("groups", _groups, F.cross_entropy, SOFTMAX, (4, 3, 3), 
 EKFAC_CASES = (
     MLP_CASE,
     EkfacCase("one linear", lambda: nn.Linear(4, 3), nn.CrossEntropyLoss(), SOFTMAX, (4,), _classes()),
-    EkfacCase("squared error", _mlp(2), F.mse_loss, normal_sampler(lambda d: (2 / d) ** 0.5), (4,), _reals),
+    EkfacCase("squared error", _mlp(2), F.mse_loss, scaled_sampler(lambda d: (2 / d) ** 0.5), (4,), _reals),
     EkfacCase(
         "summed squares",
         _mlp(2),
         nn.MSELoss(reduction="sum"),
-        normal_sampler(lambda _: 2**0.5),
+        scaled_sampler(lambda _: 2**0.5),
         (4,),
         _reals,
     ),

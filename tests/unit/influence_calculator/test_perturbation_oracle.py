@@ -381,6 +381,15 @@ def test_ekfac_correlates_with_the_exact_hessian(
     assert found > LEAST_CORRELATION[λ] > plain
 
 
+@pytest.mark.parametrize(("λ", "least"), [(1e-2, 0.9), (1e-1, 0.9), (1.0, 0.98)])
+def test_one_draw_of_ekfac_comes_near_the_sum_over_outputs(λ: float, least: float) -> None:
+    """Seen for these seeds: 0.952, 0.951 and 0.986 at least; with labels drawn 0.761, 0.857 and 0.948."""
+    digits = trained_digits()
+    exact = digits.ekfac(λ, Expectation.EXACT)
+    for seed in range(5):
+        assert correlation(digits.ekfac(λ, Expectation.SAMPLED, seed), exact) > least
+
+
 def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's, over all pairs."""
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
@@ -420,9 +429,9 @@ class Digits:
             GAUSS_NEWTON: oracle.generalized_gauss_newton(self.model, F.cross_entropy, *self.train),
         }
 
-    def ekfac(self, λ: float, expectation: Expectation) -> Tensor:
+    def ekfac(self, λ: float, expectation: Expectation, seed: int = SEED) -> Tensor:
         objective = xy_objective(self.model, F.cross_entropy)
-        method = Ekfac(λ, expectation=expectation, seed=SEED)
+        method = Ekfac(λ, expectation=expectation, seed=seed)
         fitted = method.fitted(objective, fit(method, objective, TrainingSet(self.train, 50)), None)
         left = fitted.solve(fitted.gradients(objective, self.test)).left
         return region.influences(fitted, left, self.train, micro_batch=50)

@@ -1,14 +1,10 @@
-"""Random numbers that depend on nothing but what they are for: seed, example, token and sample.
+"""Random signs that depend on nothing but what they are for: a seed, an example or a parameter, and a column.
 
-A generator with a state would give other numbers for another batch size, another order of work or
-another device. Here each number is a hash of its place: four rounds of SplitMix64's finalizer.
-
-Shapes: T tokens (positions or elements of one example's outputs).
+A generator with a state would give others for another batch size, another order of work or another
+device. Here each is a bit of a hash of its place: four rounds of SplitMix64's finalizer.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -37,32 +33,16 @@ def _mixed(words: Tensor) -> Tensor:
     return words ^ _shifted_right(words, 31)
 
 
-def _words(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
-    place = _mixed(torch.full_like(example, _signed(seed % (1 << 64))))
-    place = _mixed(place ^ example)
-    place = _mixed(place ^ sample)
-    return _mixed(place.unsqueeze(-1) ^ torch.arange(tokens, device=example.device))
-
-
-def uniforms(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
-    """Float64 in (0, 1), `[*example.shape, T]`; `example` holds int64 indices in the training set."""
-    return _fractions(_words(seed, example, tokens, sample))
-
-
-def normals(seed: int, example: Tensor, tokens: int, sample: int) -> Tensor:
-    """Standard normal float64, `[*example.shape, T]` (Box-Muller on two words per number)."""
-    words = _words(seed, example, tokens, sample)
-    radius = (-2 * _fractions(words).log()).sqrt()
-    return radius * (2 * math.pi * _fractions(_mixed(words))).cos()
-
-
-def _fractions(words: Tensor) -> Tensor:
-    """The upper 52 bits as float64 in (0, 1)."""
-    return (_shifted_right(words, 12).to(torch.float64) + 0.5) * 2.0**-52
-
-
-def signs(seed: int, place: Tensor, columns: int) -> Tensor:
-    """±1 with equal odds as int8, `[*place.shape, columns]`; a row depends on its int64 place alone."""
-    words = _words(seed, place, -(-columns // 64), 0)
+def signs(seed: int, place: Tensor, columns: int, sample: int = 0) -> Tensor:
+    """±1 with equal odds as int8, `[*place.shape, columns]`; rows depend on their int64 place and sample."""
+    words = _words(seed, place, -(-columns // 64), sample)
     bits = (words.unsqueeze(-1) >> torch.arange(64, device=place.device)) & 1
     return bits.to(torch.int8).mul_(2).sub_(1).flatten(-2)[..., :columns]
+
+
+def _words(seed: int, place: Tensor, count: int, sample: int) -> Tensor:
+    """`[*place.shape, count]`."""
+    row = _mixed(torch.full_like(place, _signed(seed % (1 << 64))))
+    row = _mixed(row ^ place)
+    row = _mixed(row ^ sample)
+    return _mixed(row.unsqueeze(-1) ^ torch.arange(count, device=place.device))

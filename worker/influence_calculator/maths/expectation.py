@@ -19,7 +19,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.capture import float_leaves
-from influence_calculator.maths.draws import normals, uniforms
+from influence_calculator.maths.draws import signs
 from influence_calculator.maths.objective import (
     IndexedBatch,
     Objective,
@@ -35,7 +35,7 @@ class Expectation(StrEnum):
     """Over which outputs the curvature is taken."""
 
     SAMPLED = "sampled"
-    """Draws from a counter-based generator: the same in every pass, whatever the batching."""
+    """Random signs times a root of `∇²_f ℓ`: the same in every pass, whatever the batching."""
     EXACT = "exact"
     """One backward pass per output element: small heads and tests."""
     EMPIRICAL = "empirical"
@@ -88,8 +88,8 @@ class OutputExpectation:
         root = _curvature_root(objective, outputs, indexed) / self.samples**0.5
 
         def drawn(k: int) -> list[Tensor]:
-            noise = normals(self.seed, indices, root.shape[1], k).to(root.dtype)
-            return _split((root @ noise.unsqueeze(-1)).squeeze(-1), outputs)
+            ε = signs(self.seed, indices, root.shape[1], k).to(root.dtype)
+            return _split((root @ ε.unsqueeze(-1)).squeeze(-1), outputs)
 
         return PseudoGradients(self.samples, drawn)
 
@@ -104,8 +104,7 @@ class OutputExpectation:
             found = pseudo_loss(
                 lambda: objective.loss(rebuilt(own), unsqueezed(example)),
                 [leaf for leaf in own if leaf.is_floating_point()],
-                lambda count: uniforms(self.seed, index, count, k),
-                lambda count: normals(self.seed, index, count, k),
+                lambda count: signs(self.seed, index, count, k),
             )
             if found is None:
                 raise _NoClosedFormError

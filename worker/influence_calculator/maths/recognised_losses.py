@@ -6,7 +6,11 @@ the loss in a way of ours. It counts if the loss returns what the call returned 
 between the outputs f and the call's input u is linear: then `v_f = J_uᵀ v_u` has the covariance
 `∇²_f ℓ` if `v_u` has `∇²_u ℓ`. Anything else is left to the general way (`expectation`).
 
-Shapes: one example at a time, under vmap; u the call's input, C classes, T draws.
+A draw is `v_u = B ε` with `B Bᵀ = ∇²_u ℓ` and random signs ε. A label y drawn from the prediction gives
+`p − e_y`, which has the same covariance, but is almost always 0 and rarely large where the model is sure.
+It takes several labels to come as near to the expectation as one draw of signs does.
+
+Shapes: one example at a time, under vmap; u the call's input, C classes, m elements.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.vmapped_losses import gathered
 
-Draw = Callable[[int], Tensor]
-"""T -> `[T]` float64."""
+Signs = Callable[[int], Tensor]
+"""m -> ε, `[m]`: ±1 with equal odds."""
 
 _LINEAR = {
     *("clone", "contiguous", "detach", "cpu", "cuda", "to", "type", "bfloat16", "double", "float", "half"),
@@ -39,14 +43,12 @@ class _UnrecognisedError(Exception):
     """Leaves the loss as soon as it is seen that no closed form applies."""
 
 
-def pseudo_loss(
-    loss: Callable[[], Tensor], leaves: list[Tensor], uniform: Draw, normal: Draw
-) -> Tensor | None:
+def pseudo_loss(loss: Callable[[], Tensor], leaves: list[Tensor], signs: Signs) -> Tensor | None:
     """`⟨v_u, u⟩` of one example's loss, with a drawn `v_u`, `E[v_u v_uᵀ] = ∇²_u ℓ`; None if not recognised.
 
     `loss()` computes the example's loss from `leaves`.
     """
-    watch = _Watch(leaves, uniform, normal)
+    watch = _Watch(leaves, signs)
     try:
         with watch:
             result = loss()
@@ -58,10 +60,10 @@ def pseudo_loss(
 class _Watch(TorchFunctionMode):
     """Follows the outputs through a loss function until the call that has a closed form."""
 
-    def __init__(self, leaves: list[Tensor], uniform: Draw, normal: Draw) -> None:
+    def __init__(self, leaves: list[Tensor], signs: Signs) -> None:
         super().__init__()
         self._derived = {id(leaf): leaf for leaf in leaves}  # holds them, so that no id is used twice
-        self._draws = (uniform, normal)
+        self._signs = signs
         self.pseudo: Tensor | None = None
         self.result: Tensor | None = None
 
@@ -78,7 +80,7 @@ class _Watch(TorchFunctionMode):
             given.apply_defaults()
             if id(given.arguments["target"]) in self._derived:
                 raise _UnrecognisedError
-            self.pseudo = closed_form(*self._draws, **given.arguments)
+            self.pseudo = closed_form(self._signs, **given.arguments)
             self.result = result
             return result
         produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -90,8 +92,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _cross_entropy(
-    uniform: Draw,
-    _: Draw,
+    signs: Signs,
     *,
     input: Tensor,
     target: Tensor,
@@ -101,7 +102,7 @@ def _cross_entropy(
     label_smoothing: float,
     **deprecated: Any,
 ) -> Tensor:
-    """`v = (p − e_y) √c` with y drawn from p at every position that is not ignored.
+    """`v = (√p ε − p ⟨√p, ε⟩) √c` at every position that is not ignored.
 
     c is 1 over the number of such positions for a mean, 1 for a sum.
     """
@@ -111,50 +112,31 @@ def _cross_entropy(
     logits = input.unsqueeze(0) if input.dim() == 1 else input.movedim(1, -1)
     logits = logits.reshape(-1, logits.shape[-1])
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    # Integers: CUDA sums floats in no fixed order here. 40 bits leave room for 2^23 classes.
-    cumulative = (p * 2**40).long().cumsum(-1)
-    level = uniform(p.shape[0]).unsqueeze(-1) * cumulative[:, -1:]
-    y = (cumulative <= level).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    signed = p.sqrt() * signs(p.numel()).reshape(p.shape)
     counted = (target.reshape(-1) != ignore_index).to(p.dtype)
     scale = counted / counted.sum().clamp(min=1).sqrt() if reduction == "mean" else counted
-    drawn = (torch.arange(p.shape[-1], device=y.device) == y).to(p.dtype)
-    v = (p - drawn) * scale.unsqueeze(-1)
+    v = (signed - p * signed.sum(-1, keepdim=True)) * scale.unsqueeze(-1)
     return (v.to(logits.dtype) * logits).sum()
 
 
-def _squared_error(
-    _: Draw,
-    normal: Draw,
-    *,
-    input: Tensor,
-    target: Tensor,
-    reduction: str,
-    **others: Any,
-) -> Tensor:
+def _squared_error(signs: Signs, *, input: Tensor, target: Tensor, reduction: str, **others: Any) -> Tensor:
     """`v = √(2/d) ε` for a mean over d elements, `√2 ε` for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
     d = input.numel() if reduction == "mean" else 1
-    v = (2 / d) ** 0.5 * normal(input.numel())
-    return (v.to(input.dtype) * input.reshape(-1)).sum()
+    v = (2 / d) ** 0.5 * signs(input.numel()).to(input.dtype)
+    return (v * input.reshape(-1)).sum()
 
 
 def _binary_cross_entropy(
-    uniform: Draw,
-    _: Draw,
-    *,
-    input: Tensor,
-    target: Tensor,
-    reduction: str,
-    **others: Any,
+    signs: Signs, *, input: Tensor, target: Tensor, reduction: str, **others: Any
 ) -> Tensor:
-    """`v = (p − y) √(1/d)` with y drawn from Bernoulli(p), d = 1 for a sum."""
+    """`v = √(p (1 − p) / d) ε`, d = 1 for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
     d = input.numel() if reduction == "mean" else 1
     p = input.detach().reshape(-1).sigmoid()
-    drawn = (uniform(input.numel()).to(p.dtype) < p).to(p.dtype)
-    v = (p - drawn) / d**0.5
+    v = (p * (1 - p) / d).sqrt() * signs(input.numel())
     return (v * input.reshape(-1)).sum()
 
 

@@ -34,9 +34,10 @@ class EkfacInfluence(TorchBlockwiseInfluence):
         progress: kept for pyDVL's signature, without effect.
         loss: `loss(model(x), y)`; pyDVL knows cross-entropy only.
         regularization: another name of `hessian_regularization`.
-        expectation: over which outputs the curvature is taken: `sampled`, `exact` (a backward pass per
-            output) or `empirical` (the true labels).
-        samples: draws per example and token when sampled.
+        expectation: over which outputs the curvature is taken: `sampled` (a backward pass per sample, of
+            `B ε` with `B Bᵀ = ∇²_f ℓ` and random signs ε), `exact` (a backward pass per output) or
+            `empirical` (the true labels).
+        samples: draws of ε per example when sampled.
         seed: of the draws, which do not depend on the batching.
         unsupported: other layers with tracked parameters are refused, treated by a `diagonal`, or
             excluded (`exclude`: they contribute 0).
