@@ -53,6 +53,21 @@ def test_an_exception_leaves_the_thread_as_it_was() -> None:
     assert _product() != 0
 
 
+def test_the_threads_that_share_an_operation_do_as_the_one_that_calls() -> None:
+    """They exist before: threads that start meanwhile would take it over from this one."""
+    many = torch.full((2**20,), DENORMAL)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert (many * 1.0).count_nonzero() == len(many)
+        with denormals_flushed():
+            products = many * 1.0
+        assert products.view(torch.int32).count_nonzero() == 0
+        assert (many * 1.0).view(torch.int32).count_nonzero() == len(many)
+    finally:
+        torch.set_num_threads(before)
+
+
 class Recording:
     """A loss that notes whether denormals were zero when it was called."""
 
