@@ -39,10 +39,9 @@ def explicit_side(width: int, rank: int, *key: object) -> Tensor:
     """P, `[width, k]`: orthonormal columns, scaled so that `P Pᵀ` is the identity on average."""
     if rank >= width:
         return torch.eye(width, dtype=torch.float64)
-    drawn = torch.randn(
-        width, rank, generator=torch.Generator().manual_seed(seed_of(*key)), dtype=torch.float64
-    )
-    return torch.linalg.qr(drawn).Q.contiguous() * (width / rank) ** 0.5
+    drawn = torch.rand(rank, width, generator=torch.Generator().manual_seed(seed_of(*key))).double() - 0.5
+    Q, R = torch.linalg.qr(drawn.T)
+    return (Q * R.diagonal().sign()).contiguous() * (width / rank) ** 0.5
 
 
 def explicit_layer(
