@@ -128,7 +128,7 @@ class _EmpiricalFisher(BlockCurvature):
 
 
 class _GaussNewton(BlockCurvature):
-    """`Σ_i J_iᵀ B_i J_i` with `B_i = clip(∇²_f ℓ_i)`: a push, n small products `[d, d]`, and a pull."""
+    """`Σ_i J_iᵀ B_i J_i` with `B_i = clip(∇²_f ℓ_i)`: a push, products with every B_i, and a pull."""
 
     def __init__(
         self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, of_outputs: OutputCurvature
@@ -139,15 +139,14 @@ class _GaussNewton(BlockCurvature):
         )
         # Jᵀu is linear in u, so the pull-back of u → Jᵀu is v → Jv.
         _, self._push = pull_back(self._pull, torch.zeros_like(outputs))
-        self._middle = of_outputs.matrices
+        self._of_outputs = of_outputs
         self.clipped = of_outputs.clipped
-        self.nbytes = self._through.graph_bytes + self._middle.nbytes
+        self.nbytes = self._through.graph_bytes + of_outputs.nbytes
 
     def products(self, vectors: Tensor) -> Tensor:
         def product(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             pushed = vmap(self._push)(tensors)
-            middle = torch.einsum("nde,qne->qnd", self._middle, pushed.to(self._middle.dtype))
-            pulled: dict[str, Tensor] = vmap(self._pull)(middle.to(pushed.dtype))
+            pulled: dict[str, Tensor] = vmap(self._pull)(self._of_outputs.products(pushed))
             return pulled
 
         return self._through.products(product, vectors)

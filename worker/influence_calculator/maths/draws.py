@@ -36,7 +36,7 @@ def _mixed(words: Tensor) -> Tensor:
 def signs(seed: int, place: Tensor, columns: int, sample: int = 0) -> Tensor:
     """±1 with equal odds as int8, `[*place.shape, columns]`; rows depend on their int64 place and sample."""
     words = _words(seed, place, -(-columns // 64), sample)
-    bits = (words.unsqueeze(-1) >> torch.arange(64, device=place.device)) & 1
+    bits = (words.unsqueeze(-1) >> torch.arange(64, device=place.device)).bitwise_and_(1)
     return bits.to(torch.int8).mul_(2).sub_(1).flatten(-2)[..., :columns]
 
 

@@ -11,8 +11,8 @@ from influence_calculator.maths.kronecker import PRODUCT_ELEMENTS, turns_tokens
 from influence_calculator.maths.method import GATHERED_ELEMENTS, Footprint
 from influence_calculator.maths.shapes import EmbeddingShape, LayerShape, ModelShapes
 
-OUTPUT_COPIES_BYTES = 40
-"""Per output element: probabilities, their cumulative sums in int64, draws and pseudo-gradients."""
+OUTPUT_COPIES_BYTES = 24
+"""Per output element: signs, in int64 when they are made, probabilities, their roots and pseudo-gradients."""
 
 LOOKUP_COPIES = 3
 """Of the gradients by what one embedding looks up: turned, in order, summed."""
@@ -37,11 +37,14 @@ def ekfac_footprint(
     graph = _graph(shapes, micro_batch)
     # Embeddings are traced once the graph of the layers is gone.
     looked_up = by_functions + _lookups(shapes, micro_batch, graph)
-    drawing = OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
+    # What is sent back through the model is drawn while there is only the graph of the forward pass.
+    drawing = (
+        _forward(shapes, micro_batch) + OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
+    )
+    drawn = graph + item * micro_batch * shapes.outputs + by_functions
     forming = _in_pieces(shapes, micro_batch)
-    covariance = max(graph + drawing + _covariance(shapes, micro_batch), looked_up)
-    covariance += item * others
-    correction = eigenvalues + max(graph + drawing + forming, looked_up)
+    covariance = max(drawing, drawn + _covariance(shapes, micro_batch), looked_up) + item * others
+    correction = eigenvalues + max(drawing, drawn + forming, looked_up)
     capture = _differentiated(shapes, micro_batch, others, forming)
     few = min(micro_batch, rows)
     whole = _differentiated(shapes, few, others, _per_sample(shapes, few))
@@ -107,11 +110,15 @@ def _sides(layer: LayerShape) -> int:
     return layer.groups * (_inputs(layer) ** 2 + layer.group_outputs**2)
 
 
+def _forward(shapes: ModelShapes, micro_batch: int) -> int:
+    """The examples, and the graph that a forward pass leaves."""
+    return micro_batch * (shapes.example_bytes + shapes.activation_bytes)
+
+
 def _graph(shapes: ModelShapes, micro_batch: int) -> int:
     """The examples, the graph, and the gradients that flow back through it."""
     output_gradients = shapes.itemsize * sum(layer.tokens * layer.outputs for layer in shapes.layers)
-    example = shapes.example_bytes + 2 * shapes.activation_bytes + output_gradients
-    return micro_batch * example
+    return _forward(shapes, micro_batch) + micro_batch * (shapes.activation_bytes + output_gradients)
 
 
 def _differentiated(shapes: ModelShapes, micro_batch: int, others: int, forming: int) -> int:

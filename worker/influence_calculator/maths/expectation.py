@@ -11,24 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.capture import float_leaves
 from influence_calculator.maths.draws import signs
-from influence_calculator.maths.objective import (
-    IndexedBatch,
-    Objective,
-    batch_size,
-    only_tensors,
-    unsqueezed,
-)
+from influence_calculator.maths.objective import IndexedBatch, Objective, batch_size
 from influence_calculator.maths.output_curvature import output_eigenpairs
-from influence_calculator.maths.recognised_losses import pseudo_loss
+from influence_calculator.maths.recognised_losses import recognised_vectors
 
 
 class Expectation(StrEnum):
@@ -68,62 +62,58 @@ class OutputExpectation:
             case Expectation.EMPIRICAL:
                 return PseudoGradients(1, lambda _: _label_gradients(objective, outputs, indexed))
             case Expectation.EXACT:
-                root = _curvature_root(objective, outputs, indexed)
-                return PseudoGradients(root.shape[1], lambda k: _split(root[:, :, k], outputs))
+                return _of_root(objective, outputs, indexed, lambda m: m, _unit)
             case Expectation.SAMPLED:
-                return self._sampled(objective, outputs, indexed)
-
-    def _sampled(self, objective: Objective, outputs: Any, indexed: IndexedBatch) -> PseudoGradients:
-        leaves = float_leaves(outputs)
-        indices = torch.arange(batch_size(indexed.batch), device=leaves[0].device) + indexed.start
-        first = self._closed_form(objective, outputs, indexed, indices, 0)
-        if first is not None:
-
-            def closed_form(k: int) -> list[Tensor]:
-                found = first if k == 0 else self._closed_form(objective, outputs, indexed, indices, k)
-                assert found is not None
-                return found
-
-            return PseudoGradients(self.samples, closed_form)
-        root = _curvature_root(objective, outputs, indexed) / self.samples**0.5
-
-        def drawn(k: int) -> list[Tensor]:
-            ε = signs(self.seed, indices, root.shape[1], k).to(root.dtype)
-            return _split((root @ ε.unsqueeze(-1)).squeeze(-1), outputs)
-
-        return PseudoGradients(self.samples, drawn)
-
-    def _closed_form(
-        self, objective: Objective, outputs: Any, indexed: IndexedBatch, indices: Tensor, k: int
-    ) -> list[Tensor] | None:
-        leaves, rebuilt = only_tensors(outputs)
-        leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
-
-        def one(own: list[Tensor], example: Any, index: Tensor) -> Tensor:
-            own = [leaf.unsqueeze(0) for leaf in own]
-            found = pseudo_loss(
-                lambda: objective.loss(rebuilt(own), unsqueezed(example)),
-                [leaf for leaf in own if leaf.is_floating_point()],
-                lambda count: signs(self.seed, index, count, k),
-            )
-            if found is None:
-                raise _NoClosedFormError
-            return found
-
-        floats = [leaf for leaf in leaves if leaf.is_floating_point()]
-        try:
-            with torch.enable_grad():
-                total = vmap(one)(leaves, indexed.batch, indices).sum()
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError):
-            return None
-        gradients = torch.autograd.grad(total, floats, allow_unused=True, materialize_grads=True)
-        return [gradient / self.samples**0.5 for gradient in gradients]
+                drawn = partial(_signs, self.seed)
+                return _of_root(
+                    objective, outputs, indexed, lambda _: self.samples, drawn, self.samples**-0.5
+                )
 
 
-class _NoClosedFormError(ValueError):
-    """The loss is none of those with a closed form."""
+def _unit(index: Tensor, m: int, k: int) -> Tensor:
+    return torch.arange(m, device=index.device) == k
+
+
+def _signs(seed: int, index: Tensor, m: int, k: int) -> Tensor:
+    return signs(seed, index, m, k)
+
+
+def _of_root(
+    objective: Objective,
+    outputs: Any,
+    indexed: IndexedBatch,
+    count: Callable[[int], int],
+    vector: Callable[[Tensor, int, int], Tensor],
+    scale: float = 1.0,
+) -> PseudoGradients:
+    """`scale B ε_k` for k below `count(m)`: `B Bᵀ = ∇²_f ℓ`, and `vector(index, m, k)` is ε_k, `[..., m]`."""
+    n = batch_size(indexed.batch)
+    indices = torch.arange(n, device=float_leaves(outputs)[0].device) + indexed.start
+    widths = []
+
+    def recognised(k: int) -> list[Tensor] | None:
+        def own(index: Tensor, m: int) -> Tensor:
+            widths.append(m)
+            return vector(index, m, k)
+
+        return recognised_vectors(objective, outputs, indexed.batch, indices, own)
+
+    first = recognised(0)
+    if first is not None:
+
+        def closed_form(k: int) -> list[Tensor]:
+            found = first if k == 0 else recognised(k)
+            assert found is not None
+            return [v * scale for v in found]
+
+        return PseudoGradients(count(widths[0]), closed_form)
+    root = _curvature_root(objective, outputs, indexed) * scale
+
+    def by_matrix(k: int) -> list[Tensor]:
+        ε = vector(indices, root.shape[1], k).to(root.dtype)
+        return _split((root @ ε.unsqueeze(-1)).squeeze(-1), outputs)
+
+    return PseudoGradients(count(root.shape[1]), by_matrix)
 
 
 def _label_gradients(objective: Objective, outputs: Any, indexed: IndexedBatch) -> list[Tensor]:

@@ -5,28 +5,25 @@ Shapes: n examples, d floating-point output elements of one example.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import grad, jacrev, vmap
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
+from influence_calculator.maths.directional import GRAPH_COPIES, pull_back
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors
+from influence_calculator.maths.recognised_losses import is_recognised
+from influence_calculator.maths.vmapped_losses import GatheredLosses
 
 MOST_OUTPUTS = 4096
 """Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
-
-
-class OutputCurvature(NamedTuple):
-    """`clip(∇²_f ℓ_i)` of every example of a batch."""
-
-    matrices: Tensor
-    """`[n, d, d]`."""
-    clipped: int
-    """How many negative eigenvalues were taken as 0 (those within rounding of 0 not counted)."""
 
 
 def float_outputs(outputs: Any) -> Tensor:
@@ -47,15 +44,60 @@ class OutputEigenpairs(NamedTuple):
     vectors: Tensor
     """`[n, d, d]`, in columns."""
     clipped: int
-    """As in `OutputCurvature`."""
+    """How many negative eigenvalues were taken as 0 (those within rounding of 0 not counted)."""
+
+
+class OutputCurvature(ABC):
+    """`clip(∇²_f ℓ_i)` of every example of a batch, as far as products with it tell."""
+
+    nbytes: int
+    """What stays allocated while it lives."""
+    clipped: int = 0
+    """As in `OutputEigenpairs`."""
+
+    @abstractmethod
+    def products(self, vectors: Tensor) -> Tensor:
+        """Of `[q, n, d]`, each example's matrix times each of its q vectors."""
+
+
+class _Matrices(OutputCurvature):
+    """Matrices `[n, d, d]`, of any loss."""
+
+    def __init__(self, objective: Objective, outputs: Any, batch: Batch) -> None:
+        eigenvalues, vectors, self.clipped = output_eigenpairs(objective, outputs, batch)
+        self._matrices = (vectors * eigenvalues[:, None, :]) @ vectors.mT
+        self.nbytes = self._matrices.nbytes
+
+    @override
+    def products(self, vectors: Tensor) -> Tensor:
+        found = torch.einsum("nde,qne->qnd", self._matrices, vectors.to(self._matrices.dtype))
+        return found.to(vectors.dtype)
+
+
+class _SecondDerivatives(OutputCurvature):
+    """Derivatives of a loss's gradient that have no negative eigenvalues, by any number of outputs."""
+
+    def __init__(self, objective: Objective, outputs: Any, batch: Batch) -> None:
+        loss, tensors = _loss_of_floats(objective, outputs)
+        flat = float_outputs(outputs)
+        gradient = grad(lambda values: vmap(loss)(values, tensors, batch).sum())
+        with GatheredLosses():
+            _, self._pull = pull_back(gradient, flat)
+        self.nbytes = GRAPH_COPIES * flat.nbytes
+
+    @override
+    def products(self, vectors: Tensor) -> Tensor:
+        found: Tensor = vmap(self._pull)(vectors)
+        return found
 
 
 def output_curvature(objective: Objective, batch: Batch) -> OutputCurvature:
     """`clip(∇²_f ℓ_i)` over all model outputs f of each example."""
     with torch.no_grad():
         outputs = objective.outputs(batch)
-    eigenvalues, vectors, clipped = output_eigenpairs(objective, outputs, batch)
-    return OutputCurvature((vectors * eigenvalues[:, None, :]) @ vectors.mT, clipped)
+    if is_recognised(objective, outputs, batch):
+        return _SecondDerivatives(objective, outputs, batch)
+    return _Matrices(objective, outputs, batch)
 
 
 def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> OutputEigenpairs:
@@ -81,12 +123,20 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
     return OutputEigenpairs(eigenvalues, vectors, clipped)
 
 
-def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
+def _loss_of_floats(objective: Objective, outputs: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """One example's loss of its floating-point output elements `[d]`, of its outputs, and of itself; the
+    outputs of all.
+    """
     tensors, rebuilt = only_tensors(outputs)
 
     def loss(values: Tensor, output: list[Tensor], example: Batch) -> Tensor:
         return objective.one_loss(rebuilt(_with_floats(output, values)), example)
 
+    return loss, tensors
+
+
+def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
+    loss, tensors = _loss_of_floats(objective, outputs)
     try:
         # Reverse over reverse: forward mode loads decompositions for seconds, and fewer losses have it.
         return vmap(jacrev(jacrev(loss)))(flat, tensors, batch)

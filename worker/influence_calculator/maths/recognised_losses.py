@@ -6,11 +6,12 @@ the loss in a way of ours. It counts if the loss returns what the call returned 
 between the outputs f and the call's input u is linear: then `v_f = J_uᵀ v_u` has the covariance
 `∇²_f ℓ` if `v_u` has `∇²_u ℓ`. Anything else is left to the general way (`expectation`).
 
-A draw is `v_u = B ε` with `B Bᵀ = ∇²_u ℓ` and random signs ε. A label y drawn from the prediction gives
-`p − e_y`, which has the same covariance, but is almost always 0 and rarely large where the model is sure.
-It takes several labels to come as near to the expectation as one draw of signs does.
+What is given is `v_u = B ε` with `B Bᵀ = ∇²_u ℓ`: B's columns for unit vectors ε, a draw for random signs. A
+label y drawn from the prediction gives `p − e_y`, which has the same covariance, but is almost always 0 and
+rarely large where the model is sure. It takes several labels to come as near to the expectation as one
+draw of signs does.
 
-Shapes: one example at a time, under vmap; u the call's input, C classes, m elements.
+Shapes: n examples, one at a time under vmap; u the call's input, C classes, m elements.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from influence_calculator.maths.objective import Batch, Objective, only_tensors, slice_batch, unsqueezed
 from influence_calculator.maths.vmapped_losses import gathered
 
-Signs = Callable[[int], Tensor]
-"""m -> ε, `[m]`: ±1 with equal odds."""
+Vector = Callable[[int], Tensor]
+"""m -> ε, `[m]`."""
 
 _LINEAR = {
     *("clone", "contiguous", "detach", "cpu", "cuda", "to", "type", "bfloat16", "double", "float", "half"),
@@ -39,31 +42,70 @@ _LINEAR = {
 """Names of torch functions that only move, select or cast elements. `__get__` is a property (`.mT`)."""
 
 
-class _UnrecognisedError(Exception):
+class _UnrecognisedError(ValueError):
     """Leaves the loss as soon as it is seen that no closed form applies."""
 
 
-def pseudo_loss(loss: Callable[[], Tensor], leaves: list[Tensor], signs: Signs) -> Tensor | None:
-    """`⟨v_u, u⟩` of one example's loss, with a drawn `v_u`, `E[v_u v_uᵀ] = ∇²_u ℓ`; None if not recognised.
+def recognised_vectors(
+    objective: Objective,
+    outputs: Any,
+    batch: Batch,
+    indices: Tensor,
+    vector: Callable[[Tensor, int], Tensor],
+) -> list[Tensor] | None:
+    """`v_f` of every example, one tensor per floating-point output; None where the loss is not recognised.
 
-    `loss()` computes the example's loss from `leaves`.
+    `vector(index, m)` is an example's ε, the index an element of `indices`, `[n]`.
     """
-    watch = _Watch(leaves, signs)
+    leaves, rebuilt = only_tensors(outputs)
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+
+    def one(own: list[Tensor], example: Batch, index: Tensor) -> Tensor:
+        own = [leaf.unsqueeze(0) for leaf in own]
+        return _pseudo_loss(
+            lambda: objective.loss(rebuilt(own), unsqueezed(example)),
+            [leaf for leaf in own if leaf.is_floating_point()],
+            lambda m: vector(index, m),
+        )
+
     try:
-        with watch:
-            result = loss()
-    except _UnrecognisedError:
+        with torch.enable_grad():
+            total = vmap(one)(leaves, batch, indices).sum()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
         return None
-    return watch.pseudo if watch.result is not None and result is watch.result else None
+    floats = [leaf for leaf in leaves if leaf.is_floating_point()]
+    return list(torch.autograd.grad(total, floats, allow_unused=True, materialize_grads=True))
+
+
+def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
+    """Whether the loss has a closed form; `∇²_f ℓ` is then positive semi-definite at all outputs."""
+    first = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1], outputs)
+    index = torch.zeros(1, dtype=torch.int64, device=objective.device)
+    vectors = recognised_vectors(
+        objective, first, slice_batch(batch, 0, 1), index, lambda at, m: at.new_ones(m)
+    )
+    return vectors is not None
+
+
+def _pseudo_loss(loss: Callable[[], Tensor], leaves: list[Tensor], vector: Vector) -> Tensor:
+    """`⟨v_u, u⟩` of one example, whose loss `loss()` computes from `leaves`."""
+    watch = _Watch(leaves, vector)
+    with watch:
+        result = loss()
+    if watch.pseudo is None or result is not watch.result:
+        raise _UnrecognisedError
+    return watch.pseudo
 
 
 class _Watch(TorchFunctionMode):
     """Follows the outputs through a loss function until the call that has a closed form."""
 
-    def __init__(self, leaves: list[Tensor], signs: Signs) -> None:
+    def __init__(self, leaves: list[Tensor], vector: Vector) -> None:
         super().__init__()
         self._derived = {id(leaf): leaf for leaf in leaves}  # holds them, so that no id is used twice
-        self._signs = signs
+        self._vector = vector
         self.pseudo: Tensor | None = None
         self.result: Tensor | None = None
 
@@ -80,7 +122,7 @@ class _Watch(TorchFunctionMode):
             given.apply_defaults()
             if id(given.arguments["target"]) in self._derived:
                 raise _UnrecognisedError
-            self.pseudo = closed_form(self._signs, **given.arguments)
+            self.pseudo = closed_form(self._vector, **given.arguments)
             self.result = result
             return result
         produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -92,7 +134,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _cross_entropy(
-    signs: Signs,
+    vector: Vector,
     *,
     input: Tensor,
     target: Tensor,
@@ -112,31 +154,31 @@ def _cross_entropy(
     logits = input.unsqueeze(0) if input.dim() == 1 else input.movedim(1, -1)
     logits = logits.reshape(-1, logits.shape[-1])
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    signed = p.sqrt() * signs(p.numel()).reshape(p.shape)
+    scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
     counted = (target.reshape(-1) != ignore_index).to(p.dtype)
     scale = counted / counted.sum().clamp(min=1).sqrt() if reduction == "mean" else counted
-    v = (signed - p * signed.sum(-1, keepdim=True)) * scale.unsqueeze(-1)
+    v = (scaled - p * scaled.sum(-1, keepdim=True)) * scale.unsqueeze(-1)
     return (v.to(logits.dtype) * logits).sum()
 
 
-def _squared_error(signs: Signs, *, input: Tensor, target: Tensor, reduction: str, **others: Any) -> Tensor:
+def _squared_error(vector: Vector, *, input: Tensor, target: Tensor, reduction: str, **others: Any) -> Tensor:
     """`v = √(2/d) ε` for a mean over d elements, `√2 ε` for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
     d = input.numel() if reduction == "mean" else 1
-    v = (2 / d) ** 0.5 * signs(input.numel()).to(input.dtype)
+    v = (2 / d) ** 0.5 * vector(input.numel()).to(input.dtype)
     return (v * input.reshape(-1)).sum()
 
 
 def _binary_cross_entropy(
-    signs: Signs, *, input: Tensor, target: Tensor, reduction: str, **others: Any
+    vector: Vector, *, input: Tensor, target: Tensor, reduction: str, **others: Any
 ) -> Tensor:
     """`v = √(p (1 − p) / d) ε`, d = 1 for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
     d = input.numel() if reduction == "mean" else 1
     p = input.detach().reshape(-1).sigmoid()
-    v = (p * (1 - p) / d).sqrt() * signs(input.numel())
+    v = (p * (1 - p) / d).sqrt() * vector(input.numel())
     return (v * input.reshape(-1)).sum()
 
 
