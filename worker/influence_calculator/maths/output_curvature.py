@@ -106,9 +106,9 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
     if flat.shape[1] > MOST_OUTPUTS:
         raise UnsupportedLossError(
             f"loss: its second derivative is formed for at most {MOST_OUTPUTS} output elements per example, "
-            f"got {flat.shape[1]}; take the Fisher at the true labels (second_order_mode empirical_fisher, "
-            "or EK-FAC with expectation empirical), or EK-FAC with expectation sampled and a loss that "
-            "returns what F.cross_entropy, F.mse_loss or F.binary_cross_entropy_with_logits answers"
+            f"got {flat.shape[1]}; return what F.cross_entropy, F.mse_loss or "
+            "F.binary_cross_entropy_with_logits answers, of which it need not be formed, or take the Fisher "
+            "at the true labels (second_order_mode empirical_fisher, or EK-FAC with expectation empirical)"
         )
     second = _second_derivatives(objective, outputs, flat, batch)
     second = second.to(accumulation_dtype(second.dtype))

@@ -144,21 +144,35 @@ def _cross_entropy(
     label_smoothing: float,
     **deprecated: Any,
 ) -> Tensor:
-    """`v = (√p ε − p ⟨√p, ε⟩) √c` at every position that is not ignored.
+    """`v = (√p ε − p ⟨√p, ε⟩) √c` at every position, c what the log-probabilities there count together.
 
-    c is 1 over the number of such positions for a mean, 1 for a sum.
+    That is 1, or 0 at an ignored position, where nothing is weighted; for a mean over what torch divides by.
     """
-    plain = weight is None and label_smoothing == 0.0 and not any(v is not None for v in deprecated.values())
-    if not plain or target.is_floating_point():
+    if reduction not in ("mean", "sum") or any(value is not None for value in deprecated.values()):
         raise _UnrecognisedError
-    logits = input.unsqueeze(0) if input.dim() == 1 else input.movedim(1, -1)
-    logits = logits.reshape(-1, logits.shape[-1])
+    logits = _by_position(input)
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    weights = torch.ones_like(p[0]) if weight is None else weight.to(p.dtype)
+    if target.is_floating_point():
+        counts = _by_position(target).to(p.dtype) @ weights
+        counted = torch.ones_like(counts)
+        total = counted.sum()
+    else:
+        labels = target.reshape(-1)
+        counted = (labels != ignore_index).to(p.dtype)
+        counts = counted * weights[torch.where(labels == ignore_index, 0, labels)]
+        total = counts.sum()
+    c = (1 - label_smoothing) * counts + label_smoothing * counted * weights.mean()
+    if reduction == "mean":
+        c = c / torch.where(total == 0, 1, total)
     scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
-    counted = (target.reshape(-1) != ignore_index).to(p.dtype)
-    scale = counted / counted.sum().clamp(min=1).sqrt() if reduction == "mean" else counted
-    v = (scaled - p * scaled.sum(-1, keepdim=True)) * scale.unsqueeze(-1)
+    v = (scaled - p * scaled.sum(-1, keepdim=True)) * c.clamp(min=0).sqrt().unsqueeze(-1)
     return (v.to(logits.dtype) * logits).sum()
+
+
+def _by_position(values: Tensor) -> Tensor:
+    """`[C]` or `[1, C, ...]` as `[positions, C]`."""
+    return values.unsqueeze(0) if values.dim() == 1 else values.movedim(1, -1).reshape(-1, values.shape[1])
 
 
 def _squared_error(vector: Vector, *, input: Tensor, target: Tensor, reduction: str, **others: Any) -> Tensor:

@@ -1,0 +1,102 @@
+"""The loss's second derivative by a model's outputs: of losses with a closed form, and of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import oracle
+from influence_calculator.maths.blocks import BlockMode, block_layout
+from influence_calculator.maths.curvature import SecondOrderMode, products
+from influence_calculator.maths.errors import UnsupportedLossError
+from influence_calculator.maths.expectation import Expectation, OutputExpectation
+from influence_calculator.maths.objective import IndexedBatch, xy_objective
+from influence_calculator.maths.output_curvature import output_curvature
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+N, Q, MANY = 5, 3, 5000
+
+LOSSES: dict[str, Loss] = {
+    "cross-entropy": F.cross_entropy,
+    "of tokens, some ignored": lambda f, y: F.cross_entropy(
+        f.unflatten(1, (2, 3)).mT, torch.stack([y % 3, torch.full_like(y, -100)], 1)
+    ),
+    "squared error": lambda f, y: F.mse_loss(f, y[:, None] * torch.ones_like(f)),
+    "binary": lambda f, y: F.binary_cross_entropy_with_logits(f, (y[:, None] % 2).to(f).expand_as(f)),
+    "weighted classes": lambda f, y: F.cross_entropy(f, y, torch.arange(1.0, 7).to(f)),
+    "weighted classes of tokens": lambda f, y: F.cross_entropy(
+        f.view(-1, 3), torch.stack([y % 3, y % 2], 1).flatten(), f.new_tensor([1, 2, 0]), label_smoothing=0.2
+    ),
+    "smoothed labels": lambda f, y: F.cross_entropy(f, y, label_smoothing=0.3),
+    "soft labels": lambda f, y: F.cross_entropy(
+        f, (y[:, None] - torch.arange(6).to(f)).abs(), torch.arange(6.0).to(f), label_smoothing=0.1
+    ),
+    "soft labels of tokens": lambda f, y: F.cross_entropy(
+        f.unflatten(1, (3, 2)), (y[:, None, None] * torch.arange(1.0, 7).to(f).view(1, 3, 2)).cos() + 1
+    ),
+    "scaled": lambda f, y: 3 * F.cross_entropy(f, y),
+    "concave in part": lambda f, y: (f[:, 0] * f[:, 1] + f[:, 2] ** 4).sum() + 0 * y.sum(),
+}
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(N, 4, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 4, 5])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_are_those_of_the_clipped_matrices(name: str) -> None:
+    x, y = _data()
+    objective = xy_objective(nn.Linear(4, 6).double(), LOSSES[name])
+    curvature = output_curvature(objective, (x, y))
+    vectors = torch.randn(Q, N, 6, dtype=torch.float64)
+    found = curvature.products(vectors)
+    clipped = 0
+    for i in range(N):
+        matrix = oracle.output_hessian(LOSSES[name], objective.model(x[i : i + 1]).detach(), y[i : i + 1])
+        values, Q_f = torch.linalg.eigh(matrix)
+        clipped += int((values < -1e-9).sum())
+        expected = vectors[:, i] @ (Q_f * values.clamp(min=0)) @ Q_f.T
+        torch.testing.assert_close(found[:, i], expected, rtol=1e-9, atol=1e-12)
+    assert curvature.clipped == clipped
+    assert (clipped > 0) == (name == "concave in part")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_exact_pseudo_gradients_sum_to_the_clipped_matrices(name: str) -> None:
+    x, y = _data()
+    objective = xy_objective(nn.Linear(4, 6).double(), LOSSES[name])
+    outputs = objective.model(x).detach()
+    made = OutputExpectation(Expectation.EXACT).pseudo_gradients(objective, outputs, IndexedBatch(0, (x, y)))
+    v = torch.stack([made.at(k)[0] for k in range(made.count)])
+    for i in range(N):
+        values, Q_f = torch.linalg.eigh(oracle.output_hessian(LOSSES[name], outputs[i : i + 1], y[i : i + 1]))
+        expected = (Q_f * values.clamp(min=0)) @ Q_f.T
+        torch.testing.assert_close(v[:, i].T @ v[:, i], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gauss_newton_product_takes_as_many_outputs_as_a_language_model_has() -> None:
+    """Of a linear model, `Σ_i (diag p_i − p_i p_iᵀ) V x_i x_iᵀ`; no matrix of its outputs would fit."""
+    x, y = _data()
+    model = nn.Linear(4, MANY, bias=False).double()
+    objective = xy_objective(model, F.cross_entropy)
+    layout = block_layout(objective, BlockMode.FULL)
+    V = torch.randn(MANY, 4, dtype=torch.float64)
+    mode = SecondOrderMode.GENERALIZED_GAUSS_NEWTON
+    found = products(mode, objective, layout, (x, y), {"": V.reshape(1, -1)})[""]
+    expected = torch.zeros_like(V)
+    for row in x:
+        p = model(row).softmax(0).detach()
+        pushed = V @ row
+        expected += torch.outer(p * pushed - p * (p @ pushed), row)
+    torch.testing.assert_close(found.view_as(V), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_another_loss_over_many_outputs_is_refused_with_what_would_do() -> None:
+    objective = xy_objective(nn.Linear(4, MANY).double(), LOSSES["scaled"])
+    with pytest.raises(UnsupportedLossError, match=r"4096.*got 5000.*cross_entropy.*empirical_fisher"):
+        output_curvature(objective, _data())
