@@ -12,13 +12,15 @@ from torch.nn import functional as F
 import oracle
 from influence_calculator.maths.blocks import BlockMode, block_layout
 from influence_calculator.maths.curvature import SecondOrderMode, products
+from influence_calculator.maths.directional import GRAPH_COPIES, WORKSPACE_BYTES
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.expectation import Expectation, OutputExpectation
 from influence_calculator.maths.objective import IndexedBatch, xy_objective
-from influence_calculator.maths.output_curvature import output_curvature
+from influence_calculator.maths.output_curvature import _SecondDerivatives, output_curvature
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 N, Q, MANY = 5, 3, 5000
+GAUSS_NEWTON = SecondOrderMode.GENERALIZED_GAUSS_NEWTON
 
 LOSSES: dict[str, Loss] = {
     "cross-entropy": F.cross_entropy,
@@ -86,14 +88,31 @@ def test_a_gauss_newton_product_takes_as_many_outputs_as_a_language_model_has() 
     objective = xy_objective(model, F.cross_entropy)
     layout = block_layout(objective, BlockMode.FULL)
     V = torch.randn(MANY, 4, dtype=torch.float64)
-    mode = SecondOrderMode.GENERALIZED_GAUSS_NEWTON
-    found = products(mode, objective, layout, (x, y), {"": V.reshape(1, -1)})[""]
+    found = products(GAUSS_NEWTON, objective, layout, (x, y), {"": V.reshape(1, -1)})[""]
     expected = torch.zeros_like(V)
     for row in x:
         p = model(row).softmax(0).detach()
         pushed = V @ row
         expected += torch.outer(p * pushed - p * (p @ pushed), row)
     torch.testing.assert_close(found.view_as(V), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_as_few_products_are_made_at_once_as_the_outputs_let(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model itself keeps, four inputs of an example, would let all go through together."""
+    objective = xy_objective(nn.Linear(4, MANY, bias=False).double(), F.cross_entropy)
+    asked: list[int] = []
+    products_of = _SecondDerivatives.products
+
+    def counted(self: _SecondDerivatives, vectors: Tensor) -> Tensor:
+        asked.append(len(vectors))
+        return products_of(self, vectors)
+
+    monkeypatch.setattr(_SecondDerivatives, "products", counted)
+    x, y = torch.randn(40, 4, dtype=torch.float64), torch.zeros(40, dtype=torch.int64)
+    vectors = {"": torch.ones(12, 4 * MANY, dtype=torch.float64)}
+    products(GAUSS_NEWTON, objective, block_layout(objective, BlockMode.FULL), (x, y), vectors)
+    assert sum(asked) == 12
+    assert max(asked) * GRAPH_COPIES * 40 * MANY * 8 <= WORKSPACE_BYTES["cpu"]
 
 
 def test_another_loss_over_many_outputs_is_refused_with_what_would_do() -> None:

@@ -133,7 +133,7 @@ class _GaussNewton(BlockCurvature):
     def __init__(
         self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, of_outputs: OutputCurvature
     ) -> None:
-        self._through = _Through(objective, slots, batch)
+        self._through = _Through(objective, slots, batch, of_outputs.width)
         outputs, self._pull = pull_back(
             lambda values: float_outputs(objective.outputs(batch, values)), self._through.parameters
         )
@@ -162,7 +162,7 @@ class _GaussNewton(BlockCurvature):
 class _Through:
     """What products through a graph over one batch need to know of one block."""
 
-    def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch) -> None:
+    def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, outputs: int = 0) -> None:
         own = objective.parameters()
         self.parameters = {slot.name: own[slot.name] for slot in slots}
         self._slots = slots
@@ -170,7 +170,7 @@ class _Through:
         self._like = torch.zeros((), dtype=objective.dtype, device=objective.device)
         activations = activation_elements(objective, batch)
         self.graph_bytes = GRAPH_COPIES * batch_size(batch) * activations * objective.dtype.itemsize
-        self._at_once = directions_at_once(objective, batch, self._width)
+        self._at_once = directions_at_once(objective, batch, self._width, outputs)
 
     def products(self, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], vectors: Tensor) -> Tensor:
         """`function` of rows `[q, P_b]`, as many at a time as the workspace takes."""

@@ -39,11 +39,15 @@ def pull_back(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[A
     return value, lambda cotangent: pull(cotangent)[0]
 
 
-def directions_at_once(objective: Objective, batch: Batch, width: int) -> int:
-    """How many directions of `width` columns go through a graph over `batch` at a time; at least one."""
+def directions_at_once(objective: Objective, batch: Batch, width: int, outputs: int = 0) -> int:
+    """How many directions of `width` columns go through a graph over `batch` at a time; at least one.
+
+    `outputs`: elements per example that they also take outside of the model, where they pass its outputs.
+    """
     itemsize = objective.dtype.itemsize
     n = batch_size(batch)
-    per_direction = itemsize * (GRAPH_COPIES * n * activation_elements(objective, batch) + 4 * width)
+    elements = activation_elements(objective, batch) + outputs
+    per_direction = itemsize * (GRAPH_COPIES * n * elements + 4 * width)
     return max(1, workspace_bytes(objective) // per_direction)
 
 

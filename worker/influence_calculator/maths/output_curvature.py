@@ -50,6 +50,8 @@ class OutputEigenpairs(NamedTuple):
 class OutputCurvature(ABC):
     """`clip(∇²_f ℓ_i)` of every example of a batch, as far as products with it tell."""
 
+    width: int
+    """d."""
     nbytes: int
     """What stays allocated while it lives."""
     clipped: int = 0
@@ -66,6 +68,7 @@ class _Matrices(OutputCurvature):
     def __init__(self, objective: Objective, outputs: Any, batch: Batch) -> None:
         eigenvalues, vectors, self.clipped = output_eigenpairs(objective, outputs, batch)
         self._matrices = (vectors * eigenvalues[:, None, :]) @ vectors.mT
+        self.width = self._matrices.shape[-1]
         self.nbytes = self._matrices.nbytes
 
     @override
@@ -83,6 +86,7 @@ class _SecondDerivatives(OutputCurvature):
         gradient = grad(lambda values: vmap(loss)(values, tensors, batch).sum())
         with GatheredLosses():
             _, self._pull = pull_back(gradient, flat)
+        self.width = flat.shape[1]
         self.nbytes = GRAPH_COPIES * flat.nbytes
 
     @override
