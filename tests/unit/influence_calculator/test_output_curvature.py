@@ -40,6 +40,7 @@ LOSSES: dict[str, Loss] = {
     "soft labels of tokens": lambda f, y: F.cross_entropy(
         f.unflatten(1, (3, 2)), (y[:, None, None] * torch.arange(1.0, 7).to(f).view(1, 3, 2)).cos() + 1
     ),
+    "weighted by the outputs": lambda f, y: F.cross_entropy(f, F.one_hot(y, 6).to(f), f[0]),
     "scaled": lambda f, y: 3 * F.cross_entropy(f, y),
     "concave in part": lambda f, y: (f[:, 0] * f[:, 1] + f[:, 2] ** 4).sum() + 0 * y.sum(),
 }
@@ -65,7 +66,7 @@ def test_products_are_those_of_the_clipped_matrices(name: str) -> None:
         expected = vectors[:, i] @ (Q_f * values.clamp(min=0)) @ Q_f.T
         torch.testing.assert_close(found[:, i], expected, rtol=1e-9, atol=1e-12)
     assert curvature.clipped == clipped
-    assert (clipped > 0) == (name == "concave in part")
+    assert (clipped > 0) == (name in ("concave in part", "weighted by the outputs"))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -120,7 +120,8 @@ class _Watch(TorchFunctionMode):
         if closed_form is not None and self.result is None:
             given = inspect.signature(func).bind(*args, **keywords)
             given.apply_defaults()
-            if id(given.arguments["target"]) in self._derived:
+            beside = [value for name, value in given.arguments.items() if name != "input"]
+            if any(id(value) in self._derived for value in beside):
                 raise _UnrecognisedError
             self.pseudo = closed_form(self._vector, **given.arguments)
             self.result = result
