@@ -20,6 +20,7 @@ from peak_memory import assert_planned
         ("cg", "hessian", 3000, 64, 32, 32, "factors"),
         ("cg", "generalized_gauss_newton", 3000, 128, 64, 32, "factors"),
         ("cg", "hessian", 3000, 128, 64, 16, "capture"),
+        ("cg of tokens", "generalized_gauss_newton", 5000, 64, 64, 16, "factors"),
         ("cg with jacobi", "hessian", 3000, 64, 32, 8, "fit"),
         ("cg with nystroem", "generalized_gauss_newton", 3000, 64, 32, 8, "fit"),
         ("cg with nystroem", "generalized_gauss_newton", 3000, 64, 32, 8, "factors"),

@@ -1,7 +1,8 @@
 """One stage of one method in a process of its own: prints its predicted and its measured bytes.
 
 `python measured_memory.py METHOD SECOND_ORDER HIDDEN EXAMPLES MICRO_BATCH ROWS STAGE DEVICE`: on a GPU what
-torch allocates there, on a processor what the process has resident.
+torch allocates there, on a processor what the process has resident. `METHOD of tokens`: of a small model with
+many outputs, HIDDEN of them for each token.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from influence_calculator.maths.trak import Trak
 from peak_memory import mark, since
 from training_sets import TrainingSet
 
+TOKENS, FEATURES = 128, 16
+OF_TOKENS = " of tokens"
+
 
 def _objective(inputs: int, hidden: int, device: torch.device) -> Objective:
     """With two checkpoints, which TracIn alone looks at."""
@@ -48,6 +52,17 @@ def _objective(inputs: int, hidden: int, device: torch.device) -> Objective:
 
 def _data(count: int, inputs: int, device: torch.device) -> Batch:
     return torch.randn(count, inputs, device=device), torch.randint(0, 10, (count,), device=device)
+
+
+def _of_tokens(outputs: int, device: torch.device) -> Objective:
+    """What every token is followed by."""
+    model = nn.Linear(FEATURES, outputs).to(device)
+    return xy_objective(model, lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten()))
+
+
+def _tokens(count: int, outputs: int, device: torch.device) -> Batch:
+    x = torch.randn(count, TOKENS, FEATURES, device=device)
+    return x, torch.randint(0, outputs, (count, TOKENS), device=device)
 
 
 def _run(method: Method, objective: Objective, data: TrainingSet, tests: Batch, stage: str) -> None:
@@ -120,13 +135,17 @@ def main() -> None:
         "logra of high rank": Logra(0.1, 80).narrow(),
         "logra by parameter": Logra(0.1, 16),
     }
-    method = methods[name]
+    method = methods[name.removesuffix(OF_TOKENS)]
     # What torch loads and allocates once for all, whatever the model's size.
     tiny = _data(4, 3, device)
     for each in ("factors", "capture"):
         _run(method, _objective(3, 4, device), TrainingSet(tiny, 2), tiny, each)
-    objective = _objective(hidden, hidden, device)
-    whole, tests = _data(examples, hidden, device), _data(rows, hidden, device)
+    if name.endswith(OF_TOKENS):
+        objective = _of_tokens(hidden, device)
+        whole, tests = _tokens(examples, hidden, device), _tokens(rows, hidden, device)
+    else:
+        objective = _objective(hidden, hidden, device)
+        whole, tests = _data(examples, hidden, device), _data(rows, hidden, device)
     footprint = method.footprint(measure(objective, whole), micro_batch, rows)
     # The plan counts the largest training set that iterating methods keep in memory; this one is smaller.
     kept = whole[0].nbytes

@@ -24,6 +24,8 @@ def _measured(*arguments: object) -> dict[str, int]:
         ("cg", "hessian", 900, 64, 32, 24, "factors"),
         ("cg", "empirical_fisher", 900, 128, 64, 24, "factors"),
         ("cg", "hessian", 900, 256, 128, 16, "capture"),
+        ("cg of tokens", "hessian", 3000, 64, 64, 4, "factors"),
+        ("cg of tokens", "generalized_gauss_newton", 3000, 64, 64, 4, "factors"),
         ("cg with jacobi", "hessian", 900, 64, 32, 8, "fit"),
         ("cg with nystroem", "generalized_gauss_newton", 900, 64, 32, 8, "fit"),
         ("cg with nystroem", "generalized_gauss_newton", 900, 64, 32, 8, "factors"),
