@@ -91,6 +91,11 @@ def test_factors_are_those_of_the_explicit_matrix(case: ModelCase, mode: SecondO
     oracle.assert_close(solved.left[""], expected.factors(λ), expected.bound(λ))
 
 
+def assert_same_solution(found: Tensor, expected: Tensor) -> None:
+    """Rows may stop one iteration apart, at residuals of 1e-10: more of entries near 0 than of the row."""
+    assert ((found - expected).norm(dim=1) <= 1e-8 * expected.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -107,7 +112,7 @@ def test_one_process_and_passes_make_the_same_iterations(mode: SecondOrderMode, 
     solving = Solving(MLP, by_passes(0.05, second_order=mode, **settings))
     expected, solved = solving.fitted.solve(solving.gradients), solving.solve()
     for block, rows in expected.left.items():
-        torch.testing.assert_close(solved.left[block], rows, rtol=1e-8, atol=1e-11)
+        assert_same_solution(solved.left[block], rows)
     assert torch.equal(solved.report.status, expected.report.status)
     assert (solved.report.iterations - expected.report.iterations).abs().max() <= 1
     assert (solved.report.residual <= 1e-10).all()
@@ -134,7 +139,7 @@ def test_one_range_of_the_same_batches_gives_the_bits_of_one_process() -> None:
 def test_a_regularization_relative_to_the_trace_is_taken_over() -> None:
     solving = Solving(MLP, by_passes(Relative(0.5), second_order=SecondOrderMode.GENERALIZED_GAUSS_NEWTON))
     expected, solved = solving.fitted.solve(solving.gradients), solving.solve()
-    torch.testing.assert_close(solved.left[""], expected.left[""], rtol=1e-8, atol=1e-12)
+    assert_same_solution(solved.left[""], expected.left[""])
 
 
 def test_a_pass_leaves_what_it_follows_as_it_was() -> None:
