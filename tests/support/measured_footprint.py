@@ -1,7 +1,6 @@
 """Measures EK-FAC's memory in a process of its own and prints what was planned beside it, as JSON.
 
-Argument: the number of groups of the second of two convolutions, `words`: an embedding, or `next words`: a
-head with many outputs for every token.
+Argument: the number of groups of the second of two convolutions, or `words`: an embedding.
 
 Run as a script: the largest resident size since a mark can be read once the mark is set through
 /proc/self/clear_refs, and only a process that did nothing else before starts from an idle heap.
@@ -19,14 +18,13 @@ from torch.nn import functional as F
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.method import fit
-from influence_calculator.maths.objective import Batch, Objective, xy_objective
+from influence_calculator.maths.objective import xy_objective
 from peak_memory import mark, since
 from training_sets import TrainingSet
 
 MICRO_BATCH, ROWS = 128, 32
 IMAGES = (3, 64, 64)
 WORDS, WIDTH, TOKENS = 20_000, 256, 448
-NEXT_WORDS, NEXT_TOKENS = 1500, 160
 
 
 def _warm_up(method: Ekfac) -> None:
@@ -57,23 +55,11 @@ def _words() -> tuple[nn.Module, Tensor]:
     return model, torch.randint(WORDS, (MICRO_BATCH, TOKENS))
 
 
-def _next_words() -> tuple[nn.Module, Tensor]:
-    return nn.Linear(16, NEXT_WORDS), torch.randn(MICRO_BATCH, NEXT_TOKENS, 16)
-
-
-def _given(kind: str) -> tuple[Objective, Batch]:
-    if kind == "next words":
-        model, x = _next_words()
-        y = torch.randint(NEXT_WORDS, (MICRO_BATCH, NEXT_TOKENS))
-        return xy_objective(model, lambda f, y: F.cross_entropy(f.flatten(0, 1), y.flatten())), (x, y)
-    model, x = _words() if kind == "words" else _convolutions(int(kind))
-    return xy_objective(model, F.cross_entropy), (x, torch.randint(10, (MICRO_BATCH,)))
-
-
 def main() -> None:
     torch.set_num_threads(1)
-    objective, (x, y) = _given(sys.argv[1])
-    method = Ekfac(regularization=0.1)
+    model, x = _words() if sys.argv[1] == "words" else _convolutions(int(sys.argv[1]))
+    y = torch.randint(10, (MICRO_BATCH,))
+    objective, method = xy_objective(model, F.cross_entropy), Ekfac(regularization=0.1)
     _warm_up(method)
     shapes = measure(objective, (x, y))
     planned = method.footprint(shapes, MICRO_BATCH, ROWS)

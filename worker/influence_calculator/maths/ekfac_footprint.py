@@ -36,15 +36,14 @@ def ekfac_footprint(
     by_functions = 2 * item * micro_batch * others
     graph = _graph(shapes, micro_batch)
     # Embeddings are traced once the graph of the layers is gone.
-    looked_up = by_functions + _lookups(shapes, micro_batch, graph)
+    looked_up = _lookups(shapes, micro_batch, graph)
     # What is sent back through the model is drawn while there is only the graph of the forward pass.
-    drawing = (
-        _forward(shapes, micro_batch) + OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs + by_functions
-    )
-    drawn = graph + item * micro_batch * shapes.outputs + by_functions
+    drawing = _forward(shapes, micro_batch) + OUTPUT_COPIES_BYTES * micro_batch * shapes.outputs
+    drawn = graph + item * micro_batch * shapes.outputs
     forming = _in_pieces(shapes, micro_batch)
-    covariance = max(drawing, drawn + _covariance(shapes, micro_batch), looked_up) + item * others
-    correction = eigenvalues + max(drawing, drawn + forming, looked_up)
+    covariance = by_functions + max(drawing, drawn + _covariance(shapes, micro_batch), looked_up)
+    covariance += item * others
+    correction = eigenvalues + by_functions + max(drawing, drawn + forming, looked_up)
     capture = _differentiated(shapes, micro_batch, others, forming)
     few = min(micro_batch, rows)
     whole = _differentiated(shapes, few, others, _per_sample(shapes, few))

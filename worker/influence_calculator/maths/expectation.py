@@ -64,7 +64,7 @@ class OutputExpectation:
             case Expectation.EXACT:
                 return _of_root(objective, outputs, indexed, lambda m: m, _unit)
             case Expectation.SAMPLED:
-                drawn = partial(_signs, self.seed)
+                drawn = partial(signs, self.seed)
                 return _of_root(
                     objective, outputs, indexed, lambda _: self.samples, drawn, self.samples**-0.5
                 )
@@ -72,10 +72,6 @@ class OutputExpectation:
 
 def _unit(index: Tensor, m: int, k: int) -> Tensor:
     return torch.arange(m, device=index.device) == k
-
-
-def _signs(seed: int, index: Tensor, m: int, k: int) -> Tensor:
-    return signs(seed, index, m, k)
 
 
 def _of_root(

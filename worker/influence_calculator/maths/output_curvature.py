@@ -6,7 +6,6 @@ Shapes: n examples, d floating-point output elements of one example.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors
 from influence_calculator.maths.recognised_losses import is_recognised
-from influence_calculator.maths.vmapped_losses import GatheredLosses
 
 MOST_OUTPUTS = 4096
 """Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
@@ -81,11 +79,13 @@ class _SecondDerivatives(OutputCurvature):
     """Derivatives of a loss's gradient that have no negative eigenvalues, by any number of outputs."""
 
     def __init__(self, objective: Objective, outputs: Any, batch: Batch) -> None:
-        loss, tensors = _loss_of_floats(objective, outputs)
+        tensors, rebuilt = only_tensors(outputs)
         flat = float_outputs(outputs)
-        gradient = grad(lambda values: vmap(loss)(values, tensors, batch).sum())
-        with GatheredLosses():
-            _, self._pull = pull_back(gradient, flat)
+
+        def loss(values: Tensor) -> Tensor:
+            return objective.losses(rebuilt(vmap(_with_floats)(tensors, values)), batch).sum()
+
+        _, self._pull = pull_back(grad(loss), flat)
         self.width = flat.shape[1]
         self.nbytes = GRAPH_COPIES * flat.nbytes
 
@@ -127,20 +127,12 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
     return OutputEigenpairs(eigenvalues, vectors, clipped)
 
 
-def _loss_of_floats(objective: Objective, outputs: Any) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """One example's loss of its floating-point output elements `[d]`, of its outputs, and of itself; the
-    outputs of all.
-    """
+def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
     tensors, rebuilt = only_tensors(outputs)
 
     def loss(values: Tensor, output: list[Tensor], example: Batch) -> Tensor:
         return objective.one_loss(rebuilt(_with_floats(output, values)), example)
 
-    return loss, tensors
-
-
-def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
-    loss, tensors = _loss_of_floats(objective, outputs)
     try:
         # Reverse over reverse: forward mode loads decompositions for seconds, and fewer losses have it.
         return vmap(jacrev(jacrev(loss)))(flat, tensors, batch)
