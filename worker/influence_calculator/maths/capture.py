@@ -12,7 +12,7 @@ layer), i inputs of a group, o outputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,11 +54,13 @@ class CapturedLayer:
     """`[n·k, S, i]`."""
     gradients: Tensor
     """`[n·k, S, o/k]`."""
+    taps: int = 1
+    """K of inputs by tap of the kernel, then by channel, where the weight has the channel first."""
 
     def of_examples(self, start: int, stop: int) -> CapturedLayer:
         """What it holds of these examples, as views."""
         groups = slice(start * self.spec.groups, stop * self.spec.groups)
-        return CapturedLayer(self.spec, self.activations[groups], self.gradients[groups])
+        return replace(self, activations=self.activations[groups], gradients=self.gradients[groups])
 
     def per_sample(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients `[n, numel]` of the tracked parameters: `Σ_s g_s a_sᵀ` and `Σ_s g_s`."""
@@ -68,9 +70,19 @@ class CapturedLayer:
             products = (
                 per_sample_products(a.to(g.dtype), g) if self.spec.transposed else per_sample_products(g, a)
             )
-            yield self.spec.weight, products.reshape(n, -1)
+            yield self.spec.weight, by_channel(products, self.taps).reshape(n, -1)
         if self.spec.bias is not None:
             yield self.spec.bias, self.gradients.sum(1).reshape(n, -1)
+
+
+def by_channel(values: Tensor, taps: int) -> Tensor:
+    """`[…, i]` by tap of the kernel, then by channel, as the weight's columns are."""
+    return values if taps == 1 else values.unflatten(-1, (taps, -1)).mT.flatten(-2)
+
+
+def by_tap(values: Tensor, taps: int) -> Tensor:
+    """The inverse of `by_channel`."""
+    return values if taps == 1 else values.unflatten(-1, (-1, taps)).mT.flatten(-2)
 
 
 def per_sample_products(g: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
@@ -99,6 +111,7 @@ class Recording:
         self.rows = rows
         self.calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
         self._modules = {layer.name: objective.model.get_submodule(layer.name) for layer in layers}
+        self._taps = {layer.name: kernel_taps(objective, layer) for layer in layers}
 
     def backward(
         self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool = False
@@ -112,18 +125,19 @@ class Recording:
         for layer in self.layers:
             calls = self.calls[layer.name] if keep else self.calls.pop(layer.name)
             found = gradients.pop(layer.name)
+            taps = self._taps[layer.name] or 1
             if not calls:
                 # Not called for these examples: its parameters' gradients are 0.
-                yield _empty(layer, self._modules[layer.name], self.rows)
+                yield replace(_empty(layer, self._modules[layer.name], self.rows), taps=taps)
                 continue
             pieces = [self._piece(layer, call, g) for call, g in zip(calls, found, strict=True)]
             del calls, found
             if len(pieces) == 1:
-                yield CapturedLayer(layer, *pieces.pop())
+                yield CapturedLayer(layer, *pieces.pop(), taps)
             else:
                 a, g = (torch.cat(tokens, dim=1) for tokens in zip(*pieces, strict=True))
                 del pieces
-                yield CapturedLayer(layer, a, g)
+                yield CapturedLayer(layer, a, g, taps)
 
     def _output_gradients(
         self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool
@@ -165,7 +179,8 @@ class Recording:
                 f"examples of the batch, got shape {tuple(call.inputs.shape)}; put examples first, "
                 "as batch_first=True does"
             )
-        return layer.activations(self._modules[layer.name], call.inputs, self.rows)
+        channels_last = self._taps[layer.name] is not None
+        return layer.activations(self._modules[layer.name], call.inputs, self.rows, channels_last)
 
 
 def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
@@ -188,15 +203,37 @@ def record(objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | Non
     try:
         for layer in chosen:
             module = objective.model.get_submodule(layer.name)
+            if kernel_taps(objective, layer) is not None:
+                # Last, as what hooks of the user's make of the inputs is what the layer is called with.
+                handles.append(module.register_forward_pre_hook(_channels_last, with_kwargs=True))
             hook = _hook(recording.calls[layer.name])
             # First, so that hooks of the user's see and change the output after it.
             handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         with torch.enable_grad():
             recording.outputs = objective.outputs(batch)
+            if objective.channels_last:
+                # As a loss expects them that takes a view of them.
+                recording.outputs = pytree.tree_map_only(Tensor, Tensor.contiguous, recording.outputs)
     finally:
         for handle in handles:
             handle.remove()
     return recording
+
+
+def kernel_taps(objective: Objective, layer: LayerSpec) -> int | None:
+    """K, if a layer's inputs are captured with channels last."""
+    if layer.weight is None or not objective.channels_last:
+        return None
+    return layer.taps(objective.model.get_submodule(layer.name))
+
+
+def _channels_last(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A convolution's arguments with the channels of its inputs last in memory."""
+    if args:
+        return (args[0].contiguous(memory_format=torch.channels_last), *args[1:]), kwargs
+    return args, kwargs | {"input": kwargs["input"].contiguous(memory_format=torch.channels_last)}
 
 
 class _Start(torch.autograd.Function):

@@ -55,6 +55,7 @@ from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.kronecker import DiagonalSolver, LayerRows
 from influence_calculator.maths.layers import EmbeddingSpec, LayerSpec, described, supported_embeddings
 from influence_calculator.maths.layout import Layout
+from influence_calculator.maths.memory_format import laid_out
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Batch, Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
@@ -98,11 +99,11 @@ class Ekfac(Method):
 
     @override
     def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:
-        untouched = replace(objective, by_hand=())
+        untouched = laid_out(replace(objective, by_hand=()), first)
         embeddings = supported_embeddings(untouched)
         if not embeddings:
             return untouched
-        seen = replace(objective, by_hand=used_by_hand(untouched, first(), embeddings))
+        seen = replace(untouched, by_hand=used_by_hand(untouched, first(), embeddings))
         self.layout(seen)
         return seen
 

@@ -19,7 +19,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.blocks import names_by_module
-from influence_calculator.maths.capture import CapturedLayer, float_leaves, record, supported_layers
+from influence_calculator.maths.capture import (
+    CapturedLayer,
+    float_leaves,
+    kernel_taps,
+    record,
+    supported_layers,
+)
 from influence_calculator.maths.embeddings import add_frequencies, add_squared_rows, refuse_other_uses
 from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.expectation import OutputExpectation
@@ -32,6 +38,8 @@ from influence_calculator.maths.kronecker import (
     add_squared_gradients,
     eigenbasis,
     scores_by_parameter,
+    tapped,
+    untapped,
 )
 from influence_calculator.maths.layers import (
     EmbeddingSpec,
@@ -92,6 +100,9 @@ class CovariancePass(FitPass):
                 add_products(sums[name]["gradients"], seen.gradients.to(sums[name]["gradients"].dtype))
                 if backward.number == 0:
                     add_frequencies(sums[name]["frequencies"], seen)
+        for spec in layers:
+            if taps := kernel_taps(objective, spec):
+                sums[spec.name]["activations"] = untapped(spec, sums[spec.name]["activations"], taps)
         return sums
 
     @override
@@ -194,7 +205,8 @@ def basis_of(objective: Objective, layer: LayerSpec, state: FitState) -> Basis:
     A, G = side_shapes(objective, layer)
     inputs = fitted_tensor(state, COVARIANCE, layer.name, "input_vectors", (*A, A[-1]))
     outputs = fitted_tensor(state, COVARIANCE, layer.name, "output_vectors", (*G, G[-1]))
-    return Basis(inputs.to(objective.device), outputs.to(objective.device))
+    taps = kernel_taps(objective, layer) or 1
+    return Basis(tapped(layer, inputs.to(objective.device), taps), outputs.to(objective.device), taps)
 
 
 def output_basis_of(objective: Objective, spec: EmbeddingSpec, state: FitState) -> Tensor:

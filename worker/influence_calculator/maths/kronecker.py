@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from influence_calculator.maths.capture import CapturedLayer, per_sample_products
+from influence_calculator.maths.capture import CapturedLayer, by_channel, by_tap, per_sample_products
 from influence_calculator.maths.errors import NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.layers import LayerSpec
@@ -79,6 +79,20 @@ def add_activations(total: Tensor, layer: CapturedLayer) -> None:
     total[-1, -1] += len(rows)
 
 
+def tapped(layer: LayerSpec, Q_A: Tensor, taps: int) -> Tensor:
+    """Rows `[j, …]` in the order of the weight's columns, by tap of the kernel, then by channel."""
+    i = len(Q_A) - (layer.bias is not None)
+    return torch.cat([by_tap(Q_A[:i].mT, taps).mT, Q_A[i:]]) if taps > 1 else Q_A
+
+
+def untapped(layer: LayerSpec, total: Tensor, taps: int) -> Tensor:
+    """`Σ ã ãᵀ`, `[j, j]`, of inputs by tap, then by channel, in the order of the weight's columns."""
+    columns = torch.arange(len(total), device=total.device)
+    i = len(total) - (layer.bias is not None)
+    order = torch.cat([by_channel(columns[:i], taps), columns[i:]])
+    return total[order][:, order]
+
+
 def _rows(tokens: Tensor) -> Tensor:
     """`[n·k, S, w]` as `[n·k·S, w]`: a view, or a copy that runs along what lies side by side in memory."""
     if tokens.stride(2) == 1 or tokens.stride(1) != 1:
@@ -130,6 +144,8 @@ class Basis:
     """`Q_A`, `[k, j, j]`, eigenvectors in columns."""
     outputs: Tensor
     """`Q_G`, `[k, o/k, o/k]`."""
+    taps: int = 1
+    """K of `Q_A` whose rows, the bias's aside, are by tap of the kernel, then by channel."""
 
     @property
     def groups(self) -> int:
@@ -146,6 +162,9 @@ def turned_tokens(layer: CapturedLayer, basis: Basis) -> tuple[Tensor, Tensor]:
     """`Q_Gᵀ g` and `Q_Aᵀ ã` of every token, `[n·k, S, o/k]` and `[n·k, S, j]`."""
     Q_A, Q_G = basis.inputs, basis.outputs
     g = _times(layer.gradients.to(Q_G.dtype), Q_G)
+    if basis.taps != layer.taps:
+        assert basis.taps == 1, "what is captured by tap is turned by rows in either order, others are not"
+        Q_A = tapped(layer.spec, Q_A, layer.taps)
     if layer.spec.weight is None or layer.spec.bias is None or basis.groups > 1:
         return g, _times(extended_activations(layer, Q_A.dtype), Q_A)
     a = layer.activations.to(Q_A.dtype)
@@ -206,7 +225,10 @@ def gradients_in_pieces(layer: CapturedLayer, dtype: torch.dtype) -> Iterator[Pi
     columns = 0
     if layer.spec.weight is not None:
         a = layer.activations.to(dtype)
-        yield from products_in_pieces(a, g) if layer.spec.transposed else products_in_pieces(g, a)
+        pieces = products_in_pieces(a, g) if layer.spec.transposed else products_in_pieces(g, a)
+        for piece in pieces:
+            values = by_channel(piece.values.unflatten(1, (-1, a.shape[2])), layer.taps)
+            yield piece._replace(values=values.flatten(1))
         columns = g.shape[2] * a.shape[2]
     if layer.spec.bias is not None:
         yield Piece(0, columns, g.sum(1))
@@ -233,7 +255,9 @@ def products_in_pieces(g: Tensor, a: Tensor) -> Iterator[Piece]:
 
 
 def _gradient_matrices(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
-    """`Σ_s g ãᵀ` of each example, `[n·k, o/k, j]`; tokens, of which there are many, are not copied."""
+    """`Σ_s g ãᵀ` of each example, `[n·k, o/k, j]` in the order of what was captured; tokens, of which there
+    are many, are not copied.
+    """
     g = layer.gradients.to(dtype)
     columns = []
     if layer.spec.weight is not None:
@@ -291,7 +315,8 @@ class LayerRows:
 
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""
-        V = layer_matrices(self.layer, columns.to(self.basis.inputs.dtype), self.basis.matrix_shape)
+        dtype, basis = self.basis.inputs.dtype, self.basis
+        V = layer_matrices(self.layer, columns.to(dtype), basis.matrix_shape, basis.taps)
         V = V.view(-1, *self._group_shape)
         return _turned(V, self.basis, out=V).reshape(len(columns), -1)
 
@@ -299,7 +324,8 @@ class LayerRows:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""
         back = Basis(self.basis.inputs.mT, self.basis.outputs.mT)
         V = rows.to(back.inputs.dtype).reshape(-1, *self._group_shape)
-        return layer_columns(self.layer, _turned(V, back).reshape(-1, *self.basis.matrix_shape), out)
+        matrices = _turned(V, back).reshape(-1, *self.basis.matrix_shape)
+        return layer_columns(self.layer, matrices, out, self.basis.taps)
 
     @property
     def _group_shape(self) -> tuple[int, int]:
@@ -307,23 +333,27 @@ class LayerRows:
         return self.basis.outputs.shape[-1], self.basis.inputs.shape[-1]
 
 
-def layer_matrices(layer: LayerSpec, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Rows by parameter `[t, P_b]` as `[t, o, j]`, in memory of their own; `shape` is `(o, j)`."""
+def layer_matrices(layer: LayerSpec, columns: Tensor, shape: tuple[int, int], taps: int = 1) -> Tensor:
+    """Rows by parameter `[t, P_b]` as `[t, o, j]`, in memory of their own; `shape` is `(o, j)`.
+
+    With taps K > 1 the columns of the weight by tap of the kernel, then by channel.
+    """
     o, j = shape
     t = columns.shape[0]
     i = j if layer.bias is None else j - 1
     weight, bias = columns[:, : o * i], columns[:, o * i :]
     by_output = weight.reshape(t, i, o).mT if layer.transposed else weight.reshape(t, o, i)
-    return torch.cat([by_output, bias.reshape(t, o, j - i)], dim=2)
+    return torch.cat([by_tap(by_output, taps), bias.reshape(t, o, j - i)], dim=2)
 
 
-def layer_columns(layer: LayerSpec, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+def layer_columns(layer: LayerSpec, matrices: Tensor, out: Tensor | None = None, taps: int = 1) -> Tensor:
     """The inverse of `layer_matrices`; `out` is `[t, P_b]`."""
     t, o, j = matrices.shape
     i = j if layer.bias is None else j - 1
     columns = matrices.new_empty(t, o * j) if out is None else out
     weight = columns[:, : o * i].unflatten(1, (i, o) if layer.transposed else (o, i))
-    weight.copy_(matrices[:, :, :i].mT if layer.transposed else matrices[:, :, :i])
+    by_output = by_channel(matrices[:, :, :i], taps)
+    weight.copy_(by_output.mT if layer.transposed else by_output)
     columns[:, o * i :].unflatten(1, (o, j - i)).copy_(matrices[:, :, i:])
     return columns
 

@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from typing_extensions import override
 
 from influence_calculator.maths.objective import Objective
 
@@ -50,9 +51,17 @@ class LayerSpec(ABC):
         """The tracked parameters, in `named_parameters()` order."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
+    def taps(self, module: nn.Module) -> int | None:  # noqa: ARG002
+        """K, places in its kernel, if it may be captured with channels last in memory."""
+        return None
+
     @abstractmethod
-    def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:
-        """The inputs of one call as `[n·k, S, i]`, the groups of an example side by side."""
+    def activations(self, module: nn.Module, inputs: Tensor, n: int, channels_last: bool = False) -> Tensor:
+        """The inputs of one call as `[n·k, S, i]`, the groups of an example side by side.
+
+        With channels last `[n, S, K·c]` by tap of the kernel, then by channel; the weight has the channel
+        first.
+        """
 
     @abstractmethod
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
@@ -66,7 +75,7 @@ class LayerSpec(ABC):
 class LinearLayer(LayerSpec):
     """`nn.Linear`: every dimension but the last is tokens, examples first."""
 
-    def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:  # noqa: ARG002
+    def activations(self, module: nn.Module, inputs: Tensor, n: int, channels_last: bool = False) -> Tensor:  # noqa: ARG002
         return inputs.reshape(n, -1, inputs.shape[-1])
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:
@@ -85,23 +94,30 @@ class TransposedLinearLayer(LinearLayer):
 class ConvLayer(LayerSpec):
     """`nn.Conv1d`, `2d`, `3d`: tokens are output positions, inputs the patch under each, kernel included."""
 
-    def activations(self, module: nn.Module, inputs: Tensor, n: int) -> Tensor:
+    @override
+    def taps(self, module: nn.Module) -> int | None:
         assert isinstance(module, _ConvNd)
-        # Gathered from channels last in this order, patches take four times as long.
-        patches = _padded(module, inputs.contiguous())
+        return math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) and self.groups == 1 else None
+
+    def activations(self, module: nn.Module, inputs: Tensor, n: int, channels_last: bool = False) -> Tensor:
+        assert isinstance(module, _ConvNd)
+        # Each order is gathered from the memory that it suits; from the other it takes four times as long.
+        patches = _padded(module, inputs if channels_last else inputs.contiguous())
         for axis, (k, s, d) in enumerate(
             zip(module.kernel_size, module.stride, module.dilation, strict=True)
         ):
             patches = patches.unfold(axis + 2, d * (k - 1) + 1, s)[..., ::d]
         # [images, channels, *positions, *kernel], until here a view.
         axes = len(module.kernel_size)
-        positions, kernel = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
+        positions, taps = range(2, 2 + axes), range(2 + axes, 2 + 2 * axes)
         columns = self.groups * module.weight.shape[1] * math.prod(module.kernel_size)
+        if channels_last:
+            return patches.permute(0, *positions, *taps, 1).reshape(n, -1, columns)
         if self.groups == 1 and len(patches) == n:
             # In memory the tokens of all examples lie side by side: one matrix, however it is read.
-            by_column = patches.permute(1, *kernel, 0, *positions).reshape(columns, n, -1)
+            by_column = patches.permute(1, *taps, 0, *positions).reshape(columns, n, -1)
             return by_column.permute(1, 2, 0)
-        patches = patches.permute(0, 1, *kernel, *positions)
+        patches = patches.permute(0, 1, *taps, *positions)
         return self._tokens(patches.reshape(len(patches), columns, -1), n)
 
     def output_gradients(self, gradients: Tensor, n: int) -> Tensor:

@@ -129,6 +129,8 @@ class Objective:
     """States of the model, for methods that sum over them."""
     by_hand: tuple[str, ...] = ()
     """Weights of embeddings that the model uses without calling the module too, as far as somebody looked."""
+    channels_last: bool = False
+    """Whether two-dimensional convolutions are captured with channels last in memory, as somebody tried."""
     _module: _Forward = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

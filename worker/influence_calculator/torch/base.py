@@ -133,6 +133,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self.warn_on_max_iteration = warn_on_max_iteration
         self.checkpoints: Checkpoints | None = None
         self._by_hand: tuple[str, ...] = ()
+        self._channels_last = False
         self._state: FitState | None = None
         self._data: IterableTrainingData | None = None
         self._fitted: Fitted | None = None
@@ -141,7 +142,12 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def objective(self) -> Objective:
         """What is differentiated: the loss of one example."""
         objective = xy_objective(self.model, self.loss)
-        return replace(objective, checkpoints=self.checkpoints, by_hand=self._by_hand)
+        return replace(
+            objective,
+            checkpoints=self.checkpoints,
+            by_hand=self._by_hand,
+            channels_last=self._channels_last,
+        )
 
     @property
     def layout(self) -> Layout:
@@ -217,7 +223,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _look_at(self, first: tuple[Any, Any]) -> None:
         probe(self.objective, first)
-        self._by_hand = self.method.looked_at(self.objective, lambda: first).by_hand
+        seen = self.method.looked_at(self.objective, lambda: first)
+        self._by_hand, self._channels_last = seen.by_hand, seen.channels_last
 
     def _take(self, state: FitState, data: IterableTrainingData | None) -> None:
         self._state, self._data = state, data
