@@ -37,6 +37,7 @@ from influence_calculator.maths.kronecker import (
     add_products,
     add_squared_gradients,
     eigenbasis,
+    mirror,
     scores_by_parameter,
     tapped,
     untapped,
@@ -100,9 +101,7 @@ class CovariancePass(FitPass):
                 add_products(sums[name]["gradients"], seen.gradients.to(sums[name]["gradients"].dtype))
                 if backward.number == 0:
                     add_frequencies(sums[name]["frequencies"], seen)
-        for spec in layers:
-            if taps := kernel_taps(objective, spec):
-                sums[spec.name]["activations"] = untapped(spec, sums[spec.name]["activations"], taps)
+        _complete(sums, objective, layers)
         return sums
 
     @override
@@ -332,6 +331,16 @@ def _add_covariances(sums: dict[str, Tensor], layer: CapturedLayer, first: bool)
         add_activations(sums["activations"], layer)
         examples, tokens = layer.activations.shape[:2]
         sums["tokens"] += examples // layer.spec.groups * tokens
+
+
+def _complete(sums: Sums, objective: Objective, layers: tuple[LayerSpec, ...]) -> None:
+    """Covariances as whole matrices, in the order of the weights' columns."""
+    for own in sums.values():
+        for what in own.keys() & {"activations", "gradients"}:
+            mirror(own[what])
+    for layer in layers:
+        if taps := kernel_taps(objective, layer):
+            sums[layer.name]["activations"] = untapped(layer, sums[layer.name]["activations"], taps)
 
 
 def _along_pseudo_gradients(

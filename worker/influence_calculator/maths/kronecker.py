@@ -16,7 +16,7 @@ P_b = o·j.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -56,7 +56,10 @@ def extended_activations(layer: CapturedLayer, dtype: torch.dtype) -> Tensor:
 
 
 def add_products(total: Tensor, tokens: Tensor) -> None:
-    """`total += Σ_n Σ_s u uᵀ` over the tokens u of `[n·k, S, w]`, for each group of `[k, w, w]`."""
+    """`total += Σ_n Σ_s u uᵀ` over the tokens u of `[n·k, S, w]`, for each group of `[k, w, w]`.
+
+    At least its lower triangle: `mirror` makes the upper one of it when all is added.
+    """
     if total.dim() == 2:
         _add_symmetric(total, _rows(tokens))
         return
@@ -66,7 +69,7 @@ def add_products(total: Tensor, tokens: Tensor) -> None:
 
 
 def add_activations(total: Tensor, layer: CapturedLayer) -> None:
-    """`total += Σ_n Σ_s ã ãᵀ`, `[j, j]`, or `[k, j, j]` of k groups."""
+    """`total += Σ_n Σ_s ã ãᵀ`, `[j, j]`, or `[k, j, j]` of k groups; as `add_products`."""
     if layer.spec.weight is None or layer.spec.bias is None or total.dim() == 3:
         add_products(total, extended_activations(layer, total.dtype))
         return
@@ -101,12 +104,21 @@ def _rows(tokens: Tensor) -> Tensor:
 
 
 def _add_symmetric(total: Tensor, rows: Tensor) -> None:
-    """`total += Σ u uᵀ` over rows u, of which the lower triangle is computed, in blocks, and mirrored."""
+    """`total += Σ u uᵀ` over rows u, its lower triangle and little more, in blocks."""
     w = len(total)
     blocks = max(1, w // COVARIANCE_COLUMNS) if total.device.type == "cpu" else 1
     for start, stop in pairwise(w * block // blocks for block in range(blocks + 1)):
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
-        total[:start, start:stop] = total[start:stop, :start].mT
+
+
+def mirror(total: Tensor) -> None:
+    """Makes the upper triangle of `[…, w, w]` what the lower one is."""
+    w = total.shape[-1]
+    for start in range(0, w, COVARIANCE_COLUMNS):
+        own = slice(start, start + COVARIANCE_COLUMNS)
+        total[..., :start, own] = total[..., own, :start].mT
+        diagonal = total[..., own, own]
+        diagonal.copy_(diagonal.tril() + diagonal.tril(-1).mT)
 
 
 def add_squared_gradients(total: Tensor, layer: CapturedLayer, basis: Basis) -> None:
@@ -226,12 +238,22 @@ def gradients_in_pieces(layer: CapturedLayer, dtype: torch.dtype) -> Iterator[Pi
     if layer.spec.weight is not None:
         a = layer.activations.to(dtype)
         pieces = products_in_pieces(a, g) if layer.spec.transposed else products_in_pieces(g, a)
-        for piece in pieces:
-            values = by_channel(piece.values.unflatten(1, (-1, a.shape[2])), layer.taps)
-            yield piece._replace(values=values.flatten(1))
+        yield from pieces if layer.taps == 1 else _by_channel(pieces, layer.taps, a.shape[2])
         columns = g.shape[2] * a.shape[2]
     if layer.spec.bias is not None:
         yield Piece(0, columns, g.sum(1))
+
+
+def _by_channel(pieces: Iterable[Piece], taps: int, i: int) -> Iterator[Piece]:
+    """Pieces of whole outputs, whose i inputs were captured by tap, as the weight's columns are."""
+    memory: Tensor | None = None
+    for piece in pieces:
+        values = piece.values.view(-1, taps, i // taps)
+        # As in `products_in_pieces`; the first piece is the largest.
+        memory = torch.empty_like(piece.values).flatten() if memory is None else memory
+        ordered = memory[: values.numel()].view(piece.values.shape)
+        ordered.view(-1, i // taps, taps).copy_(values.mT)
+        yield piece._replace(values=ordered)
 
 
 def products_in_pieces(g: Tensor, a: Tensor) -> Iterator[Piece]:

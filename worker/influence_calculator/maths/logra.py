@@ -13,7 +13,7 @@ Shapes: t test examples, n training examples, P_b parameters of block b, k_b ≤
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from typing_extensions import override
@@ -32,6 +32,7 @@ from influence_calculator.maths.layer_projection import LayerProjection
 from influence_calculator.maths.layers import uncaptured_parameters
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.logra_footprint import logra_footprint
+from influence_calculator.maths.memory_format import laid_out
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Part
 from influence_calculator.maths.objective import Batch, Objective, TrainingData, batch_size
 from influence_calculator.maths.projected_methods import (
@@ -70,6 +71,11 @@ class Logra(Method):
     def narrow(self) -> Logra:
         """The same in coordinates."""
         return replace(self, projected=True)
+
+    @override
+    def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:
+        # Gradients as a whole take a little longer so.
+        return laid_out(objective, first) if self.projected else objective
 
     @override
     def layout(self, objective: Objective) -> Layout:
