@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from influence_calculator.maths.finite import spoil
 from influence_calculator.maths.method import SETTLED, SolverReport, SolverStatus
 
 Rows = Callable[[Tensor], Tensor]
@@ -100,7 +101,7 @@ class Solves:
     def solutions(self) -> Tensor:
         """All x `[q, P]`; NaN for those that are not finite."""
         solutions = self.x * self.scale[:, None]
-        solutions[self.status == SolverStatus.NOT_FINITE] = torch.nan
+        spoil(solutions, self.status == SolverStatus.NOT_FINITE)
         return solutions
 
     def report(self) -> SolverReport:

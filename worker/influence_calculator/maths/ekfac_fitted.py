@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from influence_calculator.maths.capture import CapturedLayer, captured_layers
 from influence_calculator.maths.embeddings import EmbeddingRows
-from influence_calculator.maths.finite import finite_rows
+from influence_calculator.maths.finite import finite_rows, spoil
 from influence_calculator.maths.gradient_methods import direct_report, solve_by_block
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
@@ -151,7 +151,7 @@ class EkfacFitted(CompactFitted):
                 [side.flatten(1) for block in self.layout.blocks for side in sides[block]], dim=1
             )
         finite = finite_rows(left)
-        left[~finite] = torch.nan
+        spoil(left, ~finite)
         return Compact(left, direct_report(finite))
 
     def _solve_by_parameter(self, left: Tensor, layer: CapturedLayer) -> None:

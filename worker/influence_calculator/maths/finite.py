@@ -1,4 +1,4 @@
-"""Which rows hold numbers alone."""
+"""Which rows hold numbers alone, and what becomes of others."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def finite_rows(rows: Tensor) -> Tensor:
     for row in (~finite).nonzero().flatten().tolist():
         finite[row] = torch.isfinite(rows[row]).all()
     return finite
+
+
+def spoil(rows: Tensor, spoilt: Tensor) -> None:
+    """Makes NaN of the rows of `[n, …]` that `spoilt`, `[n]`, names; no other is read or written."""
+    # `rows[spoilt] = nan` goes over all of them.
+    rows.index_fill_(0, spoilt.nonzero().flatten(), torch.nan)

@@ -31,7 +31,7 @@ from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.directional import GRAPH_COPIES, activation_elements
 from influence_calculator.maths.errors import SingularCurvatureError
-from influence_calculator.maths.finite import finite_rows
+from influence_calculator.maths.finite import finite_rows, spoil
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -152,7 +152,7 @@ class _HarmonicFitted(GradientFitted):
         for block, total in left.items():
             mean_of_inverses(total, gradients[block], self._batches.length, self._λ[block])
             sound = finite_rows(total)
-            total[~sound] = torch.nan
+            spoil(total, ~sound)
             finite &= sound
         return Solved(left, _report(finite))
 

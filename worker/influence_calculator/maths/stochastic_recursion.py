@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping
+from influence_calculator.maths.finite import spoil
 from influence_calculator.maths.method import SolverReport, SolverStatus
 
 GROWTH = 2.0
@@ -117,7 +118,7 @@ class _Solves:
         if not done.any():
             return
         places, answers = self.active[done], self.x[done]
-        answers[status[done] == SolverStatus.NOT_FINITE] = torch.nan
+        spoil(answers, status[done] == SolverStatus.NOT_FINITE)
         self.solution[places] = answers * self._size[places][:, None]
         self._status[places] = status[done].to(torch.int8)
         self._iterations[places] = self.iteration
