@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import oracle
 import preloaded
 from dense_ekfac import DenseLayer, PseudoGradients, dense_layer
 from ekfac_cases import EKFAC_CASES, GROUPS_CASE, MLP_CASE, TOKENS_MEAN, EkfacCase
+from influence_calculator import SolverWarning
 from influence_calculator.maths import kronecker, region
 from influence_calculator.maths.blocks import Relative
 from influence_calculator.maths.capture import CapturedLayer, measure
@@ -34,6 +36,7 @@ from influence_calculator.maths.expectation import Expectation, OutputExpectatio
 from influence_calculator.maths.layers import LinearLayer
 from influence_calculator.maths.method import FitState, Fitted, SolverStatus, fit
 from influence_calculator.maths.objective import IndexedBatch, slice_batch, xy_objective
+from influence_calculator.torch import EkfacInfluence
 from model_cases import ATTENTION, SHARED, ModelCase
 from peak_memory import MIB, assert_planned
 from references import reference
@@ -571,6 +574,23 @@ def test_a_relative_regularization_follows_each_layers_trace() -> None:
 def test_a_regularization_that_misses_a_layer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'4'"):
         Ekfac(regularization={"0": 0.1, "2": 0.1}).layout(_objective(MLP_CASE))
+
+
+@pytest.mark.parametrize("expectation", ["sampled", "exact"])
+def test_a_loss_without_curvature_is_told(expectation: str) -> None:
+    """Else gradients divided by λ would pass for influences."""
+    x, y = torch.randn(N, 4).double(), torch.randn(N, 2).double()
+
+    def fitted(loss: Any, own: str) -> None:
+        model = nn.Linear(4, 2).double()
+        EkfacInfluence(model, hessian_regularization=0.1, loss=loss, expectation=own).fit([(x, y)])
+
+    with pytest.warns(SolverWarning, match=r"curvature is 0 .*mean absolute error.*empirical"):
+        fitted(F.l1_loss, expectation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SolverWarning)
+        fitted(F.l1_loss, "empirical")
+        fitted(F.mse_loss, expectation)
 
 
 def test_no_regularization_for_a_singular_curvature_is_refused() -> None:

@@ -61,6 +61,12 @@ from influence_calculator.maths.objective import Batch, Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.traced_gradients import used_by_hand
 
+FLAT = (
+    "EK-FAC's curvature is 0 in every layer, so that influences are products of gradients divided by λ: the "
+    "loss has no second derivative by the model's outputs, as mean absolute error has none (take expectation "
+    "empirical, the Fisher matrix at the true labels), or no training example has a gradient"
+)
+
 
 class Unsupported(StrEnum):
     """What becomes of tracked parameters of layers that EK-FAC cannot treat."""
@@ -150,6 +156,7 @@ class Ekfac(Method):
         layers = {layer.name: layer for layer in supported_layers(objective)}
         embeddings = {spec.name: spec for spec in supported_embeddings(objective)}
         solvers: dict[str, DiagonalSolver] = {}
+        is_flat = True
         for block, width in layout.widths.items():
             if block in layers:
                 what, eigenvalues = f"layer {block!r}", self._eigenvalues(objective, layers[block], state)
@@ -159,6 +166,7 @@ class Ekfac(Method):
                 what = f"block {block!r}"
                 eigenvalues = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,))
             eigenvalues = eigenvalues.to(objective.device)
+            is_flat = is_flat and not eigenvalues.any()
             solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues))
         rows = {
             block: LayerRows(
@@ -170,7 +178,7 @@ class Ekfac(Method):
             block: EmbeddingRows(spec, output_basis_of(objective, spec, state))
             for block, spec in embeddings.items()
         }
-        return EkfacFitted(layout, objective, rows, looked_up, solvers)
+        return EkfacFitted(layout, objective, rows, looked_up, solvers, (FLAT,) if is_flat else ())
 
     def _eigenvalues(self, objective: Objective, layer: LayerSpec, state: FitState) -> Tensor:
         """`Λ` of a layer, `[o, j]`."""

@@ -49,10 +49,12 @@ class EkfacFitted(CompactFitted):
         layers: Mapping[str, LayerRows],
         embeddings: Mapping[str, EmbeddingRows],
         solvers: Mapping[str, DiagonalSolver],
+        notes: tuple[str, ...] = (),
     ) -> None:
         """`layers` and `embeddings` by block, the rest being diagonal as it is; `solvers` of every block."""
         self.layout = layout
         self.objective = objective
+        self.notes = notes
         self._layers = layers
         self._embeddings = embeddings
         self._lookups = tuple(rows.spec for rows in embeddings.values())

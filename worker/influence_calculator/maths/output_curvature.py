@@ -17,6 +17,7 @@ from typing_extensions import override
 from influence_calculator.maths.directional import GRAPH_COPIES, pull_back
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
+from influence_calculator.maths.log_probabilities import continued
 from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors
 from influence_calculator.maths.recognised_losses import is_recognised
 
@@ -81,6 +82,7 @@ class _SecondDerivatives(OutputCurvature):
     def __init__(self, objective: Objective, outputs: Any, batch: Batch) -> None:
         tensors, rebuilt = only_tensors(outputs)
         flat = float_outputs(outputs)
+        objective = continued(objective)
 
         def loss(values: Tensor) -> Tensor:
             return objective.losses(rebuilt(vmap(_with_floats)(tensors, values)), batch).sum()
@@ -110,7 +112,7 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
     if flat.shape[1] > MOST_OUTPUTS:
         raise UnsupportedLossError(
             f"loss: its second derivative is formed for at most {MOST_OUTPUTS} output elements per example, "
-            f"got {flat.shape[1]}; return what F.cross_entropy, F.mse_loss or "
+            f"got {flat.shape[1]}; return what F.cross_entropy, F.nll_loss, F.mse_loss or "
             "F.binary_cross_entropy_with_logits answers, of which it need not be formed, or take the Fisher "
             "at the true labels (second_order_mode empirical_fisher, or EK-FAC with expectation empirical)"
         )
@@ -129,6 +131,7 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
 
 def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch: Batch) -> Tensor:
     tensors, rebuilt = only_tensors(outputs)
+    objective = continued(objective)
 
     def loss(values: Tensor, output: list[Tensor], example: Batch) -> Tensor:
         return objective.one_loss(rebuilt(_with_floats(output, values)), example)

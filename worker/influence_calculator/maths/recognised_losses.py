@@ -1,10 +1,14 @@
 """Losses whose second derivative by the outputs has a closed form, found inside any loss function.
 
-A user's loss may select, reshape and cast before it calls torch's `cross_entropy`, `mse_loss` or
+A user's loss may select, reshape and cast before it calls torch's `cross_entropy`, `nll_loss`, `mse_loss` or
 `binary_cross_entropy_with_logits`. The call is seen while the loss runs, so that a user need not name
 the loss in a way of ours. It counts if the loss returns what the call returned and if what lies
 between the outputs f and the call's input u is linear: then `v_f = J_uᵀ v_u` has the covariance
 `∇²_f ℓ` if `v_u` has `∇²_u ℓ`. Anything else is left to the general way (`expectation`).
+
+`nll_loss` is linear in its input: a model that answers with log-probabilities has normalised them itself, and
+no curvature is left. What is taken is diag(p), as in `log_probabilities`, which together with the derivative
+of the normalisation is the curvature of cross-entropy. `log_softmax` may stand right before it in the loss.
 
 What is given is `v_u = B ε` with `B Bᵀ = ∇²_u ℓ`: B's columns for unit vectors ε, a draw for random signs. A
 label y drawn from the prediction gives `p − e_y`, which has the same covariance, but is almost always 0 and
@@ -27,8 +31,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from influence_calculator.maths.log_probabilities import counts_of
 from influence_calculator.maths.objective import Batch, Objective, only_tensors, slice_batch, unsqueezed
-from influence_calculator.maths.vmapped_losses import gathered
+from influence_calculator.maths.vmapped_losses import class_dimension, gathered
 
 Vector = Callable[[int], Tensor]
 """m -> ε, `[m]`."""
@@ -40,6 +45,13 @@ _LINEAR = {
     *("movedim", "permute", "swapaxes", "swapdims", "t", "transpose"),
 }
 """Names of torch functions that only move, select or cast elements. `__get__` is a property (`.mT`)."""
+
+
+_IN_THE_FORM_OF = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
+"""Names of those that take the numbers of their first argument alone."""
+
+_NEW = {"full_like", "new_full", "new_ones", "new_tensor", "new_zeros", "ones_like", "zeros_like"}
+"""Names of those that take no numbers of the tensor that they are called on."""
 
 
 class _UnrecognisedError(ValueError):
@@ -105,6 +117,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self, leaves: list[Tensor], vector: Vector) -> None:
         super().__init__()
         self._derived = {id(leaf): leaf for leaf in leaves}  # holds them, so that no id is used twice
+        self._normalised: dict[int, int] = {}
+        """The dimension of those that `log_softmax` has answered; they count for `nll_loss` alone."""
         self._vector = vector
         self.pseudo: Tensor | None = None
         self.result: Tensor | None = None
@@ -114,7 +128,10 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         keywords = kwargs or {}
         result = gathered(func)(*args, **keywords)
-        if not any(id(leaf) in self._derived for leaf in pytree.tree_leaves((args, dict(keywords)))):
+        name = getattr(func, "__name__", "")
+        numbers = args[:1] if name in _IN_THE_FORM_OF else args[1:] if name in _NEW else args
+        given_ids = {id(leaf) for leaf in pytree.tree_leaves((numbers, dict(keywords)))}
+        if not given_ids & self._derived.keys():
             return result
         closed_form = _CLOSED_FORMS.get(func)
         if closed_form is not None and self.result is None:
@@ -123,15 +140,33 @@ class _Watch(TorchFunctionMode):
             beside = [value for name, value in given.arguments.items() if name != "input"]
             if any(id(value) in self._derived for value in beside):
                 raise _UnrecognisedError
+            self._refuse_other_normalisation(func, given.arguments["input"])
             self.pseudo = closed_form(self._vector, **given.arguments)
             self.result = result
             return result
         produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        name = getattr(func, "__name__", "")
-        if name == "__setitem__" or (produced and name not in _LINEAR):
+        if name == "__setitem__" or (produced and name not in (*_LINEAR, "log_softmax")):
             raise _UnrecognisedError
+        if produced and given_ids & self._normalised.keys():
+            raise _UnrecognisedError
+        if name == "log_softmax":
+            self._normalised |= {id(leaf): _softmax_dimension(leaf, args, keywords) for leaf in produced}
         self._derived |= {id(leaf): leaf for leaf in produced}
         return result
+
+    def _refuse_other_normalisation(self, func: Any, input: Tensor) -> None:
+        classes = class_dimension(input)
+        dimension = self._normalised.get(id(input), classes)
+        if dimension != classes or (id(input) in self._normalised and func is not F.nll_loss):
+            raise _UnrecognisedError
+
+
+def _softmax_dimension(result: Tensor, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
+    """As `log_softmax(input, dim)` was called."""
+    dimension = keywords.get("dim", args[1] if len(args) > 1 else None)
+    if not isinstance(dimension, int):
+        raise _UnrecognisedError
+    return dimension % result.dim()
 
 
 def _cross_entropy(
@@ -161,7 +196,7 @@ def _cross_entropy(
     else:
         labels = target.reshape(-1)
         counted = (labels != ignore_index).to(p.dtype)
-        counts = counted * weights[torch.where(labels == ignore_index, 0, labels)]
+        counts = counts_of(p, labels, weight, ignore_index)
         total = counts.sum()
     c = (1 - label_smoothing) * counts + label_smoothing * counted * weights.mean()
     if reduction == "mean":
@@ -169,6 +204,28 @@ def _cross_entropy(
     scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
     v = (scaled - p * scaled.sum(-1, keepdim=True)) * c.clamp(min=0).sqrt().unsqueeze(-1)
     return (v.to(logits.dtype) * logits).sum()
+
+
+def _negative_log_likelihood(
+    vector: Vector,
+    *,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    **deprecated: Any,
+) -> Tensor:
+    """`v = √(p c) ε` at every position, p = exp(u), c as in `_cross_entropy`."""
+    if reduction not in ("mean", "sum") or any(value is not None for value in deprecated.values()):
+        raise _UnrecognisedError
+    log_p = _by_position(input)
+    p = log_p.detach().to(torch.promote_types(log_p.dtype, torch.float32)).exp()
+    c = counts_of(p, target.reshape(-1), weight, ignore_index)
+    if reduction == "mean":
+        c = c / torch.where(c.sum() == 0, 1, c.sum())
+    v = (p * c.clamp(min=0).unsqueeze(-1)).sqrt() * vector(p.numel()).reshape(p.shape)
+    return (v.to(log_p.dtype) * log_p).sum()
 
 
 def _by_position(values: Tensor) -> Tensor:
@@ -199,6 +256,7 @@ def _binary_cross_entropy(
 
 _CLOSED_FORMS: dict[Any, Callable[..., Tensor]] = {
     F.cross_entropy: _cross_entropy,
+    F.nll_loss: _negative_log_likelihood,
     F.mse_loss: _squared_error,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy,
 }

@@ -46,7 +46,7 @@ def _cross_entropy(
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    return _picked(F.log_softmax(input, dim=_class_dimension(input)), target, ignore_index, reduction)
+    return _picked(F.log_softmax(input, dim=class_dimension(input)), target, ignore_index, reduction)
 
 
 def _nll_loss(
@@ -65,7 +65,7 @@ def _nll_loss(
 
 def _picked(log_p: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """Negative log-probabilities of the labels that are not ignored; shapes as those of `nll_loss`."""
-    dimension = _class_dimension(log_p)
+    dimension = class_dimension(log_p)
     counted = target != ignore_index
     labels = torch.where(counted, target, 0).unsqueeze(dimension)
     losses = torch.where(counted, -log_p.gather(dimension, labels).squeeze(dimension), 0.0)
@@ -74,7 +74,8 @@ def _picked(log_p: Tensor, target: Tensor, ignore_index: int, reduction: str) ->
     return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
 
 
-def _class_dimension(input: Tensor) -> int:
+def class_dimension(input: Tensor) -> int:
+    """Of the input of `cross_entropy` and `nll_loss`."""
     return 0 if input.dim() == 1 else 1
 
 

@@ -1,0 +1,78 @@
+"""The curvature of `nll_loss`, which a loss of log-probabilities alone does not show.
+
+`nll_loss` is linear in its input u: where the model itself ends with `log_softmax`, the loss's second
+derivative by the model's outputs is 0, and with it the generalized Gauss-Newton matrix. But u is no free
+variable: `Σ exp(u) = 1`. Off that surface the loss may be continued in any way, and
+
+    −u_y + Σ_c exp(u_c) − 1
+
+has the second derivative diag(p), p = exp(u), with which `Jᵀ diag(p) J` is the Fisher matrix, the same as
+that of cross-entropy by what `log_softmax` was given: `(I − p 1ᵀ) diag(p) (I − 1 pᵀ) = diag(p) − p pᵀ`. Where
+the loss itself calls `log_softmax`, what is added is 0 for all inputs, and nothing changes.
+
+Shapes: C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from influence_calculator.maths.objective import Batch, Loss, Objective
+from influence_calculator.maths.vmapped_losses import class_dimension
+
+
+def continued(objective: Objective) -> Objective:
+    """The objective with `nll_loss`, wherever its loss calls it, continued as above: the same values, at
+    log-probabilities, and another second derivative.
+    """
+    return objective.with_loss(_Continued(objective.loss))
+
+
+def counts_of(log_p: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """How often each label counts: its class's weight, 0 if it is ignored; shaped as `target`."""
+    counted = (target != ignore_index).to(log_p.dtype)
+    if weight is None:
+        return counted
+    return counted * weight.to(log_p.dtype)[torch.where(target == ignore_index, 0, target)]
+
+
+@dataclass(frozen=True)
+class _Continued:
+    loss: Loss
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        with _Continuation():
+            return self.loss(outputs, batch)
+
+
+class _Continuation(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (_nll_loss if func is F.nll_loss else func)(*args, **(kwargs or {}))
+
+
+def _nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    counts = counts_of(input, target, weight, ignore_index)
+    losses = F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction="none")
+    losses = losses + counts * (input.exp().sum(class_dimension(input)) - 1)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
