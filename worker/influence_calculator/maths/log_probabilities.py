@@ -15,7 +15,7 @@ Shapes: C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from influence_calculator.maths.objective import Batch, Loss, Objective
-from influence_calculator.maths.vmapped_losses import class_dimension
+from influence_calculator.maths.vmapped_losses import class_dimension, gathered
 
 
 def continued(objective: Objective) -> Objective:
@@ -33,6 +33,11 @@ def continued(objective: Objective) -> Objective:
     log-probabilities, and another second derivative.
     """
     return objective.with_loss(_Continued(objective.loss))
+
+
+def continued_function(func: Callable[..., Any]) -> Callable[..., Any]:
+    """What does under vmap what this function of torch does, `nll_loss` continued."""
+    return _nll_loss if func is F.nll_loss else gathered(func)
 
 
 def counts_of(log_p: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -56,7 +61,7 @@ class _Continuation(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return (_nll_loss if func is F.nll_loss else func)(*args, **(kwargs or {}))
+        return continued_function(func)(*args, **(kwargs or {}))
 
 
 def _nll_loss(
@@ -71,7 +76,8 @@ def _nll_loss(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     counts = counts_of(input, target, weight, ignore_index)
-    losses = F.nll_loss(input, target, weight, ignore_index=ignore_index, reduction="none")
+    picked = gathered(F.nll_loss)
+    losses = picked(input, target, weight, ignore_index=ignore_index, reduction="none")
     losses = losses + counts * (input.exp().sum(class_dimension(input)) - 1)
     if reduction == "none":
         return losses

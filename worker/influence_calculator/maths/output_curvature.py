@@ -19,7 +19,7 @@ from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.log_probabilities import continued
 from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors
-from influence_calculator.maths.recognised_losses import is_recognised
+from influence_calculator.maths.recognised_losses import is_recognised, of_positive_weights
 
 MOST_OUTPUTS = 4096
 """Above this d, n eigenproblems of `[d, d]` are no longer the cheap part of a product."""
@@ -82,7 +82,7 @@ class _SecondDerivatives(OutputCurvature):
     def __init__(self, objective: Objective, outputs: Any, batch: Batch) -> None:
         tensors, rebuilt = only_tensors(outputs)
         flat = float_outputs(outputs)
-        objective = continued(objective)
+        objective = of_positive_weights(objective)
 
         def loss(values: Tensor) -> Tensor:
             return objective.losses(rebuilt(vmap(_with_floats)(tensors, values)), batch).sum()
@@ -113,8 +113,9 @@ def output_eigenpairs(objective: Objective, outputs: Any, batch: Batch) -> Outpu
         raise UnsupportedLossError(
             f"loss: its second derivative is formed for at most {MOST_OUTPUTS} output elements per example, "
             f"got {flat.shape[1]}; return what F.cross_entropy, F.nll_loss, F.mse_loss or "
-            "F.binary_cross_entropy_with_logits answers, of which it need not be formed, or take the Fisher "
-            "at the true labels (second_order_mode empirical_fisher, or EK-FAC with expectation empirical)"
+            "F.binary_cross_entropy_with_logits answers, or a weighted sum of it, of which it need not be "
+            "formed, or take the Fisher at the true labels (second_order_mode empirical_fisher, or EK-FAC "
+            "with expectation empirical)"
         )
     second = _second_derivatives(objective, outputs, flat, batch)
     second = second.to(accumulation_dtype(second.dtype))

@@ -2,9 +2,11 @@
 
 A user's loss may select, reshape and cast before it calls torch's `cross_entropy`, `nll_loss`, `mse_loss` or
 `binary_cross_entropy_with_logits`. The call is seen while the loss runs, so that a user need not name
-the loss in a way of ours. It counts if the loss returns what the call returned and if what lies
-between the outputs f and the call's input u is linear: then `v_f = J_uᵀ v_u` has the covariance
-`∇²_f ℓ` if `v_u` has `∇²_u ℓ`. Anything else is left to the general way (`expectation`).
+the loss in a way of ours. It counts if what lies between the outputs f and the call's input u is linear: then
+`v_f = J_uᵀ v_u` has the covariance `∇²_f ℓ` if `v_u` has `∇²_u ℓ`. What the call returns, with
+`reduction="none"` an element per position, the loss may weigh and add up: a second run of it, in which the
+call returns a variable, tells the weights, of which negative ones are taken as 0. Anything else is left to
+the general way (`expectation`).
 
 `nll_loss` is linear in its input: a model that answers with log-probabilities has normalised them itself, and
 no curvature is left. What is taken is diag(p), as in `log_probabilities`, which together with the derivative
@@ -22,7 +24,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +34,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from influence_calculator.maths.log_probabilities import counts_of
-from influence_calculator.maths.objective import Batch, Objective, only_tensors, slice_batch, unsqueezed
-from influence_calculator.maths.vmapped_losses import class_dimension, gathered
+from influence_calculator.maths.log_probabilities import continued_function, counts_of
+from influence_calculator.maths.objective import Batch, Loss, Objective, only_tensors, slice_batch, unsqueezed
+from influence_calculator.maths.vmapped_losses import class_dimension
 
 Vector = Callable[[int], Tensor]
 """m -> ε, `[m]`."""
@@ -46,6 +49,18 @@ _LINEAR = {
 }
 """Names of torch functions that only move, select or cast elements. `__get__` is a property (`.mT`)."""
 
+
+_ADDING = {
+    *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "neg", "__neg__", "sum", "mean"),
+    *("masked_fill", "nan_to_num"),
+}
+"""Names of those that are linear in all of their tensors together, but for what is constant."""
+
+_SCALING = {"mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "dot", "mv", "where"}
+"""Names of those that are linear in one tensor if the others are constant."""
+
+_DIVIDING = {"div", "divide", "true_divide", "__truediv__"}
+"""Of those that are so in the first."""
 
 _IN_THE_FORM_OF = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 """Names of those that take the numbers of their first argument alone."""
@@ -92,7 +107,7 @@ def recognised_vectors(
 
 
 def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
-    """Whether the loss has a closed form; `∇²_f ℓ` is then positive semi-definite at all outputs."""
+    """Whether the loss has a closed form."""
     first = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1], outputs)
     index = torch.zeros(1, dtype=torch.int64, device=objective.device)
     vectors = recognised_vectors(
@@ -101,50 +116,104 @@ def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
     return vectors is not None
 
 
+def of_positive_weights(objective: Objective) -> Objective:
+    """The objective with a recognised loss by its positive weights alone, whose `∇²_f ℓ` is positive
+    semi-definite at all outputs: it is that of the loss, its negative eigenvalues taken as 0.
+    """
+    return objective.with_loss(_PositiveWeights(objective.loss))
+
+
+@dataclass(frozen=True)
+class _PositiveWeights:
+    loss: Loss
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        leaves = [leaf for leaf in only_tensors(outputs)[0] if leaf.is_floating_point()]
+        call, weights = _weighed_call(lambda: self.loss(outputs, batch), leaves)
+        return (weights.clamp(min=0) * call.result).sum()
+
+
 def _pseudo_loss(loss: Callable[[], Tensor], leaves: list[Tensor], vector: Vector) -> Tensor:
     """`⟨v_u, u⟩` of one example, whose loss `loss()` computes from `leaves`."""
-    watch = _Watch(leaves, vector)
+    call, weights = _weighed_call(loss, leaves)
+    return call.closed_form(vector, weights.reshape(-1), **call.arguments)
+
+
+def _weighed_call(loss: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[_Call, Tensor]:
+    """The call that has a closed form, and the weights of what it returns in the loss."""
+    watch = _Watch(leaves)
     with watch:
         result = loss()
-    if watch.pseudo is None or result is not watch.result:
+    if watch.call is None:
         raise _UnrecognisedError
-    return watch.pseudo
+    weights = torch.ones_like(watch.call.result)
+    if result is not watch.call.result:
+        weights = torch.func.grad(lambda variable: _summed_up(loss, leaves, variable))(weights)
+    elif result.numel() != 1:
+        raise _UnrecognisedError
+    return watch.call, weights.detach()
+
+
+def _summed_up(loss: Callable[[], Tensor], leaves: list[Tensor], variable: Tensor) -> Tensor:
+    """The loss, had the call returned the variable, in which it must be linear."""
+    watch = _Watch(leaves, variable)
+    with watch:
+        result = loss()
+    if id(result) not in watch.weighed:
+        raise _UnrecognisedError
+    return result.sum()
+
+
+class _Call(NamedTuple):
+    """Of a function that has a closed form."""
+
+    closed_form: Callable[..., Tensor]
+    arguments: Mapping[str, Any]
+    result: Tensor
 
 
 class _Watch(TorchFunctionMode):
-    """Follows the outputs through a loss function until the call that has a closed form."""
+    """Follows the outputs through a loss function to the call that has a closed form, and what it returns."""
 
-    def __init__(self, leaves: list[Tensor], vector: Vector) -> None:
+    def __init__(self, leaves: list[Tensor], variable: Tensor | None = None) -> None:
+        """`variable` is returned in place of the call's result."""
         super().__init__()
         self._derived = {id(leaf): leaf for leaf in leaves}  # holds them, so that no id is used twice
         self._normalised: dict[int, int] = {}
         """The dimension of those that `log_softmax` has answered; they count for `nll_loss` alone."""
-        self._vector = vector
-        self.pseudo: Tensor | None = None
-        self.result: Tensor | None = None
+        self._variable = variable
+        self.call: _Call | None = None
+        self.weighed: dict[int, Tensor] = {}
+        """What is linear in what the call returned."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        result = gathered(func)(*args, **keywords)
+        result = continued_function(func)(*args, **keywords)
         name = getattr(func, "__name__", "")
         numbers = args[:1] if name in _IN_THE_FORM_OF else args[1:] if name in _NEW else args
         given_ids = {id(leaf) for leaf in pytree.tree_leaves((numbers, dict(keywords)))}
+        produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if given_ids & self.weighed.keys():
+            if produced and (given_ids & self._derived.keys() or not self._weighs(name, args)):
+                raise _UnrecognisedError
+            self.weighed |= {id(leaf): leaf for leaf in produced}
+            return result
         if not given_ids & self._derived.keys():
             return result
         closed_form = _CLOSED_FORMS.get(func)
-        if closed_form is not None and self.result is None:
+        if closed_form is not None and self.call is None:
             given = inspect.signature(func).bind(*args, **keywords)
             given.apply_defaults()
             beside = [value for name, value in given.arguments.items() if name != "input"]
             if any(id(value) in self._derived for value in beside):
                 raise _UnrecognisedError
             self._refuse_other_normalisation(func, given.arguments["input"])
-            self.pseudo = closed_form(self._vector, **given.arguments)
-            self.result = result
+            result = result if self._variable is None else self._variable
+            self.call = _Call(closed_form, given.arguments, result)
+            self.weighed[id(result)] = result
             return result
-        produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if name == "__setitem__" or (produced and name not in (*_LINEAR, "log_softmax")):
             raise _UnrecognisedError
         if produced and given_ids & self._normalised.keys():
@@ -153,6 +222,16 @@ class _Watch(TorchFunctionMode):
             self._normalised |= {id(leaf): _softmax_dimension(leaf, args, keywords) for leaf in produced}
         self._derived |= {id(leaf): leaf for leaf in produced}
         return result
+
+    def _weighs(self, name: str, args: tuple[Any, ...]) -> bool:
+        """Whether a function of what the call returned is linear in it."""
+        concerned = [id(arg) in self.weighed for arg in args]
+        return (
+            name in _LINEAR
+            or name in _ADDING
+            or (name in _SCALING and sum(concerned) == 1)
+            or (name in _DIVIDING and concerned[0] and sum(concerned) == 1)
+        )
 
     def _refuse_other_normalisation(self, func: Any, input: Tensor) -> None:
         classes = class_dimension(input)
@@ -171,6 +250,7 @@ def _softmax_dimension(result: Tensor, args: tuple[Any, ...], keywords: Mapping[
 
 def _cross_entropy(
     vector: Vector,
+    weights: Tensor,
     *,
     input: Tensor,
     target: Tensor,
@@ -183,14 +263,15 @@ def _cross_entropy(
     """`v = (√p ε − p ⟨√p, ε⟩) √c` at every position, c what the log-probabilities there count together.
 
     That is 1, or 0 at an ignored position, where nothing is weighted; for a mean over what torch divides by.
+    `weights` are those of what is returned, one or one per position, in the loss.
     """
-    if reduction not in ("mean", "sum") or any(value is not None for value in deprecated.values()):
+    if any(value is not None for value in deprecated.values()):
         raise _UnrecognisedError
     logits = _by_position(input)
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    weights = torch.ones_like(p[0]) if weight is None else weight.to(p.dtype)
+    of_class = torch.ones_like(p[0]) if weight is None else weight.to(p.dtype)
     if target.is_floating_point():
-        counts = _by_position(target).to(p.dtype) @ weights
+        counts = _by_position(target).to(p.dtype) @ of_class
         counted = torch.ones_like(counts)
         total = counted.sum()
     else:
@@ -198,7 +279,7 @@ def _cross_entropy(
         counted = (labels != ignore_index).to(p.dtype)
         counts = counts_of(p, labels, weight, ignore_index)
         total = counts.sum()
-    c = (1 - label_smoothing) * counts + label_smoothing * counted * weights.mean()
+    c = ((1 - label_smoothing) * counts + label_smoothing * counted * of_class.mean()) * weights
     if reduction == "mean":
         c = c / torch.where(total == 0, 1, total)
     scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
@@ -208,6 +289,7 @@ def _cross_entropy(
 
 def _negative_log_likelihood(
     vector: Vector,
+    weights: Tensor,
     *,
     input: Tensor,
     target: Tensor,
@@ -217,13 +299,14 @@ def _negative_log_likelihood(
     **deprecated: Any,
 ) -> Tensor:
     """`v = √(p c) ε` at every position, p = exp(u), c as in `_cross_entropy`."""
-    if reduction not in ("mean", "sum") or any(value is not None for value in deprecated.values()):
+    if any(value is not None for value in deprecated.values()):
         raise _UnrecognisedError
     log_p = _by_position(input)
     p = log_p.detach().to(torch.promote_types(log_p.dtype, torch.float32)).exp()
-    c = counts_of(p, target.reshape(-1), weight, ignore_index)
+    counts = counts_of(p, target.reshape(-1), weight, ignore_index)
+    c = counts * weights
     if reduction == "mean":
-        c = c / torch.where(c.sum() == 0, 1, c.sum())
+        c = c / torch.where(counts.sum() == 0, 1, counts.sum())
     v = (p * c.clamp(min=0).unsqueeze(-1)).sqrt() * vector(p.numel()).reshape(p.shape)
     return (v.to(log_p.dtype) * log_p).sum()
 
@@ -233,24 +316,26 @@ def _by_position(values: Tensor) -> Tensor:
     return values.unsqueeze(0) if values.dim() == 1 else values.movedim(1, -1).reshape(-1, values.shape[1])
 
 
-def _squared_error(vector: Vector, *, input: Tensor, target: Tensor, reduction: str, **others: Any) -> Tensor:
+def _squared_error(
+    vector: Vector, weights: Tensor, *, input: Tensor, target: Tensor, reduction: str, **others: Any
+) -> Tensor:
     """`v = √(2/d) ε` for a mean over d elements, `√2 ε` for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
     d = input.numel() if reduction == "mean" else 1
-    v = (2 / d) ** 0.5 * vector(input.numel()).to(input.dtype)
+    v = (2 / d * weights.clamp(min=0)).sqrt() * vector(input.numel()).to(input.dtype)
     return (v * input.reshape(-1)).sum()
 
 
 def _binary_cross_entropy(
-    vector: Vector, *, input: Tensor, target: Tensor, reduction: str, **others: Any
+    vector: Vector, weights: Tensor, *, input: Tensor, target: Tensor, reduction: str, **others: Any
 ) -> Tensor:
     """`v = √(p (1 − p) / d) ε`, d = 1 for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
     d = input.numel() if reduction == "mean" else 1
     p = input.detach().reshape(-1).sigmoid()
-    v = (p * (1 - p) / d).sqrt() * vector(input.numel())
+    v = (p * (1 - p) / d * weights.clamp(min=0)).sqrt() * vector(input.numel())
     return (v * input.reshape(-1)).sum()
 
 
