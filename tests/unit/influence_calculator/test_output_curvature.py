@@ -44,7 +44,7 @@ def _squares(f: Tensor, y: Tensor) -> Tensor:
 
 
 def _squared(loss: Tensor) -> Tensor:
-    return loss * loss
+    return torch.mul(loss, other=loss)
 
 
 LOSSES: dict[str, Loss] = {

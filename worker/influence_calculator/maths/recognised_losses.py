@@ -190,29 +190,20 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        result = continued_function(func)(*args, **keywords)
         name = getattr(func, "__name__", "")
         numbers = args[:1] if name in _IN_THE_FORM_OF else args[1:] if name in _NEW else args
         given_ids = {id(leaf) for leaf in pytree.tree_leaves((numbers, dict(keywords)))}
+        closed_form = _CLOSED_FORMS.get(func)
+        if closed_form is not None and self.call is None and given_ids & self._derived.keys():
+            return self._called(func, closed_form, args, keywords)
+        result = continued_function(func)(*args, **keywords)
         produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if given_ids & self.weighed.keys():
-            if produced and (given_ids & self._derived.keys() or not self._weighs(name, args)):
+            if produced and (given_ids & self._derived.keys() or not self._weighs(name, args, keywords)):
                 raise _UnrecognisedError
             self.weighed |= {id(leaf): leaf for leaf in produced}
             return result
         if not given_ids & self._derived.keys():
-            return result
-        closed_form = _CLOSED_FORMS.get(func)
-        if closed_form is not None and self.call is None:
-            given = inspect.signature(func).bind(*args, **keywords)
-            given.apply_defaults()
-            beside = [value for name, value in given.arguments.items() if name != "input"]
-            if any(id(value) in self._derived for value in beside):
-                raise _UnrecognisedError
-            self._refuse_other_normalisation(func, given.arguments["input"])
-            result = result if self._variable is None else self._variable
-            self.call = _Call(closed_form, given.arguments, result)
-            self.weighed[id(result)] = result
             return result
         if name == "__setitem__" or (produced and name not in (*_LINEAR, "log_softmax")):
             raise _UnrecognisedError
@@ -223,9 +214,27 @@ class _Watch(TorchFunctionMode):
         self._derived |= {id(leaf): leaf for leaf in produced}
         return result
 
-    def _weighs(self, name: str, args: tuple[Any, ...]) -> bool:
+    def _called(
+        self,
+        func: Any,
+        closed_form: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+    ) -> Tensor:
+        given = inspect.signature(func).bind(*args, **keywords)
+        given.apply_defaults()
+        beside = [value for name, value in given.arguments.items() if name != "input"]
+        if any(id(value) in self._derived for value in beside):
+            raise _UnrecognisedError
+        self._refuse_other_normalisation(func, given.arguments["input"])
+        result = self._variable if self._variable is not None else continued_function(func)(*args, **keywords)
+        self.call = _Call(closed_form, given.arguments, result)
+        self.weighed[id(result)] = result
+        return result
+
+    def _weighs(self, name: str, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
         """Whether a function of what the call returned is linear in it."""
-        concerned = [id(arg) in self.weighed for arg in args]
+        concerned = [id(value) in self.weighed for value in (*args, *keywords.values())]
         return (
             name in _LINEAR
             or name in _ADDING
