@@ -28,7 +28,13 @@ RECOGNISED = {
     *("one per example", "masked tokens", "weighted tokens", "negative weights", "weighted squares"),
     *("weighted bits", "picked log-probabilities"),
 }
-INDEFINITE = {"concave in part", "weighted by the outputs", "one over", "times the outputs"}
+INDEFINITE = {
+    "a negative class",
+    "concave in part",
+    "weighted by the outputs",
+    "one over",
+    "times the outputs",
+}
 """At some of the outputs; losses that are recognised do not count what they clip."""
 
 
@@ -57,6 +63,9 @@ LOSSES: dict[str, Loss] = {
     "weighted classes": lambda f, y: F.cross_entropy(f, y, torch.arange(1.0, 7).to(f)),
     "weighted classes of tokens": lambda f, y: F.cross_entropy(
         f.view(-1, 3), torch.stack([y % 3, y % 2], 1).flatten(), f.new_tensor([1, 2, 0]), label_smoothing=0.2
+    ),
+    "a negative class": lambda f, y: F.cross_entropy(
+        f, y, torch.tensor([1, 2, 1, 1, -1, 1]).to(f), reduction="sum"
     ),
     "smoothed labels": lambda f, y: F.cross_entropy(f, y, label_smoothing=0.3),
     "soft labels": lambda f, y: F.cross_entropy(

@@ -226,6 +226,9 @@ class _Watch(TorchFunctionMode):
         beside = [value for name, value in given.arguments.items() if name != "input"]
         if any(id(value) in self._derived for value in beside):
             raise _UnrecognisedError
+        of_class = given.arguments.get("weight")
+        if of_class is not None and bool((of_class < 0).any()):
+            raise _UnrecognisedError  # its examples have negative eigenvalues
         self._refuse_other_normalisation(func, given.arguments["input"])
         result = self._variable if self._variable is not None else continued_function(func)(*args, **keywords)
         self.call = _Call(closed_form, given.arguments, result)
