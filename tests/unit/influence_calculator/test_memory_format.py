@@ -15,6 +15,7 @@ import oracle
 from influence_calculator.maths import ekfac
 from influence_calculator.maths.capture import captured_gradients, record
 from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.ekfac_passes import CORRECTION
 from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.memory_format import laid_out
 from influence_calculator.maths.method import FitState, Fitted, Method, add_scores, fit
@@ -196,9 +197,9 @@ def test_ekfac_is_the_same_in_every_form(
         compact = fitted.compact(objective, test)
         found.append((state, factors, _scores(fitted, fitted.scored(left), *train), compact))
     (state, factors, scores, compact), (state_last, factors_last, scores_last, compact_last) = found
-    for key in state:
-        if "eigenvalues" in state[key]:
-            torch.testing.assert_close(state_last[key]["eigenvalues"].sum(), state[key]["eigenvalues"].sum())
+    for layer, left_behind in state[CORRECTION].items():
+        found_last = state_last[CORRECTION][layer]["eigenvalues"]
+        torch.testing.assert_close(found_last.sum(), left_behind["eigenvalues"].sum())
     _assert_close(factors_last, factors)
     torch.testing.assert_close(scores_last, scores, rtol=1e-7, atol=1e-9 * float(scores.abs().max()))
     if by_parameter and compact is not None:
@@ -240,6 +241,11 @@ def test_a_loss_that_takes_a_view_of_the_outputs_gets_them_as_ever() -> None:
     _assert_same_as_autograd(model, loss, x, y)
 
 
+def _checked(images: Tensor) -> Tensor:
+    assert images.is_contiguous()
+    return images
+
+
 def _tried(model: nn.Module, x: Tensor, y: Tensor) -> bool:
     return laid_out(xy_objective(model, F.cross_entropy), lambda: (x[:1], y[:1])).channels_last
 
@@ -264,9 +270,46 @@ def test_other_layers_are_not_tried(build: Any, features: tuple[int, ...]) -> No
     assert not _tried(model, *_data(features, 1))
 
 
+class Pooled(nn.Module):
+    """Takes a mean by a view that outputs with channels last have only if they are of one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.conv(x).tanh()
+        return self.head(images.view(len(x) * 4, -1).mean(1).view(len(x), 4))
+
+
+def test_larger_images_than_were_tried_are_captured_in_another_way() -> None:
+    model = Pooled().float()
+    x, y = _data((2, 3, 3), N)
+    large, y_large = _data((2, 7, 6), N)
+    assert _tried(model, x.float(), y)
+    fitted = EkfacInfluence(model, hessian_regularization=0.1, loss=F.cross_entropy).fit(
+        [(x.float(), y), (large.float(), y_large)]
+    )
+    assert fitted.objective.channels_last
+    expected = EkfacInfluence(model.double(), hessian_regularization=0.1, loss=F.cross_entropy).fit(
+        [(x, y), (large, y_large)]
+    )
+    found = fitted.to("cpu").influences
+    wide = expected.influences(large, y_large, large, y_large)
+    model.float()
+    torch.testing.assert_close(
+        found(large.float(), y_large, large.float(), y_large),
+        wide.float(),
+        rtol=1e-3,
+        atol=1e-4 * float(wide.abs().max()),
+    )
+
+
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "a view": lambda images: images.view(images.shape[0], -1),
     "a view that one example has": lambda images: images.view(-1, 4, 4).view(images.shape[0], -1),
+    "memory that is checked": lambda images: _checked(images).flatten(1),
     "memory as it lies": lambda images: images.as_strided((len(images), 80), (80, 1)),
 }
 

@@ -31,6 +31,7 @@ RECOGNISED = {
 INDEFINITE = {
     "a negative class",
     "concave in part",
+    "one over, by keyword",
     "weighted by the outputs",
     "one over",
     "times the outputs",
@@ -51,6 +52,21 @@ def _squares(f: Tensor, y: Tensor) -> Tensor:
 
 def _squared(loss: Tensor) -> Tensor:
     return torch.mul(loss, other=loss)
+
+
+@torch.jit.script
+def _scripted(values: Tensor) -> Tensor:
+    return (values**4).sum()
+
+
+def _times_script(loss: Tensor) -> Tensor:
+    return loss * _scripted(loss)
+
+
+def _times_copy(losses: Tensor) -> Tensor:
+    copy = torch.zeros_like(losses)
+    copy[:] = losses
+    return (losses * copy).sum()
 
 
 LOSSES: dict[str, Loss] = {
@@ -87,6 +103,21 @@ LOSSES: dict[str, Loss] = {
         -(-F.binary_cross_entropy_with_logits(f, torch.zeros_like(f), reduction="none")).mean(1) * y
     ).sum(),
     "picked log-probabilities": lambda f, y: F.nll_loss(f.log_softmax(1), y, reduction="none").sum(),
+    "focal": lambda f, y: F.nll_loss((1 - f.softmax(1)) ** 2 * f.log_softmax(1), y),
+    "score beside a normalisation": lambda f, y: f.logsumexp(1).sum() + F.nll_loss(f, y),
+    "half a log-probability": lambda f, y: F.nll_loss(f.log_softmax(1) / 2, y),
+    "picked log-sigmoid": lambda f, y: F.nll_loss(F.logsigmoid(f), y),
+    "some of the classes": lambda f, y: F.nll_loss(f.log_softmax(1)[:, :4], y % 4),
+    "softplus of a score": lambda f, y: F.softplus(F.nll_loss(f, y)),
+    "large scores": lambda f, y: F.relu(1 + F.nll_loss(1e3 * f, y)) + f.pow(2).sum(),
+    "plus what a map makes": lambda f, y: F.cross_entropy(f, y) + torch.vmap(lambda r: (r**4).sum())(f).sum(),
+    "plus a gradient": lambda f, y: F.cross_entropy(f, y) + torch.func.grad(lambda g: (g**3).sum())(f).sum(),
+    "plus a script": lambda f, y: F.cross_entropy(f, y) + _scripted(f),
+    "times a script": lambda f, y: _times_script(F.cross_entropy(f, y)),
+    "copied": lambda f, y: _times_copy(F.mse_loss(f, torch.zeros_like(f), reduction="none")),
+    "one over, by keyword": lambda f, y: torch.div(
+        other=F.cross_entropy(f, y), input=torch.ones_like(f)
+    ).sum(),
     "squared": lambda f, y: F.cross_entropy(f, y) ** 2,
     "multiplied by itself": lambda f, y: _squared(F.cross_entropy(f, y)),
     "one over": lambda f, y: 1 / F.cross_entropy(f, y),
@@ -102,10 +133,16 @@ def _data() -> tuple[Tensor, Tensor]:
     return torch.randn(N, 4, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 4, 5])
 
 
+def _linear() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Linear(4, 6).double()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_products_are_those_of_the_clipped_matrices(name: str) -> None:
     x, y = _data()
-    objective = xy_objective(nn.Linear(4, 6).double(), LOSSES[name])
+    objective = xy_objective(_linear(), LOSSES[name])
     curvature = output_curvature(objective, (x, y))
     vectors = torch.randn(Q, N, 6, dtype=torch.float64)
     found = curvature.products(vectors)
@@ -125,7 +162,7 @@ def test_products_are_those_of_the_clipped_matrices(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_exact_pseudo_gradients_sum_to_the_clipped_matrices(name: str) -> None:
     x, y = _data()
-    objective = xy_objective(nn.Linear(4, 6).double(), LOSSES[name])
+    objective = xy_objective(_linear(), LOSSES[name])
     outputs = objective.model(x).detach()
     made = OutputExpectation(Expectation.EXACT).pseudo_gradients(objective, outputs, IndexedBatch(0, (x, y)))
     v = torch.stack([made.at(k)[0] for k in range(made.count)])

@@ -105,7 +105,11 @@ class _Call(NamedTuple):
 class Recording:
     """A forward pass whose layers were recorded."""
 
-    def __init__(self, objective: Objective, rows: int, layers: Sequence[LayerSpec]) -> None:
+    def __init__(
+        self, objective: Objective, rows: int, layers: Sequence[LayerSpec], channels_last: bool = False
+    ) -> None:
+        """`channels_last`: whether convolutions were called so, which are to be captured by tap."""
+        self.channels_last = channels_last
         self.outputs: Any = None
         self.layers = tuple(layers)
         self.rows = rows
@@ -179,8 +183,10 @@ class Recording:
                 f"examples of the batch, got shape {tuple(call.inputs.shape)}; put examples first, "
                 "as batch_first=True does"
             )
-        channels_last = self._taps[layer.name] is not None
-        return layer.activations(self._modules[layer.name], call.inputs, self.rows, channels_last)
+        module, taps = self._modules[layer.name], self._taps[layer.name]
+        if taps is None or self.channels_last:
+            return layer.activations(module, call.inputs, self.rows, channels_last=taps is not None)
+        return by_tap(layer.activations(module, call.inputs, self.rows), taps)
 
 
 def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
@@ -198,12 +204,26 @@ def record(objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | Non
     The hooks are gone when it returns or raises; no parameter is changed.
     """
     chosen = supported_layers(objective) if layers is None else layers
-    recording = Recording(objective, batch_size(batch), chosen)
+    if objective.channels_last:
+        try:
+            return _recorded(objective, batch, chosen, channels_last=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            # Examples of other shapes than those that were tried may have no such view; or it fails again.
+            pass
+    return _recorded(objective, batch, chosen, channels_last=False)
+
+
+def _recorded(
+    objective: Objective, batch: Batch, layers: Sequence[LayerSpec], channels_last: bool
+) -> Recording:
+    recording = Recording(objective, batch_size(batch), layers, channels_last)
     handles = []
     try:
-        for layer in chosen:
+        for layer in layers:
             module = objective.model.get_submodule(layer.name)
-            if kernel_taps(objective, layer) is not None:
+            if channels_last and kernel_taps(objective, layer) is not None:
                 # Last, as what hooks of the user's make of the inputs is what the layer is called with.
                 handles.append(module.register_forward_pre_hook(_channels_last, with_kwargs=True))
             hook = _hook(recording.calls[layer.name])
@@ -211,7 +231,7 @@ def record(objective: Objective, batch: Batch, layers: Sequence[LayerSpec] | Non
             handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         with torch.enable_grad():
             recording.outputs = objective.outputs(batch)
-            if objective.channels_last:
+            if channels_last:
                 # As a loss expects them that takes a view of them.
                 recording.outputs = pytree.tree_map_only(Tensor, Tensor.contiguous, recording.outputs)
     finally:

@@ -8,7 +8,8 @@ variable: `Σ exp(u) = 1`. Off that surface the loss may be continued in any way
 
 has the second derivative diag(p), p = exp(u), with which `Jᵀ diag(p) J` is the Fisher matrix, the same as
 that of cross-entropy by what `log_softmax` was given: `(I − p 1ᵀ) diag(p) (I − 1 pᵀ) = diag(p) − p pᵀ`. Where
-the loss itself calls `log_softmax`, what is added is 0 for all inputs, and nothing changes.
+the loss itself calls `log_softmax` right before, what is added is 0 for all of its inputs, and nothing
+changes. An input that holds no log-probabilities, where `nll_loss` picks one of other numbers, is left alone.
 
 Shapes: C classes.
 """
@@ -27,6 +28,12 @@ from torch.overrides import TorchFunctionMode
 from influence_calculator.maths.objective import Batch, Loss, Objective
 from influence_calculator.maths.vmapped_losses import class_dimension, gathered
 
+ROUNDING = 1e-5
+"""Of the logarithm of a sum of probabilities."""
+
+ROUNDING_OF_HALVES = 0.1
+"""The same in half precision."""
+
 
 def continued(objective: Objective) -> Objective:
     """The objective with `nll_loss`, wherever its loss calls it, continued as above: the same values, at
@@ -38,6 +45,12 @@ def continued(objective: Objective) -> Objective:
 def continued_function(func: Callable[..., Any]) -> Callable[..., Any]:
     """What does under vmap what this function of torch does, `nll_loss` continued."""
     return _nll_loss if func is F.nll_loss else gathered(func)
+
+
+def are_log_probabilities(input: Tensor, classes: int) -> Tensor:
+    """Whether `Σ exp(u)` over the dimension of classes is 1 but for rounding, at each of the others."""
+    rounding = ROUNDING if torch.finfo(input.dtype).bits >= 32 else ROUNDING_OF_HALVES
+    return input.detach().logsumexp(classes).abs() < rounding
 
 
 def counts_of(log_p: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -78,7 +91,11 @@ def _nll_loss(
     counts = counts_of(input, target, weight, ignore_index)
     picked = gathered(F.nll_loss)
     losses = picked(input, target, weight, ignore_index=ignore_index, reduction="none")
-    losses = losses + counts * (input.exp().sum(class_dimension(input)) - 1)
+    classes = class_dimension(input)
+    are_log_p = are_log_probabilities(input, classes)
+    # What is not taken must not overflow either.
+    p = torch.where(are_log_p.unsqueeze(classes), input, 0).exp()
+    losses = losses + counts * torch.where(are_log_p, p.sum(classes) - 1, 0)
     if reduction == "none":
         return losses
     return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from influence_calculator.maths.log_probabilities import continued_function, counts_of
+from influence_calculator.maths.log_probabilities import are_log_probabilities, continued_function, counts_of
 from influence_calculator.maths.objective import Batch, Loss, Objective, only_tensors, slice_batch, unsqueezed
 from influence_calculator.maths.vmapped_losses import class_dimension
 
@@ -52,7 +52,7 @@ _LINEAR = {
 
 _ADDING = {
     *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "neg", "__neg__", "sum", "mean"),
-    *("masked_fill", "nan_to_num"),
+    "masked_fill",
 }
 """Names of those that are linear in all of their tensors together, but for what is constant."""
 
@@ -86,24 +86,30 @@ def recognised_vectors(
     """
     leaves, rebuilt = only_tensors(outputs)
     leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
+    are_weighed = False
 
-    def one(own: list[Tensor], example: Batch, index: Tensor) -> Tensor:
-        own = [leaf.unsqueeze(0) for leaf in own]
-        return _pseudo_loss(
-            lambda: objective.loss(rebuilt(own), unsqueezed(example)),
-            [leaf for leaf in own if leaf.is_floating_point()],
-            lambda m: vector(index, m),
+    def one(own: list[Tensor], example: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal are_weighed
+        found = _weighed_call(
+            lambda given: objective.loss(rebuilt(given), unsqueezed(example)),
+            [leaf.unsqueeze(0) for leaf in own],
         )
+        are_weighed = found.is_weighed
+        weights = found.weights.reshape(-1)
+        pseudo = found.call.closed_form(lambda m: vector(index, m), weights, **found.call.arguments)
+        return pseudo, found.is_sound
 
     try:
         with torch.enable_grad():
-            total = vmap(one)(leaves, batch, indices).sum()
+            pseudo, are_sound = vmap(one)(leaves, batch, indices)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
         return None
+    if are_weighed and not bool(are_sound.all()):
+        return None
     floats = [leaf for leaf in leaves if leaf.is_floating_point()]
-    return list(torch.autograd.grad(total, floats, allow_unused=True, materialize_grads=True))
+    return list(torch.autograd.grad(pseudo.sum(), floats, allow_unused=True, materialize_grads=True))
 
 
 def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
@@ -117,8 +123,8 @@ def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
 
 
 def of_positive_weights(objective: Objective) -> Objective:
-    """The objective with a recognised loss by its positive weights alone, whose `∇²_f ℓ` is positive
-    semi-definite at all outputs: it is that of the loss, its negative eigenvalues taken as 0.
+    """The objective with a recognised loss by its positive weights alone: `∇²_f ℓ` with its negative
+    eigenvalues taken as 0, unless they come from soft labels that are negative.
     """
     return objective.with_loss(_PositiveWeights(objective.loss))
 
@@ -128,37 +134,50 @@ class _PositiveWeights:
     loss: Loss
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        leaves = [leaf for leaf in only_tensors(outputs)[0] if leaf.is_floating_point()]
-        call, weights = _weighed_call(lambda: self.loss(outputs, batch), leaves)
-        return (weights.clamp(min=0) * call.result).sum()
+        tensors, rebuilt = only_tensors(outputs)
+        found = _weighed_call(lambda given: self.loss(rebuilt(given), batch), tensors)
+        return (found.weights.clamp(min=0) * found.call.result).sum()
 
 
-def _pseudo_loss(loss: Callable[[], Tensor], leaves: list[Tensor], vector: Vector) -> Tensor:
-    """`⟨v_u, u⟩` of one example, whose loss `loss()` computes from `leaves`."""
-    call, weights = _weighed_call(loss, leaves)
-    return call.closed_form(vector, weights.reshape(-1), **call.arguments)
+LossOf = Callable[[list[Tensor]], Tensor]
+"""One example's loss by the tensors of its outputs."""
 
 
-def _weighed_call(loss: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[_Call, Tensor]:
+def _weighed_call(loss: LossOf, outputs: list[Tensor]) -> _WeighedCall:
     """The call that has a closed form, and the weights of what it returns in the loss."""
-    watch = _Watch(leaves)
+    floats = [leaf for leaf in outputs if leaf.is_floating_point()]
+    watch = _Watch(floats)
     with watch:
-        result = loss()
-    if watch.call is None:
+        result = loss(outputs)
+    call = watch.call
+    if call is None:
         raise _UnrecognisedError
-    weights = torch.ones_like(watch.call.result)
-    if result is not watch.call.result:
-        weights = torch.func.grad(lambda variable: _summed_up(loss, leaves, variable))(weights)
-    elif result.numel() != 1:
-        raise _UnrecognisedError
-    return watch.call, weights.detach()
+    if not watch.is_weighed:
+        if result is not call.result or result.numel() != 1:
+            raise _UnrecognisedError
+        sound = torch.ones((), dtype=torch.bool, device=result.device)
+        return _WeighedCall(call, torch.ones_like(result), sound, False)
+
+    def summed_up(variable: Tensor, floats: list[Tensor]) -> Tensor:
+        remaining = iter(floats)
+        given = [next(remaining) if leaf.is_floating_point() else leaf for leaf in outputs]
+        return _summed_up(loss, given, variable)
+
+    here = call.result.detach()
+    there = here + torch.arange(1, here.numel() + 1).to(here).view_as(here)
+    weights, by_outputs = torch.func.grad(summed_up, argnums=(0, 1))(here, floats)
+    # What a mode does not see (`torch.func`, scripts) may add of the outputs, or multiply.
+    elsewhere = torch.func.grad(summed_up)(there, floats)
+    is_linear = ((weights == elsewhere) | weights.isnan() & elsewhere.isnan()).all()
+    is_sound = torch.stack([is_linear, *((gradient == 0).all() for gradient in by_outputs)]).all()
+    return _WeighedCall(call, weights.detach(), is_sound.detach(), True)
 
 
-def _summed_up(loss: Callable[[], Tensor], leaves: list[Tensor], variable: Tensor) -> Tensor:
+def _summed_up(loss: LossOf, outputs: list[Tensor], variable: Tensor) -> Tensor:
     """The loss, had the call returned the variable, in which it must be linear."""
-    watch = _Watch(leaves, variable)
+    watch = _Watch([leaf for leaf in outputs if leaf.is_floating_point()], variable)
     with watch:
-        result = loss()
+        result = loss(outputs)
     if id(result) not in watch.weighed:
         raise _UnrecognisedError
     return result.sum()
@@ -170,6 +189,16 @@ class _Call(NamedTuple):
     closed_form: Callable[..., Tensor]
     arguments: Mapping[str, Any]
     result: Tensor
+
+
+class _WeighedCall(NamedTuple):
+    call: _Call
+    weights: Tensor
+    """Of each element of the call's result in the loss, shaped as it."""
+    is_sound: Tensor
+    """Whether the loss is linear in that result, and knows the outputs by it alone; `[]`."""
+    is_weighed: bool
+    """Whether the loss does anything with it at all."""
 
 
 class _Watch(TorchFunctionMode):
@@ -185,6 +214,8 @@ class _Watch(TorchFunctionMode):
         self.call: _Call | None = None
         self.weighed: dict[int, Tensor] = {}
         """What is linear in what the call returned."""
+        self.is_weighed = False
+        """Whether anything but that itself is."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -199,8 +230,10 @@ class _Watch(TorchFunctionMode):
         result = continued_function(func)(*args, **keywords)
         produced = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         if given_ids & self.weighed.keys():
-            if produced and (given_ids & self._derived.keys() or not self._weighs(name, args, keywords)):
+            concerns = bool(produced) or name == "__setitem__"
+            if concerns and (given_ids & self._derived.keys() or not self._weighs(name, args, keywords)):
                 raise _UnrecognisedError
+            self.is_weighed = self.is_weighed or concerns
             self.weighed |= {id(leaf): leaf for leaf in produced}
             return result
         if not given_ids & self._derived.keys():
@@ -230,7 +263,7 @@ class _Watch(TorchFunctionMode):
         if of_class is not None and bool((of_class < 0).any()):
             raise _UnrecognisedError  # its examples have negative eigenvalues
         self._refuse_other_normalisation(func, given.arguments["input"])
-        result = self._variable if self._variable is not None else continued_function(func)(*args, **keywords)
+        result = continued_function(func)(*args, **keywords) if self._variable is None else self._variable
         self.call = _Call(closed_form, given.arguments, result)
         self.weighed[id(result)] = result
         return result
@@ -242,7 +275,7 @@ class _Watch(TorchFunctionMode):
             name in _LINEAR
             or name in _ADDING
             or (name in _SCALING and sum(concerned) == 1)
-            or (name in _DIVIDING and concerned[0] and sum(concerned) == 1)
+            or (name in _DIVIDING and bool(args) and concerned[0] and sum(concerned) == 1)
         )
 
     def _refuse_other_normalisation(self, func: Any, input: Tensor) -> None:
@@ -316,10 +349,12 @@ def _negative_log_likelihood(
     log_p = _by_position(input)
     p = log_p.detach().to(torch.promote_types(log_p.dtype, torch.float32)).exp()
     counts = counts_of(p, target.reshape(-1), weight, ignore_index)
-    c = counts * weights
+    c = counts * weights * are_log_probabilities(log_p, 1)
     if reduction == "mean":
         c = c / torch.where(counts.sum() == 0, 1, counts.sum())
-    v = (p * c.clamp(min=0).unsqueeze(-1)).sqrt() * vector(p.numel()).reshape(p.shape)
+    c = c.clamp(min=0).unsqueeze(-1)
+    # Of other inputs p may be infinite.
+    v = torch.where(c == 0, 0, p * c).sqrt() * vector(p.numel()).reshape(p.shape)
     return (v.to(log_p.dtype) * log_p).sum()
 
 
