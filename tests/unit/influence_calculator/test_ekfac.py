@@ -280,7 +280,7 @@ def test_gradients_that_are_formed_piece_by_piece_are_those_formed_together(
     torch.testing.assert_close(correction.accumulate(objective, data.batches(), state), summed)
 
 
-@pytest.mark.parametrize("w", [3, 7, 12])
+@pytest.mark.parametrize("w", [3, 8, 12])
 def test_a_covariance_that_is_summed_in_blocks_is_the_whole_one(
     w: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

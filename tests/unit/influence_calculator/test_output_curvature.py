@@ -26,7 +26,7 @@ RECOGNISED = {
     *("cross-entropy", "of tokens, some ignored", "squared error", "binary", "weighted classes", "scaled"),
     *("smoothed labels", "soft labels", "soft labels of tokens"),
     *("one per example", "masked tokens", "weighted tokens", "negative weights", "weighted squares"),
-    *("weighted bits", "picked log-probabilities"),
+    *("weighted bits", "picked log-probabilities", "picked scores"),
 }
 INDEFINITE = {
     "a negative class",
@@ -109,6 +109,7 @@ LOSSES: dict[str, Loss] = {
     "picked log-sigmoid": lambda f, y: F.nll_loss(F.logsigmoid(f), y),
     "some of the classes": lambda f, y: F.nll_loss(f.log_softmax(1)[:, :4], y % 4),
     "softplus of a score": lambda f, y: F.softplus(F.nll_loss(f, y)),
+    "picked scores": lambda f, y: F.nll_loss(f.unsqueeze(2), y[:, None]),
     "large scores": lambda f, y: F.relu(1 + F.nll_loss(1e3 * f, y)) + f.pow(2).sum(),
     "plus what a map makes": lambda f, y: F.cross_entropy(f, y) + torch.vmap(lambda r: (r**4).sum())(f).sum(),
     "plus a gradient": lambda f, y: F.cross_entropy(f, y) + torch.func.grad(lambda g: (g**3).sum())(f).sum(),
