@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from influence_job.data import ArraySource
 from influence_job.task import InfluenceTask
+from random_tasks import random_task
 
 TRAIN, TEST = 260, 6
 TURNED, BY_PARAMETER = "first", "second"
@@ -31,20 +30,4 @@ class Net(nn.Module):
 
 def task(view: bool = False) -> InfluenceTask:
     """`view`: how the model makes rows of images, a view of which those with channels last do not have."""
-    generator = torch.Generator().manual_seed(0)
-    model = Net(view)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    x = torch.randn(TRAIN + TEST, 3, 12, 12, generator=generator)
-    y = torch.randint(3, (TRAIN + TEST,), generator=generator)
-    return InfluenceTask(
-        model=model.eval(),
-        loss=loss,
-        train=ArraySource(x[:TRAIN], y[:TRAIN]),
-        test=ArraySource(x[TRAIN:], y[TRAIN:]),
-    )
-
-
-def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(outputs, batch[1])
+    return random_task(Net(view), (3, 12, 12), TRAIN, TEST, torch.float32)

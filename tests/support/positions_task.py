@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from influence_job.data import ArraySource
 from influence_job.task import InfluenceTask
+from random_tasks import random_task
 
 TRAIN, TEST = 260, 6
 POSITIONS, WIDTH = 32, 24
@@ -17,23 +16,8 @@ BY_PARAMETER, TURNED = "0", "3"
 
 def task() -> InfluenceTask:
     """In double precision."""
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), Mean(), nn.Linear(WIDTH, 3)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    x = torch.randn(TRAIN + TEST, POSITIONS, WIDTH, generator=generator).double()
-    y = torch.randint(3, (TRAIN + TEST,), generator=generator)
-    return InfluenceTask(
-        model=model.eval(),
-        loss=loss,
-        train=ArraySource(x[:TRAIN], y[:TRAIN]),
-        test=ArraySource(x[TRAIN:], y[TRAIN:]),
-    )
-
-
-def loss(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(outputs, batch[1])
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), Mean(), nn.Linear(WIDTH, 3))
+    return random_task(model, (POSITIONS, WIDTH), TRAIN, TEST, torch.float64)
 
 
 class Mean(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +19,11 @@ from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.ekfac_passes import CORRECTION
 from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.memory_format import laid_out
-from influence_calculator.maths.method import FitState, Fitted, Method, add_scores, fit
-from influence_calculator.maths.objective import IndexedBatch, Objective, micro_batches, xy_objective
+from influence_calculator.maths.method import FitState, Fitted, Method, fit
+from influence_calculator.maths.objective import Objective, xy_objective
 from influence_calculator.torch import EkfacInfluence
 from model_cases import CAPTURED_CASES, ModelCase
+from training_sets import TrainingSet
 
 N, T = 23, 6
 
@@ -103,17 +105,6 @@ def _both(model: nn.Module) -> tuple[Objective, Objective]:
     return objective, replace(objective, channels_last=True)
 
 
-class Data:
-    """Training examples in batches that do not divide them."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.length = len(x)
-        self._whole = IndexedBatch(0, (x, y))
-
-    def batches(self) -> Any:
-        return micro_batches(self._whole, 9)
-
-
 def _assert_same_as_autograd(model: nn.Module, loss: Any, x: Tensor, y: Tensor) -> None:
     objective = replace(xy_objective(model, loss), channels_last=True)
     expected = oracle.example_gradients(model, loss, x, y)
@@ -159,15 +150,8 @@ def test_what_is_captured_lies_side_by_side() -> None:
 
 
 def _fitted(method: Method, objective: Objective, x: Tensor, y: Tensor) -> tuple[FitState, Fitted]:
-    state = fit(method, objective, Data(x, y))
+    state = fit(method, objective, TrainingSet((x, y), 9))
     return state, method.fitted(objective, state, None)
-
-
-def _scores(fitted: Fitted, left: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    scores = torch.zeros(len(left[fitted.layout.blocks[0]]), len(x), dtype=torch.float64)
-    for part in fitted.right((x, y)):
-        add_scores(scores, left, part)
-    return scores
 
 
 def _assert_close(found: Any, expected: Any) -> None:
@@ -195,7 +179,7 @@ def test_ekfac_is_the_same_in_every_form(
         # There and back again.
         _assert_close(fitted.left(factors), left)
         compact = fitted.compact(objective, test)
-        found.append((state, factors, _scores(fitted, fitted.scored(left), *train), compact))
+        found.append((state, factors, fitted.score(fitted.scored(left), train), compact))
     (state, factors, scores, compact), (state_last, factors_last, scores_last, compact_last) = found
     for layer, left_behind in state[CORRECTION].items():
         found_last = state_last[CORRECTION][layer]["eigenvalues"]
@@ -213,7 +197,7 @@ def test_covariances_are_of_the_weights_columns(name: str) -> None:
     sums = []
     for objective in _both(_model(name)):
         step = Ekfac().passes()[0]
-        sums.append(step.accumulate(objective, list(Data(*train).batches()), {}))
+        sums.append(step.accumulate(objective, list(TrainingSet(train, 9).batches()), {}))
     for layer, expected in sums[0].items():
         for what, total in expected.items():
             torch.testing.assert_close(sums[1][layer][what], total, rtol=1e-10, atol=1e-12)
@@ -226,7 +210,7 @@ def test_a_projection_of_layers_is_the_same(name: str) -> None:
     for objective in _both(_model(name)):
         _, fitted = _fitted(Logra(rank=3, regularization=0.1), objective, *train)
         left = fitted.solve(fitted.gradients(objective, test)).left
-        found.append((fitted.factors(left), _scores(fitted, fitted.scored(left), *train)))
+        found.append((fitted.factors(left), fitted.score(fitted.scored(left), train)))
     _assert_close(found[1][0], found[0][0])
     torch.testing.assert_close(found[1][1], found[0][1])
 
@@ -292,18 +276,12 @@ def test_larger_images_than_were_tried_are_captured_in_another_way() -> None:
         [(x.float(), y), (large.float(), y_large)]
     )
     assert fitted.objective.channels_last
-    expected = EkfacInfluence(model.double(), hessian_regularization=0.1, loss=F.cross_entropy).fit(
+    expected = EkfacInfluence(deepcopy(model).double(), hessian_regularization=0.1, loss=F.cross_entropy).fit(
         [(x, y), (large, y_large)]
     )
-    found = fitted.to("cpu").influences
+    found = fitted.influences(large.float(), y_large, large.float(), y_large)
     wide = expected.influences(large, y_large, large, y_large)
-    model.float()
-    torch.testing.assert_close(
-        found(large.float(), y_large, large.float(), y_large),
-        wide.float(),
-        rtol=1e-3,
-        atol=1e-4 * float(wide.abs().max()),
-    )
+    torch.testing.assert_close(found, wide.float(), rtol=1e-3, atol=1e-4 * float(wide.abs().max()))
 
 
 ROWS: dict[str, Callable[[Tensor], Tensor]] = {

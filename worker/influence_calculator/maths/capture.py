@@ -132,7 +132,7 @@ class Recording:
             taps = self._taps[layer.name] or 1
             if not calls:
                 # Not called for these examples: its parameters' gradients are 0.
-                yield replace(_empty(layer, self._modules[layer.name], self.rows), taps=taps)
+                yield _empty(layer, self._modules[layer.name], self.rows, taps)
                 continue
             pieces = [self._piece(layer, call, g) for call, g in zip(calls, found, strict=True)]
             del calls, found
@@ -189,12 +189,12 @@ class Recording:
         return by_tap(layer.activations(module, call.inputs, self.rows), taps)
 
 
-def _empty(layer: LayerSpec, module: nn.Module, rows: int) -> CapturedLayer:
+def _empty(layer: LayerSpec, module: nn.Module, rows: int, taps: int) -> CapturedLayer:
     weight = module.get_parameter("weight")
     outputs, inputs = layer.weight_shape(module)
     k = layer.groups
     return CapturedLayer(
-        layer, weight.new_zeros(rows * k, 1, inputs), weight.new_zeros(rows * k, 1, outputs // k)
+        layer, weight.new_zeros(rows * k, 1, inputs), weight.new_zeros(rows * k, 1, outputs // k), taps
     )
 
 

@@ -16,7 +16,7 @@ P_b = o·j.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -84,16 +84,20 @@ def add_activations(total: Tensor, layer: CapturedLayer) -> None:
 
 def tapped(layer: LayerSpec, Q_A: Tensor, taps: int) -> Tensor:
     """Rows `[j, …]` in the order of the weight's columns, by tap of the kernel, then by channel."""
-    i = len(Q_A) - (layer.bias is not None)
-    return torch.cat([by_tap(Q_A[:i].mT, taps).mT, Q_A[i:]]) if taps > 1 else Q_A
+    return Q_A[_reordered(by_tap, layer, Q_A, taps)] if taps > 1 else Q_A
 
 
 def untapped(layer: LayerSpec, total: Tensor, taps: int) -> Tensor:
     """`Σ ã ãᵀ`, `[j, j]`, of inputs by tap, then by channel, in the order of the weight's columns."""
-    columns = torch.arange(len(total), device=total.device)
-    i = len(total) - (layer.bias is not None)
-    order = torch.cat([by_channel(columns[:i], taps), columns[i:]])
+    order = _reordered(by_channel, layer, total, taps)
     return total[order][:, order]
+
+
+def _reordered(order: Callable[[Tensor, int], Tensor], layer: LayerSpec, matrix: Tensor, taps: int) -> Tensor:
+    """Rows of `[j, …]` in that order, the bias's last."""
+    rows = torch.arange(len(matrix), device=matrix.device)
+    i = len(matrix) - (layer.bias is not None)
+    return torch.cat([order(rows[:i], taps), rows[i:]])
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -337,10 +341,10 @@ class LayerRows:
 
     def turned(self, columns: Tensor) -> Tensor:
         """`Q_Gᵀ V Q_A` of rows by parameter."""
-        dtype, basis = self.basis.inputs.dtype, self.basis
-        V = layer_matrices(self.layer, columns.to(dtype), basis.matrix_shape, basis.taps)
+        basis = self.basis
+        V = layer_matrices(self.layer, columns.to(basis.inputs.dtype), basis.matrix_shape, basis.taps)
         V = V.view(-1, *self._group_shape)
-        return _turned(V, self.basis, out=V).reshape(len(columns), -1)
+        return _turned(V, basis, out=V).reshape(len(columns), -1)
 
     def turned_back(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""

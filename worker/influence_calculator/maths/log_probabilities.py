@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from influence_calculator.maths.objective import Batch, Loss, Objective
-from influence_calculator.maths.vmapped_losses import class_dimension, gathered
+from influence_calculator.maths.vmapped_losses import class_dimension, gathered, picked, reduced
 
 ROUNDING = 1e-5
 """Of the logarithm of a sum of probabilities."""
@@ -89,13 +89,9 @@ def _nll_loss(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     counts = counts_of(input, target, weight, ignore_index)
-    picked = gathered(F.nll_loss)
-    losses = picked(input, target, weight, ignore_index=ignore_index, reduction="none")
     classes = class_dimension(input)
     are_log_p = are_log_probabilities(input, classes)
     # What is not taken must not overflow either.
     p = torch.where(are_log_p.unsqueeze(classes), input, 0).exp()
-    losses = losses + counts * torch.where(are_log_p, p.sum(classes) - 1, 0)
-    if reduction == "none":
-        return losses
-    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
+    losses = picked(input, target, ignore_index, "none") + torch.where(are_log_p, p.sum(classes) - 1, 0)
+    return reduced(counts * losses, counts, reduction)

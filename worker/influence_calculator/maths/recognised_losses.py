@@ -325,8 +325,7 @@ def _cross_entropy(
         counts = counts_of(p, labels, weight, ignore_index)
         total = counts.sum()
     c = ((1 - label_smoothing) * counts + label_smoothing * counted * of_class.mean()) * weights
-    if reduction == "mean":
-        c = c / torch.where(total == 0, 1, total)
+    c = _averaged(c, total, reduction)
     scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
     v = (scaled - p * scaled.sum(-1, keepdim=True)) * c.clamp(min=0).sqrt().unsqueeze(-1)
     return (v.to(logits.dtype) * logits).sum()
@@ -350,12 +349,15 @@ def _negative_log_likelihood(
     p = log_p.detach().to(torch.promote_types(log_p.dtype, torch.float32)).exp()
     counts = counts_of(p, target.reshape(-1), weight, ignore_index)
     c = counts * weights * are_log_probabilities(log_p, 1)
-    if reduction == "mean":
-        c = c / torch.where(counts.sum() == 0, 1, counts.sum())
-    c = c.clamp(min=0).unsqueeze(-1)
+    c = _averaged(c, counts.sum(), reduction).clamp(min=0).unsqueeze(-1)
     # Of other inputs p may be infinite.
     v = torch.where(c == 0, 0, p * c).sqrt() * vector(p.numel()).reshape(p.shape)
     return (v.to(log_p.dtype) * log_p).sum()
+
+
+def _averaged(c: Tensor, total: Tensor, reduction: str) -> Tensor:
+    """C for a mean over so much, or for no mean."""
+    return c / torch.where(total == 0, 1, total) if reduction == "mean" else c
 
 
 def _by_position(values: Tensor) -> Tensor:

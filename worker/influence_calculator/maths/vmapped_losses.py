@@ -46,7 +46,7 @@ def _cross_entropy(
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    return _picked(F.log_softmax(input, dim=class_dimension(input)), target, ignore_index, reduction)
+    return picked(F.log_softmax(input, dim=class_dimension(input)), target, ignore_index, reduction)
 
 
 def _nll_loss(
@@ -60,18 +60,23 @@ def _nll_loss(
 ) -> Tensor:
     if weight is not None or size_average is not None or reduce is not None:
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    return _picked(input, target, ignore_index, reduction)
+    return picked(input, target, ignore_index, reduction)
 
 
-def _picked(log_p: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def picked(log_p: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """Negative log-probabilities of the labels that are not ignored; shapes as those of `nll_loss`."""
     dimension = class_dimension(log_p)
     counted = target != ignore_index
     labels = torch.where(counted, target, 0).unsqueeze(dimension)
     losses = torch.where(counted, -log_p.gather(dimension, labels).squeeze(dimension), 0.0)
+    return reduced(losses, counted, reduction)
+
+
+def reduced(losses: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """As torch reduces losses of which each counts so much."""
     if reduction == "none":
         return losses
-    return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
+    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
 
 
 def class_dimension(input: Tensor) -> int:
