@@ -328,6 +328,14 @@ class TestOnACluster:
         after = calculator.influence_factors(*queries())
         assert np.allclose(2 * before.compute(), after.compute())
 
+    def test_another_model_in_its_place_is_sent_though_its_revision_is_the_same(self, client: Client):
+        first, second = CountingModel(), CountingModel()
+        second.scale = 3.0
+        calculator = DaskInfluenceCalculator(first, TorchNumpyConverter(), client)
+        before = calculator.influence_factors(*queries())
+        calculator.influence_function_model = second
+        assert np.allclose(3 * before.compute(), calculator.influence_factors(*queries()).compute())
+
     def test_workers_that_share_a_process_do_not_enter_the_model_together(self):
         class Entered(CountingModel):
             inside = 0

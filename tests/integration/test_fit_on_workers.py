@@ -23,6 +23,8 @@ from influence_calculator import (
     TorchNumpyConverter,
     UnalignedChunksError,
 )
+from influence_calculator.chunk_tasks import WorkerSide
+from influence_calculator.dask_fit import chunk_sums, finished
 from influence_calculator.maths.objective import micro_batches
 from influence_calculator.torch import base
 from influence_models import MODELS, TRANSPOSED, WORDS, arrays, batches
@@ -96,6 +98,33 @@ def test_a_chunk_may_be_too_large_to_be_differentiated_at_once(monkeypatch: pyte
     monkeypatch.setattr(base, "micro_batches", lambda *given: seen.append(given[1]) or micro_batches(*given))
     torch.testing.assert_close(model.fit_sums(covariance, {}, 3, x, y), whole)
     assert seen == [4]
+
+
+class Counted(TorchNumpyConverter):
+    """Counts the arrays that become tensors."""
+
+    count = 0
+
+    def from_numpy(self, x: np.ndarray) -> Tensor:
+        self.count += 1
+        return super().from_numpy(x)
+
+
+def test_what_a_pass_left_is_converted_once_per_worker_and_a_unit_alone_with_what_is_its_own():
+    x, y = MLP.train()
+    model = MODELS["ekfac"](MLP)
+    covariance, correction = model.begin_fit(x, y)
+    side = WorkerSide(model, Counted(), model.factor_dtype)
+    sums = chunk_sums(side, covariance, {}, 0, x.numpy(), y.numpy())
+    units = model.fit_units(covariance)
+    state = {covariance.name: {u: finished(side, covariance, {}, u, sums[u], len(x)) for u in units}}
+    left = sum(len(arrays) for arrays in state[covariance.name].values())
+    side.converter.count = 0
+    twice = [chunk_sums(side, correction, state, 0, x.numpy(), y.numpy()) for _ in range(2)]
+    assert side.converter.count == left + 2 * 2
+    side.converter.count = 0
+    finished(side, correction, state, units[0], twice[0][units[0]], len(x))
+    assert side.converter.count == len(state[covariance.name][units[0]]) + len(twice[0][units[0]])
 
 
 def test_a_second_fit_replaces_the_first(client: Client):

@@ -57,12 +57,13 @@ class WorkerSide:
         self.converter = converter
         self.dtype = dtype
         self._group: tuple[str, Any] | None = None
+        self._converted: tuple[object, Any] | None = None
         self._copied: Callable[[], InfluenceFunctionModel[Any, Any]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker sends it on to others, and may be computing with the model.
         model = self.model if self._copied is None else self._copied()
-        return {**self.__dict__, "model": model, "_group": None, "_copied": None}
+        return {**self.__dict__, "model": model, "_group": None, "_converted": None, "_copied": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # It has come to a process of its own: a worker.
@@ -77,6 +78,13 @@ class WorkerSide:
             self._group = None
             last = self._group = (name, self._together([chunk for chunk in rows if len(chunk)], turn))
         return last[1]
+
+    def converted(self, given: object, convert: Callable[[], Any]) -> Any:
+        """What `convert` makes of `given`, once for all tasks in a row that are given the same object."""
+        if self._converted is None or self._converted[0] is not given:
+            self._converted = None
+            self._converted = given, convert()
+        return self._converted[1]
 
     def _together(self, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None) -> Any:
         if turn is None:

@@ -94,7 +94,7 @@ class DaskInfluenceCalculator:
         self.influence_function_model = influence_function_model
         self.numpy_converter = converter
         self.group_bytes = DEFAULT_GROUP_BYTES
-        self._sent: tuple[int, Delayed] | None = None
+        self._sent: tuple[InfluenceFunctionModel[Any, Any], int, Delayed] | None = None
         self._client: Client | None = None
         self._tasks: float = math.inf
         if isinstance(client, Client):
@@ -248,14 +248,14 @@ class DaskInfluenceCalculator:
     def _worker_side(self) -> Delayed:
         """The model where the workers find it: a node on them, or one that each graph takes along."""
         model = self.influence_function_model
-        if self._sent is None or self._sent[0] != model.revision:
+        if self._sent is None or self._sent[0] is not model or self._sent[1] != model.revision:
             side = chunk_tasks.WorkerSide(model, self.numpy_converter, model.factor_dtype)
             if self._client is None:
                 node = delayed(side, name=f"influence-model-{uuid4().hex}", traverse=False)
             else:
                 node = dask_graph.sent(self._client, "influence-model", side)
-            self._sent = (model.revision, node)
-        return self._sent[1]
+            self._sent = (model, model.revision, node)
+        return self._sent[2]
 
     def _require_fitted(self) -> None:
         if not self.influence_function_model.is_fitted:

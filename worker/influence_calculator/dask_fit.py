@@ -56,7 +56,7 @@ def fit(
     side = sent(client, "influence-model", WorkerSide(model, converter, model.factor_dtype))
     state: State = {}
     for step in passes:
-        if not is_due(step, _tensors(converter, state)):
+        if not is_due(step, state):
             continue
         known = sent(client, "influence-fit", state)
         sums = [
@@ -82,7 +82,8 @@ def chunk_sums(
     converter = side.converter
     with side.entered() as model:
         assert isinstance(model, FitsInParts)
-        known, batch = _tensors(converter, state), map(converter.from_numpy, (x, y))
+        known = side.converted(state, lambda: _tensors(converter, state))
+        batch = map(converter.from_numpy, (x, y))
         return {
             unit: _arrays(converter, sums)
             for unit, sums in model.fit_sums(step, known, start, *batch).items()
@@ -103,7 +104,8 @@ def finished(side: WorkerSide, step: FitPass, state: State, unit: str, sums: Arr
     with side.entered() as model:
         assert isinstance(model, FitsInParts)
         total = {name: converter.from_numpy(value.copy()) for name, value in sums.items()}
-        return _arrays(converter, model.fitted_unit(step, unit, total, length, _tensors(converter, state)))
+        own = {name: {unit: units[unit]} for name, units in state.items() if unit in units}
+        return _arrays(converter, model.fitted_unit(step, unit, total, length, _tensors(converter, own)))
 
 
 def _added(sums: Sequence[Delayed]) -> Delayed:

@@ -164,6 +164,36 @@ class TestTwoOutputs:
         assert trace == pytest.approx(float(expected), rel=1e-9)
 
 
+class _OneNumber(nn.Module):
+    """One number per example, in `[n, 1]` or in `[n]`."""
+
+    def __init__(self, squeezed: bool) -> None:
+        super().__init__()
+        self.squeezed = squeezed
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.hidden(x).tanh())
+        return found.squeeze(-1) if self.squeezed else found
+
+
+@pytest.mark.parametrize("mode", list(InfluenceMode))
+def test_outputs_of_one_dimension_have_the_influences_of_two(build: Build, mode: InfluenceMode) -> None:
+    y = Y.double()
+    found = []
+    for squeezed in (True, False):
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            model = _OneNumber(squeezed).double()
+        shape = (-1,) if squeezed else (-1, 1)
+        test = Y_TEST.double().reshape(shape)
+        influence = build(model, F.mse_loss).fit(
+            [(X[:6], y[:6].reshape(shape)), (X[6:], y[6:].reshape(shape))]
+        )
+        found.append(influence.influences(X_TEST, test, X, y.reshape(shape), mode))
+    oracle.assert_close(found[0], found[1], 1e-9)
+
+
 class TestOneTrainingExample:
     def test_every_model_answers_with_finite_numbers(self, build: Build) -> None:
         influence = build(MLP.model(), MLP.loss).fit([(X[:1], Y[:1])])
@@ -374,6 +404,41 @@ class TestLayers:
         )
         expected = oracle.influences(curvature, λ, test, train)
         oracle.assert_close(influence.influences(x_test, y_test, x, y), expected, 1e-6)
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda *of: EkfacInfluence(of[0], True, loss=of[1], regularization=λ, unsupported="exclude"),
+            lambda *of: EkfacInfluence(of[0], False, loss=of[1], regularization=λ, unsupported="diagonal"),
+            partial(LograInfluence, regularization=λ, rank=2),
+        ],
+    )
+    def test_a_weight_that_is_computed_leaves_its_layer_the_bias(self, build: Build) -> None:
+        """As much of it as is a layer's is treated as such: as in a copy whose weight is fixed."""
+        model = MLP.model()
+        nn.utils.parametrizations.weight_norm(model[0])
+        influence = build(model, MLP.loss).fit([(X, Y)])
+        fixed = MLP.model()
+        fixed[0].weight.requires_grad_(False)
+        expected = build(fixed, MLP.loss).fit([(X, Y)]).influence_factors(X_TEST, Y_TEST)
+        found = influence.solve(X_TEST, Y_TEST).left
+        columns = [s for s in influence.layout.slots if s.name in dict(fixed.named_parameters())]
+        assert columns[0].name == "0.bias"
+        named = torch.cat([found[s.block][:, s.start : s.start + s.size] for s in columns], dim=1)
+        oracle.assert_close(named, expected, 1e-9)
+
+    @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+    def test_a_layer_with_parameters_of_others_is_none(self) -> None:
+        model = MLP.model()
+        nn.utils.weight_norm(model[0])
+        found = []
+        for unsupported in ("diagonal", "exclude"):
+            influence = EkfacInfluence(model, True, loss=MLP.loss, regularization=λ, unsupported=unsupported)
+            found.append({slot.name for slot in influence.fit([(X, Y)]).layout.slots})
+            assert torch.isfinite(influence.influences(X_TEST, Y_TEST, X, Y)).all()
+        assert found[0] - found[1] == {"0.bias", "0.weight_g", "0.weight_v"}
+        with pytest.raises(ValueError, match=r"0 \(Linear\)"):
+            EkfacInfluence(model, True, loss=MLP.loss).fit([(X, Y)])
 
     @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "ConvTranspose2d"])
     def test_layers_that_hooks_do_not_capture_have_autograds_gradients(self, kind: str) -> None:

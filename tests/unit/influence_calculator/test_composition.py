@@ -28,6 +28,7 @@ from influence_calculator import (
     UnsupportedInputError,
     torch_dataset_to_dask_array,
 )
+from influence_calculator.chunk_tasks import WorkerSide
 from influence_calculator.torch.base import (
     TorchBatch,
     TorchBlockMapper,
@@ -178,6 +179,19 @@ class TestAModelComposedOfPieces:
         assert model.revision > revision
         again = pickle.loads(pickle.dumps(model))
         oracle.assert_close(again.influences(X_TEST, Y_TEST, X, Y), expected, 1e-12)
+
+    def test_it_is_sent_on_as_it_came_also_while_it_computes(self, model: Mixture) -> None:
+        """A worker's side is asked for while its modules hold other parameters, and hooks."""
+        expected = model.influence_factors(X_TEST, Y_TEST)
+        arrived = pickle.loads(pickle.dumps(WorkerSide(model, TorchNumpyConverter(), model.factor_dtype)))
+        sent: list[bytes] = []
+        hook = arrived.model.model.register_forward_hook(lambda *_: sent.append(pickle.dumps(arrived)))
+        arrived.model.influence_factors(X_TEST, Y_TEST)
+        hook.remove()
+        assert sent
+        for again in map(pickle.loads, sent):
+            assert not any(module._forward_hooks for module in again.model.model.modules())
+            oracle.assert_close(again.model.influence_factors(X_TEST, Y_TEST), expected, 1e-12)
 
     def test_both_calculators_take_it(self, model: Mixture) -> None:
         model.model.float()

@@ -44,6 +44,20 @@ def test_a_thread_that_flushed_before_still_does_afterwards() -> None:
         torch.set_flush_denormal(False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_contexts_nest_whatever_the_default_dtype_is(dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with denormals_flushed():
+            with denormals_flushed():
+                pass
+            inside = float(torch.tensor(DENORMAL, dtype=torch.float32) * 1.0)
+    finally:
+        torch.set_default_dtype(before)
+    assert inside == 0
+
+
 def test_an_exception_leaves_the_thread_as_it_was() -> None:
     try:
         with denormals_flushed():

@@ -55,6 +55,9 @@ def test_no_test_example_has_no_row_and_no_training_example_no_column(
     assert model.influence_factors(*none).shape == (0, model.n_parameters)
     assert model.self_influences(*none).shape == (0,)
     assert model.influences_from_left(model.expanded(model.left(*none)), *test).shape == (0, n)
+    factors = model.influence_factors(*none)
+    assert model.influences_from_factors(factors, *test).shape == (0, n)
+    assert model.influences_from_left(model.left_of_factors(factors), *test).shape == (0, n)
 
 
 def test_chunks_without_examples_change_nothing(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import oracle
 from influence_calculator import Checkpoint, GradDotInfluence, InfluenceMode, TracInInfluence
@@ -175,6 +176,16 @@ def test_a_state_may_be_a_dict_a_file_or_a_function(tmp_path: Path) -> None:
     made = [Checkpoint(state, rate) for state, rate in zip(given, RATES, strict=True)]
     model = TracInInfluence(MLP.model(), MLP.loss, made).fit([MLP.train()])
     oracle.assert_close(model.influences(*MLP.test(), *MLP.train()), summed(MLP), 1e-10)
+
+
+def test_checkpoints_are_probed_as_the_model_is() -> None:
+    """They are copied where the model of influence is made, in training mode here."""
+    x, y = MLP.train()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    influence = TracInInfluence(model, F.cross_entropy, [Checkpoint(model.state_dict())])
+    model.eval()
+    with pytest.raises(ValueError, match=r"checkpoints\[0\].*dropout is on in 1:.*call model.eval\(\)"):
+        influence.fit([(x, y)])
 
 
 def test_the_given_model_and_states_are_left_as_they_are() -> None:

@@ -35,6 +35,7 @@ from influence_calculator import (
     NystroemPreconditioner,
     NystroemSketchInfluence,
     OneShotIterableError,
+    Relative,
     SecondOrderMode,
     SolverStatus,
     SolverWarning,
@@ -44,7 +45,7 @@ from influence_calculator import (
 )
 from influence_calculator.maths import training_batches
 from influence_calculator.maths.training_batches import KEPT_BYTES
-from influence_calculator.torch import base
+from influence_calculator.torch import base, training_data
 from influence_calculator.torch.base import TorchInfluenceFunctionModel
 from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.training_data import in_one_order
@@ -326,6 +327,7 @@ class TestFit:
         "several",
         [
             lambda: conjugate(preconditioner=JacobiPreconditioner()),
+            conjugate,
             lambda: ekfac(update_diagonal=True),
             arnoldi,
         ],
@@ -341,6 +343,37 @@ class TestFit:
     def test_no_data_is_refused(self, build):
         with pytest.raises(ValueError, match="data: expected at least one batch"):
             build().fit([])
+
+    def test_a_loader_that_drops_all_of_its_examples_holds_none(self, build):
+        for shuffle in (False, True):
+            loader = DataLoader(TensorDataset(X, Y), batch_size=99, drop_last=True, shuffle=shuffle)
+            with pytest.raises(ValueError, match="data: expected at least one batch"):
+                build().fit(loader)
+
+    def test_a_loaders_processes_are_set_up_as_the_user_says(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ):
+        order = torch.Generator().manual_seed(1)
+        loader = DataLoader(
+            Subset(TensorDataset(X, Y), range(len(X))),
+            batch_size=5,
+            shuffle=True,
+            generator=order,
+            num_workers=1,
+            worker_init_fn=print,
+            multiprocessing_context="fork",
+        )
+        made: list[DataLoader[Any]] = []
+        monkeypatch.setattr(
+            training_data, "DataLoader", lambda *a, **k: made.append(DataLoader(*a, **k)) or made[-1]
+        )
+        kept = training_data._LoaderInOneOrder(loader)
+        assert sum(len(x) for x, _ in kept) == len(X)
+        assert (made[0].num_workers, made[0].worker_init_fn) == (1, print)
+        assert made[0].multiprocessing_context.get_start_method() == "fork"
+        assert sum(len(x) for x, _ in pickle.loads(pickle.dumps(kept))) == len(X)
+        assert made[1].num_workers == 0
+        assert capfd.readouterr().out == "0\n"
 
     def test_items_that_are_no_pairs_are_refused(self, build):
         with pytest.raises(ValueError, match=r"data: expected items \(x, y\), got tuple of 3"):
@@ -379,6 +412,14 @@ class TestRegularization:
         with pytest.raises(ValueError, match="regularization"):
             model.with_regularization(given)
         assert torch.equal(model.influences(X_TEST, Y_TEST, X, Y), before)
+
+    def test_one_that_the_fit_does_not_do_is_refused_and_changes_nothing(self):
+        model = CgInfluence(MLP.model(), MLP.loss, 1.0, rtol=1e-3).fit(batches())
+        before = model.influences(X_TEST, Y_TEST, X, Y)
+        for refused in (Relative(0.1), -1.0):
+            with pytest.raises(ValueError, match="regularization"):
+                model.with_regularization(refused)
+            assert torch.equal(model.influences(X_TEST, Y_TEST, X, Y), before)
 
     @pytest.mark.parametrize(
         "model",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from influence_calculator.maths.seeded_rows import generator, orthonormal_rows
+from influence_calculator.maths.seeded_rows import generator, normal_rows, orthonormal_rows
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -27,6 +29,14 @@ def test_rows_depend_on_seed_and_key_and_nothing_else() -> None:
     for key in ((2, "block"), (1, "other"), (1, "block", 2)):
         other = orthonormal_rows(3, 40, generator(*key), LIKE)  # type: ignore[arg-type]
         assert float((other @ first.T).abs().max()) < 0.9
+
+
+@pytest.mark.parametrize("rows", [normal_rows, orthonormal_rows])
+def test_rows_are_where_they_shall_be_whatever_the_default_device_is(rows: Any) -> None:
+    like = torch.zeros(())
+    with torch.device("meta"):
+        found = rows(3, 5, generator(1, ""), like)
+    assert torch.equal(found, rows(3, 5, generator(1, ""), like))
 
 
 def test_rows_have_no_preferred_direction() -> None:

@@ -26,6 +26,7 @@ from influence_calculator.maths.layers import (
     supported_embeddings,
     supported_layers,
     uncaptured_parameters,
+    weight_of,
 )
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
 from influence_calculator.maths.shapes import EmbeddingShape, LayerShape, ModelShapes
@@ -190,7 +191,7 @@ class Recording:
 
 
 def _empty(layer: LayerSpec, module: nn.Module, rows: int, taps: int) -> CapturedLayer:
-    weight = module.get_parameter("weight")
+    weight = weight_of(module)
     outputs, inputs = layer.weight_shape(module)
     k = layer.groups
     return CapturedLayer(

@@ -70,15 +70,17 @@ def curvatures(
     """Every block's curvature over one batch, one living at a time where that saves memory."""
     match mode:
         case SecondOrderMode.HESSIAN:
+            activations = activation_elements(objective, batch)
             for block in layout.blocks:
-                yield block, _Hessian(objective, layout.slots_of(block), batch)
+                yield block, _Hessian(objective, layout.slots_of(block), batch, activations)
         case SecondOrderMode.EMPIRICAL_FISHER:
             for block, gradients in collected(objective, batch, layout).items():
                 yield block, _EmpiricalFisher(gradients)
         case SecondOrderMode.GENERALIZED_GAUSS_NEWTON:
+            activations = activation_elements(objective, batch)
             of_outputs = output_curvature(objective, batch)
             for block in layout.blocks:
-                yield block, _GaussNewton(objective, layout.slots_of(block), batch, of_outputs)
+                yield block, _GaussNewton(objective, layout.slots_of(block), batch, activations, of_outputs)
 
 
 def products(
@@ -92,8 +94,8 @@ def products(
 class _Hessian(BlockCurvature):
     """`Σ_i ∇²θ ℓ_i`: the gradient's graph is built once; symmetric, so a product is one pull-back."""
 
-    def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch) -> None:
-        self._through = _Through(objective, slots, batch)
+    def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, activations: int) -> None:
+        self._through = _Through(objective, slots, batch, activations)
         gradient = grad(lambda values: objective.losses_at(values, batch).sum())
         _, self._pull = pull_back(gradient, self._through.parameters)
         self.nbytes = self._through.graph_bytes
@@ -131,9 +133,14 @@ class _GaussNewton(BlockCurvature):
     """`Σ_i J_iᵀ B_i J_i` with `B_i = clip(∇²_f ℓ_i)`: a push, products with every B_i, and a pull."""
 
     def __init__(
-        self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, of_outputs: OutputCurvature
+        self,
+        objective: Objective,
+        slots: tuple[Slot, ...],
+        batch: Batch,
+        activations: int,
+        of_outputs: OutputCurvature,
     ) -> None:
-        self._through = _Through(objective, slots, batch, of_outputs.width)
+        self._through = _Through(objective, slots, batch, activations, of_outputs.width)
         outputs, self._pull = pull_back(
             lambda values: float_outputs(objective.outputs(batch, values)), self._through.parameters
         )
@@ -162,15 +169,24 @@ class _GaussNewton(BlockCurvature):
 class _Through:
     """What products through a graph over one batch need to know of one block."""
 
-    def __init__(self, objective: Objective, slots: tuple[Slot, ...], batch: Batch, outputs: int = 0) -> None:
-        own = objective.parameters()
+    def __init__(
+        self,
+        objective: Objective,
+        slots: tuple[Slot, ...],
+        batch: Batch,
+        activations: int,
+        outputs: int = 0,
+    ) -> None:
+        """`activations` as `activation_elements` tells; `outputs`: elements of an example that
+        directions pass beside them.
+        """
+        own, n = objective.parameters(), batch_size(batch)
         self.parameters = {slot.name: own[slot.name] for slot in slots}
         self._slots = slots
         self._width = sum(slot.size for slot in slots)
         self._like = torch.zeros((), dtype=objective.dtype, device=objective.device)
-        activations = activation_elements(objective, batch)
-        self.graph_bytes = GRAPH_COPIES * batch_size(batch) * activations * objective.dtype.itemsize
-        self._at_once = directions_at_once(objective, batch, self._width, outputs)
+        self.graph_bytes = GRAPH_COPIES * n * activations * objective.dtype.itemsize
+        self._at_once = directions_at_once(objective, n, activations + outputs, self._width)
 
     def products(self, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], vectors: Tensor) -> Tensor:
         """`function` of rows `[q, P_b]`, as many at a time as the workspace takes."""

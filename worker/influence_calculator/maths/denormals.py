@@ -40,7 +40,7 @@ def _flush(flushing: bool) -> None:
 
 def _flushing() -> bool:
     """Whether this thread flushes now; torch tells only by what it computes."""
-    smallest = torch.tensor(torch.finfo(torch.float32).tiny)
+    smallest = torch.tensor(torch.finfo(torch.float32).tiny, dtype=torch.float32, device="cpu")
     return not bool(smallest * 0.5)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+from influence_calculator.maths.objective import Batch, Objective, slice_batch
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 192 << 20}
 """Per device type, what the intermediate values of the directions that go through at once may take.
@@ -39,15 +39,12 @@ def pull_back(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[A
     return value, lambda cotangent: pull(cotangent)[0]
 
 
-def directions_at_once(objective: Objective, batch: Batch, width: int, outputs: int = 0) -> int:
-    """How many directions of `width` columns go through a graph over `batch` at a time; at least one.
+def directions_at_once(objective: Objective, n: int, elements: int, width: int) -> int:
+    """How many directions of `width` columns go through a graph over n examples at a time; at least one.
 
-    `outputs`: elements per example that they also take outside of the model, where they pass its outputs.
+    `elements`: what one example takes for each, the activations and what lies outside of the model.
     """
-    itemsize = objective.dtype.itemsize
-    n = batch_size(batch)
-    elements = activation_elements(objective, batch) + outputs
-    per_direction = itemsize * (GRAPH_COPIES * n * elements + 4 * width)
+    per_direction = objective.dtype.itemsize * (GRAPH_COPIES * n * elements + 4 * width)
     return max(1, workspace_bytes(objective) // per_direction)
 
 

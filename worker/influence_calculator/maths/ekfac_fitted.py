@@ -159,14 +159,14 @@ class EkfacFitted(CompactFitted):
     def _solve_by_parameter(self, left: Tensor, layer: CapturedLayer) -> None:
         """Writes the columns of one layer by parameter, a few examples at a time."""
         block = layer.spec.name
-        columns, shifted = self.layout.split(left)[block], self._solvers[block].shifted
+        columns, shifted = self.layout.columns_of(left, block), self._solvers[block].shifted
         rows = self._layers[block]
         for row, _, values in turned_by_rows(layer, rows.basis):
             rows.turned_back(values.div_(shifted), out=columns[row : row + len(values)])
 
     def _solve_into(self, left: Tensor, block: str, pieces: Iterable[Piece]) -> None:
         """Writes the columns of one layer, piece by piece."""
-        columns, shifted = self.layout.split(left)[block], self._solvers[block].shifted
+        columns, shifted = self.layout.columns_of(left, block), self._solvers[block].shifted
         for row, column, values in pieces:
             stop = column + values.shape[1]
             into = columns[row : row + len(values), column:stop]

@@ -278,7 +278,7 @@ def backward_passes(
         for k in range(pseudo.count):
             v = pseudo.at(k)
             if k == 0:
-                finite = torch.stack([piece.flatten(1).isfinite().all(1) for piece in v]).all(0)
+                finite = torch.stack([piece.reshape(len(piece), -1).isfinite().all(1) for piece in v]).all(0)
                 seen.append((indexed.start, finite))
             captured = recording.backward(leaves, v, keep=k + 1 < pseudo.count)
             yield BackwardPass(indexed, k, v, captured)

@@ -32,7 +32,9 @@ def extreme_eigenvalues(product: Callable[[Tensor], Tensor], like: Tensor, seed:
     A Ritz value θ lies inside of the spectrum and has an eigenvalue within its residual β|s|. None if a
     product is not finite. No basis is kept: what rounding repeats of an end that was found does not move it.
     """
-    start = torch.randn(like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    start = torch.randn(
+        like.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
     current = (start / start.norm()).to(like)
     previous, β = torch.zeros_like(current), 0.0
     diagonal: list[float] = []

@@ -24,7 +24,7 @@ from torch import Tensor
 from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.method import SETTLED
-from influence_calculator.maths.seeded_rows import generator
+from influence_calculator.maths.seeded_rows import generator, normal_rows
 
 LARGEST_BLOCK = 4
 """Rows per product at most: a pass over the data costs as much as several rows, a longer block converges
@@ -98,7 +98,7 @@ class Krylov:
         """The first rows to be multiplied: seeded ones, or all unit vectors."""
         if self.is_dense(width):
             return torch.eye(width, dtype=like.dtype, device=like.device)
-        return _orthonormal(torch.randn(self.block, width, generator=drawn_by, dtype=torch.float64).to(like))
+        return _orthonormal(normal_rows(self.block, width, drawn_by, like))
 
     def begun(self, rows: Tensor) -> Search:
         """A search that has multiplied nothing yet."""
@@ -121,7 +121,7 @@ class Krylov:
         projected = _extended(search["projected"], _orthogonalised(products, basis))
         dropped = torch.cat([search["dropped"], projected.new_zeros(self.block)])
         scale = float(torch.linalg.eigvalsh(projected).abs().max())
-        fresh = torch.randn(products.shape, generator=drawn_by, dtype=torch.float64).to(products)
+        fresh = normal_rows(self.block, products.shape[1], drawn_by, products)
         following, coupling = _next_rows(products, basis, fresh, rounding(products) * scale)
         longer = {**search, "basis": basis, "projected": projected, "dropped": dropped, "next": following}
         if not is_last and len(basis) + self.block <= self.size:

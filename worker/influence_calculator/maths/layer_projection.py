@@ -45,7 +45,8 @@ class LayerProjection:
         P_in, P_out = self._sides.inputs, self._sides.outputs
         V = layer_matrices(self.layer, rows.to(P_in.dtype), self._shape)
         by_group = V.view(-1, P_out.shape[0], P_in.shape[0])
-        return (P_out.T @ by_group @ P_in).reshape(len(rows), -1)
+        width = self.layer.groups * P_out.shape[1] * P_in.shape[1]
+        return (P_out.T @ by_group @ P_in).reshape(len(rows), width)
 
     def back(self, coordinates: Tensor) -> Tensor:
         """`P_out φ P_inᵀ` by parameter, `[t, P_b]`."""

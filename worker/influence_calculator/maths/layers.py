@@ -26,6 +26,13 @@ from typing_extensions import override
 from influence_calculator.maths.objective import Objective
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight, detached; one that is computed (`parametrize`, weight norm) as it is now."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 @dataclass(frozen=True)
 class LayerSpec(ABC):
     """One layer that hooks can capture, and which of its parameters are tracked."""
@@ -43,7 +50,7 @@ class LayerSpec(ABC):
 
     def weight_shape(self, module: nn.Module) -> tuple[int, int]:
         """`(o, i)`, i of one group."""
-        rows, columns = module.get_parameter("weight").flatten(1).shape
+        rows, columns = weight_of(module).flatten(1).shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
@@ -229,8 +236,9 @@ def _owners(model: nn.Module) -> Counter[int]:
 def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
     """The layers that hooks capture, each with at least one tracked parameter, in `named_modules()` order.
 
-    Left out: layers that share a parameter with another module, whose gradient is a sum over both,
-    and `out_proj` of `nn.MultiheadAttention`, which is never called as a module.
+    Left out: layers that share a parameter with another module, whose gradient is a sum over both, those with
+    other parameters beside weight and bias (as `weight_norm` adds), and `out_proj` of
+    `nn.MultiheadAttention`, which is never called as a module.
     """
     model = objective.model
     tracked = set(objective.names)
@@ -242,6 +250,8 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
             continue
         own = {key: f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
         if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            continue
+        if any(key not in ("weight", "bias") and path in tracked for key, path in own.items()):
             continue
         weight, bias = (own[key] if own.get(key) in tracked else None for key in ("weight", "bias"))
         if weight or bias:

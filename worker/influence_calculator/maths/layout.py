@@ -98,7 +98,14 @@ class Layout:
 
     def slots_of(self, block: str) -> tuple[Slot, ...]:
         """The parameters of one block, in order of their columns."""
-        return tuple(slot for slot in self.slots if slot.block == block)
+        return self._by_block[block]
+
+    @cached_property
+    def _by_block(self) -> dict[str, tuple[Slot, ...]]:
+        found: dict[str, list[Slot]] = {block: [] for block in self.blocks}
+        for slot in self.slots:
+            found[slot.block].append(slot)
+        return {block: tuple(slots) for block, slots in found.items()}
 
     def only(self, block: str) -> Layout:
         """The layout of one block alone, its columns where they were."""
@@ -118,9 +125,17 @@ class Layout:
 
     def split(self, flat: Tensor) -> Left:
         """One `[t, P]` as per-block `[t, P_b]`; the inverse of `flatten`."""
+        return {block: self.columns_of(flat, block) for block in self.blocks}
+
+    def columns_of(self, flat: Tensor, block: str) -> Tensor:
+        """One block's columns `[t, P_b]` of `[t, P]`: a view where they stand together, as a layer's do."""
         if len(self.blocks) == 1:
-            return {self.blocks[0]: flat}
-        return {block: self._columns(flat, block) for block in self.blocks}
+            return flat
+        columns = self._range(block)
+        if columns is not None:
+            return flat[:, columns]
+        slots = self.slots_of(block)
+        return torch.cat([flat[:, s.flat_start : s.flat_start + s.size] for s in slots], dim=1)
 
     def flatten_left(self, left: Left) -> Tensor:
         """A left representation as one row per example: `[t, P]`, or the blocks' coordinates side by side."""
@@ -145,14 +160,6 @@ class Layout:
         slots = self.slots_of(block)
         start, stop = slots[0].flat_start, slots[-1].flat_start + slots[-1].size
         return slice(start, stop) if stop - start == self.widths[block] else None
-
-    def _columns(self, flat: Tensor, block: str) -> Tensor:
-        """One block's columns of `[t, P]`: a view where they stand together, as a layer's do."""
-        columns = self._range(block)
-        if columns is not None:
-            return flat[:, columns]
-        slots = self.slots_of(block)
-        return torch.cat([flat[:, s.flat_start : s.flat_start + s.size] for s in slots], dim=1)
 
 
 def tensors_of(columns: Tensor, slots: Iterable[Slot], dtype: torch.dtype) -> dict[str, Tensor]:

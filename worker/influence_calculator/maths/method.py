@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,7 +182,8 @@ class FitPass(ABC):
     ) -> dict[str, Tensor]:
         """What the fit keeps of one unit, from its sums over all `length` training examples.
 
-        The sums are given away: what is kept may be the same tensors, changed in place.
+        The sums are given away: what is kept may be the same tensors, changed in place. Of what earlier
+        passes left, `state` may hold this unit alone.
         """
 
 
@@ -352,7 +353,7 @@ def fit(
     return state
 
 
-def is_due(step: FitPass, state: FitState) -> bool:
+def is_due(step: FitPass, state: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bool:
     """Whether the passes before it left something to do; True for a pass that is not one of a series."""
     if step.follows is None:
         return True

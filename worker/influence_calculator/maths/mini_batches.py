@@ -61,7 +61,7 @@ class MiniBatches:
             yield from _through_a_buffer(parts, generator)
             return
         every = list(parts)
-        for index in torch.randint(len(every), (len(every),), generator=generator).tolist():
+        for index in torch.randint(len(every), (len(every),), generator=generator, device="cpu").tolist():
             yield every[index]
 
 
@@ -99,7 +99,7 @@ def _through_a_buffer(parts: Iterable[Part], generator: torch.Generator) -> Iter
 
 def _drawn(waiting: list[Part], generator: torch.Generator) -> Part:
     """Takes one out at random; the last takes its place."""
-    index = int(torch.randint(len(waiting), (), generator=generator))
+    index = int(torch.randint(len(waiting), (), generator=generator, device="cpu"))
     waiting[index], waiting[-1] = waiting[-1], waiting[index]
     return waiting.pop()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
-from influence_calculator.maths.directional import directions_at_once, pull_back
+from influence_calculator.maths.directional import activation_elements, directions_at_once, pull_back
 from influence_calculator.maths.errors import UnsupportedInputError
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left, tensors_of
@@ -127,7 +127,8 @@ def _fill(
         return found
 
     _, pull = pull_back(gradient_at, [leaves[place].detach() for place in places])
-    at_once = directions_at_once(objective, batch, layout.width)
+    elements = activation_elements(objective, batch)
+    at_once = directions_at_once(objective, batch_size(batch), elements, layout.width)
     for start in range(0, results[0].shape[0], at_once):
         rows = slice(start, start + at_once)
         pulled = vmap(pull)(_directions(layout, left, rows, objective.dtype))

@@ -179,7 +179,9 @@ class _DiagonalPass(CurvaturePass):
     @override
     def directions(self, block: str, like: Tensor) -> Tensor:
         drawn_by = generator(self.seed, block)
-        signs = torch.randint(0, 2, (self.samples, len(like)), generator=drawn_by, dtype=torch.int8)
+        signs = torch.randint(
+            0, 2, (self.samples, len(like)), generator=drawn_by, dtype=torch.int8, device="cpu"
+        )
         return signs.to(like) * 2 - 1
 
     @override

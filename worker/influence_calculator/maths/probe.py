@@ -34,7 +34,8 @@ NOISE = 1e-3
 
 
 def probe(objective: Objective, batch: Batch) -> None:
-    """Refuses a model whose batched per-sample gradients differ from those of batches of one.
+    """Refuses a model whose batched per-sample gradients differ from those of batches of one; its checkpoints
+    likewise, which are copies of it as it was when they were loaded.
 
     Raises:
         TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
@@ -53,6 +54,11 @@ def probe(objective: Objective, batch: Batch) -> None:
     few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
     _refuse_random_outputs(objective, few)
     _refuse_other_gradients(objective, few)
+    for i, model in enumerate(objective.checkpoints.models if objective.checkpoints else ()):
+        try:
+            probe(objective.in_state_of(model), few)
+        except ValueError as error:
+            raise type(error)(f"checkpoints[{i}], a copy of the model as it was then: {error}") from error
 
 
 def refuse_meta(model: nn.Module) -> None:

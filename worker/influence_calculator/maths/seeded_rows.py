@@ -18,13 +18,18 @@ def generator(seed: int, *key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def normal_rows(q: int, width: int, drawn_by: torch.Generator, like: Tensor) -> Tensor:
+    """Standard normal rows, `[q, P_b]`, drawn on the CPU in float64; in dtype and on the device of `like`."""
+    return torch.randn(q, width, generator=drawn_by, dtype=torch.float64, device="cpu").to(like)
+
+
 def orthonormal_rows(q: int, width: int, drawn_by: torch.Generator, like: Tensor) -> Tensor:
     """Orthonormal rows, `[q, P_b]`, made on the CPU in float64; in dtype and on the device of `like`.
 
     By Cholesky's factor of the draws' products, several times faster than Householder's reflections of
     millions of columns.
     """
-    rows = torch.rand(q, width, generator=drawn_by).double().sub_(0.5)
+    rows = torch.rand(q, width, generator=drawn_by, dtype=torch.float32, device="cpu").double().sub_(0.5)
     # Nearly as many rows as columns are far from orthogonal: a second time makes up for rounding.
     for _ in range(1 if 4 * q <= width else 2):
         rows = torch.linalg.solve_triangular(torch.linalg.cholesky(rows @ rows.T), rows, upper=False)

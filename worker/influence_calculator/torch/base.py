@@ -15,7 +15,7 @@ import warnings
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self, SupportsIndex, TypeVar
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ from influence_calculator.maths.probe import probe
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.memory import available_bytes
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
-from influence_calculator.torch.buffers import by_reference, packed, unpacked
+from influence_calculator.torch.buffers import by_reference, packed, unpacked, with_state
 from influence_calculator.torch.composable import TorchComposableInfluence
 from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
 from influence_calculator.torch.solver_warnings import warn_of_report
@@ -211,7 +211,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             OneShotIterableError: data that can be read once, for a method that reads it more often.
             ValueError: a model or a batch that cannot be differentiated example by example.
         """
-        passes = len(self.method.passes()) + self.method.needs_data
+        passes = len(self.method.passes()) + (2 if self.method.needs_data else 0)
         training = IterableTrainingData(data, self.model_device, passes)
         self._look_at(training.first())
         batches = JoinedBatches(self.objective, training)
@@ -347,7 +347,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             ValueError: factors of another width.
         """
         fitted, factors = self._require_fitted(), self._checked(z_test_factors)
-        left = torch.empty(0)
+        left = factors.new_empty(0, fitted.layout.left_width)
         at_once = max(1, GRADIENT_BYTES // (factors.shape[1] * factors.element_size()))
         for start in range(0, len(factors), at_once):
             rows = slice(start, start + at_once)
@@ -523,7 +523,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         its modules hold other parameters meanwhile.
         """
         kind, state = type(self), by_reference(self.__getstate__())
-        return lambda: _with_state(kind, state())
+        return lambda: with_state(kind, state())
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker builds solvers and their caches itself, from the fit's state.
@@ -536,19 +536,10 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return _restored, (type(self), *packed(self.__getstate__()))
 
 
-_Model = TypeVar("_Model", bound=TorchInfluenceFunctionModel)
-
-
 def _restored(
     kind: type[TorchInfluenceFunctionModel], pickled: bytes, buffers: Sequence[Any]
 ) -> TorchInfluenceFunctionModel:
-    return _with_state(kind, unpacked(pickled, buffers))
-
-
-def _with_state(kind: type[_Model], state: dict[str, Any]) -> _Model:
-    model = kind.__new__(kind)
-    model.__dict__.update(state)
-    return model
+    return with_state(kind, unpacked(pickled, buffers))
 
 
 def regularization_of(value: GivenRegularization) -> Regularization:

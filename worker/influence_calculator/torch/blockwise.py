@@ -45,8 +45,12 @@ class TorchBlockwiseInfluence(TorchInfluenceFunctionModel, ComposableInfluence[T
         """
         method = self._regularized(regularization_of(regularization))
         method.layout(self.objective)
-        self.method = method
-        self._refresh()
+        before, self.method = self.method, method
+        try:
+            self._refresh()
+        except Exception:
+            self.method = before
+            raise
         self._tell_notes()
         return self
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle
 import numpy as np
@@ -36,6 +36,16 @@ def packed(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
 def unpacked(pickled: bytes, buffers: Sequence[Any]) -> Any:
     """What `packed` was given; tensors in memory of their own."""
     return pickle.loads(pickled, buffers=buffers)
+
+
+T = TypeVar("T")
+
+
+def with_state(kind: type[T], state: dict[str, Any]) -> T:
+    """An object of this class with these attributes, not initialised anew."""
+    made = kind.__new__(kind)
+    made.__dict__.update(state)
+    return made
 
 
 def by_reference(value: Any) -> Callable[[], Any]:

@@ -31,6 +31,7 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.gradient_methods import worst
 from influence_calculator.maths.layout import Layout
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
+from influence_calculator.torch.buffers import by_reference, with_state
 from influence_calculator.torch.data_operators import InverseHarmonicMeanOperator
 from influence_calculator.torch.gradient_provider import TorchBatch
 from influence_calculator.torch.inverse_operators import InverseOperator
@@ -114,6 +115,11 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
     def factor_dtype(self) -> np.dtype[Any]:
         """The parameters' dtype; float32 for half precision."""
         return factor_dtype_of(self.dtype)
+
+    def at_rest(self) -> Callable[[], Self]:
+        """Makes copies of this model as it is now, which share its tensors, also while it differentiates."""
+        kind, state = type(self), by_reference(self.__dict__)
+        return lambda: with_state(kind, state())
 
     def fit(self, data: Iterable[Any]) -> Self:
         """Creates every block from training data: anything that iterates over (x, y)."""

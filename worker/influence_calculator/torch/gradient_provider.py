@@ -102,7 +102,9 @@ class TorchGradientProvider(RestrictedBlock, GradientProvider[TorchBatch, Tensor
             UnsupportedInputError: x is no floating-point tensor, such as token ids.
         """
         width = self._restricted.layout.width
-        return self.mixed_grads_prod(batch, torch.eye(width, dtype=self.dtype)).movedim(0, -1)
+        return self.mixed_grads_prod(batch, torch.eye(width, dtype=self.dtype, device=self.device)).movedim(
+            0, -1
+        )
 
     @override
     @denormals_flushed()

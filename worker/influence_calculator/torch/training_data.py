@@ -92,10 +92,17 @@ class _LoaderInOneOrder:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._dataset = loader.dataset
-        self._is_batched = loader.batch_sampler is not None
-        self._order: list[Any] = list(loader.batch_sampler or loader.sampler)
+        batches: Iterable[Any] | None = loader.batch_sampler
+        self._is_batched = batches is not None
+        # Without examples it is a sampler that is false.
+        self._order: list[Any] = list(loader.sampler if batches is None else batches)
         self._collate = loader.collate_fn
-        self._processes = loader.num_workers
+        self._pin_memory = loader.pin_memory
+        self._processes: dict[str, Any] = {
+            "num_workers": loader.num_workers,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
 
     def __iter__(self) -> Iterator[Any]:
         if self._is_batched and type(self._dataset) is TensorDataset and self._collate is default_collate:
@@ -107,12 +114,18 @@ class _LoaderInOneOrder:
             else {"sampler": self._order, "batch_size": None}
         )
         return iter(
-            DataLoader(self._dataset, collate_fn=self._collate, num_workers=self._processes, **batching)
+            DataLoader(
+                self._dataset,
+                collate_fn=self._collate,
+                pin_memory=self._pin_memory,
+                **self._processes,
+                **batching,
+            )
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # Dask's worker processes are daemonic: they may not start processes of their own.
-        return {**self.__dict__, "_processes": 0}
+        return {**self.__dict__, "_processes": {}}
 
 
 def in_one_order(items: Iterable[Any]) -> Iterable[Any]:
