@@ -22,6 +22,16 @@ OTHER_INPUTS: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, ...]]] 
     ),
     "another grid": ({"chunks": {"train": 16}}, {}, ("chunks.train", "32", "16")),
     "another argument": ({"task": {"arguments": {"hidden": 6}}}, {}, ("task.arguments.hidden", "6")),
+    "an argument whose word is that of none": (
+        {"task": {"arguments": {"hidden": "nothing"}}},
+        {},
+        ('task.arguments.hidden: the store was made with nothing, this job says "nothing"',),
+    ),
+    "a larger top k": (
+        {"output": {"topK": 101}},
+        {},
+        ("output.topK: the store was made with 100, this job says 101",),
+    ),
     "another model": ({}, {"TRACED_MODEL_SCALE": "0.51"}, ("model: ",)),
     "other data": ({}, {"TRACED_DATA_SHIFT": "0.01"}, ("data.train.examples", "data.test.examples")),
     "more data": ({"task": {"arguments": {"train": 641}}}, {}, ("task.arguments.train", "641")),
@@ -43,6 +53,33 @@ def test_resuming_with_other_inputs_is_refused_naming_the_difference(
         assert word in run.stderr, run.stderr
     assert "Traceback" not in run.stderr
     assert stored.differing(_without_claims(half_done.path), before) == []
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_store_without_the_matrix_is_not_resumed_by_a_job_that_asks_for_it(
+    is_finished: bool, jobs: Jobs, tmp_path: Path
+) -> None:
+    """It would end well, without `influences`; the job that began goes on, whenever it was killed."""
+    path, manifest = tmp_path / "result.zarr", jobs.manifest({"output": {"dense": False, "topK": 5}})
+    begun = jobs.start(manifest, output=path, barrier=Barrier("enter", "before", "Scores"))
+    begun.wait_for_barrier()
+    begun.kill()
+    if is_finished:
+        jobs.finish(manifest, output=path)
+    before = _without_claims(path)
+    refused = jobs.run(jobs.manifest({"output": {"topK": 5}}), output=path)
+    assert refused.code == 64
+    assert "error: StoreMismatch" in refused.stderr
+    assert "output.dense: the store was made with false, this job says true" in refused.stderr
+    assert stored.differing(_without_claims(path), before) == []
+    jobs.finish(manifest, output=path)
+
+
+def test_a_job_that_needs_no_matrix_resumes_a_store_that_has_one(
+    half_done: Any, resume: Callable[..., Run]
+) -> None:
+    """The store ends with all that its first job asked for."""
+    resume(half_done.path, changes={"output": {"dense": False}})
 
 
 def test_resuming_with_edited_code_is_refused(jobs: Jobs, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from influence_job import entrypoint
@@ -51,17 +52,39 @@ def with_model(partial: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
     return {**partial, "model": loaded.model_digest, "data": data}
 
 
-def chunk_differences(spec: InfluenceJobSpec, stored_plan: dict[str, Any] | None) -> list[str]:
-    """Explicit chunks that differ from the stored plan's; chunks that nobody gave are not compared."""
-    if stored_plan is None or spec.chunks is None:
+def plan_differences(spec: InfluenceJobSpec, stored_plan: dict[str, Any] | None) -> list[str]:
+    """What the job asks for and the stored plan, which stays as it is, cannot give."""
+    if stored_plan is None:
         return []
-    found = []
+    differing = [*_chunk_differences(spec, stored_plan), *_output_differences(spec, stored_plan)]
+    return [
+        f"{field}: the store was made with {kept}, this job says {asked}" for field, kept, asked in differing
+    ]
+
+
+def _chunk_differences(spec: InfluenceJobSpec, stored_plan: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Explicit chunks that differ; chunks that nobody gave are not compared."""
     for side in ("test", "train"):
-        asked = getattr(spec.chunks, side)
+        asked = getattr(spec.chunks, side, None)
         kept = stored_plan[f"{side}Chunk"]
         if asked is not None and asked != kept:
-            found.append(f"chunks.{side}: the store was made with {kept}, this job says {asked}")
-    return found
+            yield f"chunks.{side}", kept, asked
+
+
+def _output_differences(
+    spec: InfluenceJobSpec, stored_plan: dict[str, Any]
+) -> Iterator[tuple[str, str | int, str | int]]:
+    """Scores that are not kept, and another number of the best; a dense matrix holds all that a job without
+    one asks for.
+    """
+    if not spec.operation.has_scores:
+        return
+    if spec.output.dense and not stored_plan["dense"]:
+        yield "output.dense", "false", "true"
+    kept, asked = stored_plan["topK"], spec.output.top_k
+    # No more can be kept than there are training examples.
+    if min(kept, stored_plan["train"]) != min(asked, stored_plan["train"]):
+        yield "output.topK", kept, asked
 
 
 def refuse_differences(

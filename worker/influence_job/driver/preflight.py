@@ -60,7 +60,7 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
         store.url,
         record.get("fingerprint"),
         fingerprint,
-        fingerprints.chunk_differences(spec, record.get("plan")),
+        fingerprints.plan_differences(spec, record.get("plan")),
     )
     wanted = Claim(identity.uid, identity.attempt, identity.pod, str(spec.output.on_existing))
     epoch = claim(store, wanted)

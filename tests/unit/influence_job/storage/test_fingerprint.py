@@ -66,6 +66,35 @@ def test_false_and_zero_are_values_not_unknown() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({}, {"smoothing": "nothing"}, ("nothing", '"nothing"')),
+        ({"smoothing": "nothing"}, {}, ('"nothing"', "nothing")),
+        ({"smoothing": 1}, {"smoothing": True}, ("1", "True")),
+        ({"smoothing": 0}, {"smoothing": False}, ("0", "False")),
+        ({"smoothing": 1}, {"smoothing": 1.0}, ("1", "1.0")),
+        ({"smoothing": 1}, {"smoothing": "1"}, ("1", '"1"')),
+        ({"smoothing": [{"a": 1}]}, {"smoothing": [{"a": True}]}, ("[{'a': 1}]", "[{'a': True}]")),
+        ({"smoothing": {}}, {"smoothing": []}, ("{}", "[]")),
+    ],
+)
+def test_what_looks_alike_differs_and_the_sentence_tells_the_two_apart(
+    before: dict[str, Any], now: dict[str, Any], words: tuple[str, str]
+) -> None:
+    """An entry point may answer otherwise to each of them."""
+    assert differences({"task": {"arguments": before}}, {"task": {"arguments": now}}) == [
+        f"task.arguments.smoothing: the store was made with {words[0]}, this job says {words[1]}"
+    ]
+
+
+def test_a_value_is_the_same_however_it_came() -> None:
+    """NaN is NaN, a tuple is a list, and the order of keys is nobody's."""
+    stored = {"task": {"arguments": {"a": float("nan"), "b": [[1.5], {"x": 1, "y": None}]}}}
+    given = {"task": {"arguments": {"b": ((1.5,), {"y": None, "x": 1}), "a": float("nan")}}}
+    assert differences(stored, given) == []
+
+
 def test_long_values_are_shortened() -> None:
     (sentence,) = differences({"plan": "x" * 500}, {"plan": "y" * 500})
     assert len(sentence) < 250
