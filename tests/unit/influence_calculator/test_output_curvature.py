@@ -112,6 +112,12 @@ LOSSES: dict[str, Loss] = {
     "picked scores": lambda f, y: F.nll_loss(f.unsqueeze(2), y[:, None]),
     "large scores": lambda f, y: F.relu(1 + F.nll_loss(1e3 * f, y)) + f.pow(2).sum(),
     "plus what a map makes": lambda f, y: F.cross_entropy(f, y) + torch.vmap(lambda r: (r**4).sum())(f).sum(),
+    "plus what a map makes of some": lambda f, y: (
+        F.cross_entropy(f, y) + ((y == 1) * torch.vmap(lambda r: (r**4).sum())(f)).sum()
+    ),
+    "times what a map makes of some": lambda f, y: (
+        F.cross_entropy(f, y) * (1 + (y == 1) * torch.vmap(lambda r: (r**4).sum())(f)).sum()
+    ),
     "plus a gradient": lambda f, y: F.cross_entropy(f, y) + torch.func.grad(lambda g: (g**3).sum())(f).sum(),
     "plus a script": lambda f, y: F.cross_entropy(f, y) + _scripted(f),
     "times a script": lambda f, y: _times_script(F.cross_entropy(f, y)),

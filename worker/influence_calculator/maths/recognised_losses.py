@@ -84,16 +84,30 @@ def recognised_vectors(
 
     `vector(index, m)` is an example's ε, the index an element of `indices`, `[n]`.
     """
+    found = _vectors(objective, outputs, batch, indices, vector)
+    return None if found is None else found.of_outputs
+
+
+class _Vectors(NamedTuple):
+    of_outputs: list[Tensor]
+    are_weighed: bool
+    """Whether the loss does anything with what the call returned."""
+
+
+def _vectors(
+    objective: Objective,
+    outputs: Any,
+    batch: Batch,
+    indices: Tensor,
+    vector: Callable[[Tensor, int], Tensor],
+) -> _Vectors | None:
     leaves, rebuilt = only_tensors(outputs)
     leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
     are_weighed = False
 
     def one(own: list[Tensor], example: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal are_weighed
-        found = _weighed_call(
-            lambda given: objective.loss(rebuilt(given), unsqueezed(example)),
-            [leaf.unsqueeze(0) for leaf in own],
-        )
+        found = _weighed_call(_loss_of(objective, rebuilt, example), [leaf.unsqueeze(0) for leaf in own])
         are_weighed = found.is_weighed
         weights = found.weights.reshape(-1)
         pseudo = found.call.closed_form(lambda m: vector(index, m), weights, **found.call.arguments)
@@ -109,17 +123,28 @@ def recognised_vectors(
     if are_weighed and not bool(are_sound.all()):
         return None
     floats = [leaf for leaf in leaves if leaf.is_floating_point()]
-    return list(torch.autograd.grad(pseudo.sum(), floats, allow_unused=True, materialize_grads=True))
+    v = torch.autograd.grad(pseudo.sum(), floats, allow_unused=True, materialize_grads=True)
+    return _Vectors(list(v), are_weighed)
 
 
 def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
-    """Whether the loss has a closed form."""
+    """Whether the loss has a closed form at all examples."""
     first = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1], outputs)
     index = torch.zeros(1, dtype=torch.int64, device=objective.device)
-    vectors = recognised_vectors(
-        objective, first, slice_batch(batch, 0, 1), index, lambda at, m: at.new_ones(m)
-    )
-    return vectors is not None
+    found = _vectors(objective, first, slice_batch(batch, 0, 1), index, lambda at, m: at.new_ones(m))
+    # What the loss calls, and with which shapes, one example tells; what it adds or multiplies, all of them.
+    return found is not None and (not found.are_weighed or _are_sound(objective, outputs, batch))
+
+
+def _are_sound(objective: Objective, outputs: Any, batch: Batch) -> bool:
+    """Whether every example's loss knows its outputs by what the call returned alone."""
+    leaves, rebuilt = only_tensors(outputs)
+
+    def one(own: list[Tensor], example: Batch) -> Tensor:
+        loss = _loss_of(objective, rebuilt, example)
+        return _weighed_call(loss, [leaf.unsqueeze(0) for leaf in own]).is_sound
+
+    return bool(vmap(one)([leaf.detach() for leaf in leaves], batch).all())
 
 
 def of_positive_weights(objective: Objective) -> Objective:
@@ -141,6 +166,10 @@ class _PositiveWeights:
 
 LossOf = Callable[[list[Tensor]], Tensor]
 """One example's loss by the tensors of its outputs."""
+
+
+def _loss_of(objective: Objective, rebuilt: Callable[[list[Tensor]], Any], example: Batch) -> LossOf:
+    return lambda given: objective.loss(rebuilt(given), unsqueezed(example))
 
 
 def _weighed_call(loss: LossOf, outputs: list[Tensor]) -> _WeighedCall:
