@@ -1,12 +1,14 @@
 """YAML text to plain values, remembering the line of every field.
 
 Reads what Kubernetes reads: one document's mappings, lists and scalars, numbers such as `1e-4` among
-them (which YAML 1.1 calls text). Duplicate keys are errors, never the last one wins.
+them (which YAML 1.1 calls text), times such as `1:30` not (which YAML 1.1 calls the number 90). Duplicate
+keys are errors, never the last one wins.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,8 @@ Path = tuple[str | int, ...]
 
 MOST_NODES = 100_000
 """Of one document, aliases expanded: far above any manifest, far below what exhausts memory."""
+DEEPEST = 100
+"""Lists and mappings inside each other: far below what exhausts the interpreter's stack."""
 
 
 class YamlError(Exception):
@@ -42,18 +46,49 @@ class Document:
         return self.lines.get(path, 1)
 
 
+_SHOWN = 40
+"""Characters of a value in a sentence."""
+_TAG = "tag:yaml.org,2002:"
+_OURS = frozenset(f"{_TAG}{kind}" for kind in ("timestamp", "value", "int", "float"))
+"""Tags of plain scalars that we take otherwise than YAML 1.1: what is none of our numbers is text."""
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader with the numbers of YAML 1.2; dates stay text, as in JSON."""
+    """The safe loader with the numbers of Kubernetes; dates and `=` stay text, as in JSON."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute, of which this is a copy
-        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        first: [(tag, form) for tag, form in resolvers if tag not in _OURS]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.has_aliases = False
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, which refuses to be too deep while the stack still holds it."""
+        if self.depth > DEEPEST:
+            line = self.peek_event().start_mark.line + 1
+            raise YamlError(line, f"expected a manifest, got values nested more than {DEEPEST} deep")
+        self.has_aliases = self.has_aliases or self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    f"{_TAG}int",
+    re.compile(r"^[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    f"{_TAG}float",
+    re.compile(
+        r"^([-+]?([0-9][0-9_]*)\.[0-9_]*([eE][-+]?[0-9]+)?|[-+]?(\.[0-9][0-9_]*|[0-9]+)[eE][-+]?[0-9]+|"
+        r"[-+]?\.[0-9][0-9_]*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -93,9 +128,14 @@ def _explain(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
     return f"{message}; check the indentation, and quote text that holds ': ' or ' #'"
 
 
-_PLAIN = frozenset(
-    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
-)
+_SCALARS = {
+    f"{_TAG}str": "text",
+    f"{_TAG}int": "a whole number",
+    f"{_TAG}float": "a number",
+    f"{_TAG}bool": "true or false",
+    f"{_TAG}null": "nothing",
+}
+"""What a manifest's scalars are tagged, and what each tag promises."""
 
 
 class _Reader:
@@ -108,24 +148,46 @@ class _Reader:
 
     def read(self, node: Any, path: Path) -> Any:
         self._nodes += 1
-        line = node.start_mark.line + 1
-        if self._nodes > MOST_NODES or len(path) > 100:
+        line = _line(node)
+        self._refuse_too_many(line, len(path))
+        self._lines.setdefault(path, line)
+        if isinstance(node, yaml.MappingNode):
+            _check_tag(node, (f"{_TAG}map",), "a mapping")
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            _check_tag(node, (f"{_TAG}seq",), "a list")
+            return [self.read(child, (*path, index)) for index, child in enumerate(node.value)]
+        _check_tag(node, _SCALARS, "a value")
+        return self._scalar(node)
+
+    def _refuse_too_many(self, line: int, depth: int) -> None:
+        if self._nodes <= MOST_NODES and depth <= DEEPEST:
+            return
+        if self._loader.has_aliases:
             raise YamlError(
                 line, "expected a manifest, got one whose aliases expand without end; remove them"
             )
-        self._lines.setdefault(path, line)
-        if node.tag not in _PLAIN:
-            raise YamlError(line, f"expected a plain value, got one tagged {node.tag}; remove the tag")
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(child, (*path, index)) for index, child in enumerate(node.value)]
-        return self._loader.construct_object(node)
+        raise YamlError(line, f"expected a manifest, got more than {MOST_NODES} values")
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        """The value that a tag promises, whoever wrote the tag: the author or the form of the value."""
+        form = self._loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        fits = node.tag in (form, f"{_TAG}str") or (node.tag, form) == (f"{_TAG}float", f"{_TAG}int")
+        try:
+            if fits:
+                return self._loader.construct_object(node)
+            cause = None
+        except ValueError as error:  # thousands of digits, or none, as in `0x_`
+            cause = error
+        given = node.value if len(node.value) <= _SHOWN else f"{node.value[: _SHOWN - 1]}…"
+        raise YamlError(
+            _line(node), f"expected {_SCALARS[node.tag]}, got {given!r}; quote it if it is text"
+        ) from cause
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         seen: dict[Any, int] = {}
         for key, _ in node.value:
-            name, line = key.value, key.start_mark.line + 1
+            name, line = key.value, _line(key)
             if not isinstance(key, yaml.ScalarNode):
                 raise YamlError(line, "expected text as a field's name")
             if name in seen:
@@ -133,9 +195,23 @@ class _Reader:
                     line, f"field {name!r} stands twice, first in line {seen[name]}; keep one of them"
                 )
             seen[name] = line
-        self._loader.flatten_mapping(node)
+        try:
+            self._loader.flatten_mapping(node)
+        except RecursionError as error:
+            raise YamlError(
+                _line(node), "expected a manifest, got mappings merged (<<) without end"
+            ) from error
         result: dict[str, Any] = {}
         for key, child in node.value:
-            self._lines.setdefault((*path, key.value), key.start_mark.line + 1)
+            self._lines.setdefault((*path, key.value), _line(key))
             result[key.value] = self.read(child, (*path, key.value))
         return result
+
+
+def _check_tag(node: yaml.Node, fitting: Collection[str], what: str) -> None:
+    if node.tag not in fitting:
+        raise YamlError(_line(node), f"expected a plain value, got {what} tagged {node.tag}; remove the tag")
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1

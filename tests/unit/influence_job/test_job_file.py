@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from influence_job import yaml_lines
 from influence_job.errors import PermanentError, Reason
 from influence_job.exit_codes import ExitCode
 from influence_job.job_file import load_job
@@ -66,6 +67,46 @@ def test_numbers_are_read_as_kubernetes_reads_them(text: str, value: float) -> N
 def test_dates_stay_text_as_in_json() -> None:
     text = changed("package.module:task", "package.module:task\n    arguments: {day: 2026-01-31}")
     assert load_job(text, "job.yaml").spec.task.arguments == {"day": "2026-01-31"}
+
+
+@pytest.mark.parametrize(
+    "text", ["1:30", "190:20:30", "1:30.5", "-1:30", "=", "2026-01-31", "1e", "e5", "._1"]
+)
+def test_what_yaml_once_called_a_number_or_more_is_text_as_it_is_to_kubernetes(text: str) -> None:
+    arguments = changed("package.module:task", f"package.module:task\n    arguments: {{limit: {text}}}")
+    assert load_job(arguments, "job.yaml").spec.task.arguments == {"limit": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0", 0),
+        ("-12", -12),
+        ("1_000", 1000),
+        ("0x1F", 31),
+        ("010", 8),
+        ("0b11", 3),
+        ("1.", 1.0),
+        ("-.5", -0.5),
+        ("+.5", 0.5),
+        ("1_0.5", 10.5),
+        ("1.5e3", 1500.0),
+        ("!!float 1", 1.0),
+        ("!!int '5'", 5),
+        ("!!str 5", "5"),
+        ("!!null ~", None),
+    ],
+)
+def test_numbers_and_tags_of_other_forms_are_read(text: str, value: object) -> None:
+    arguments = changed("package.module:task", f"package.module:task\n    arguments: {{limits: [{text}]}}")
+    (read,) = load_job(arguments, "job.yaml").spec.task.arguments["limits"]
+    assert (type(read), read) == (type(value), value)
+
+
+def test_values_may_be_nested_as_deep_as_anybody_writes() -> None:
+    deep = f"{'[' * 90}1{']' * 90}"
+    arguments = changed("package.module:task", f"package.module:task\n    arguments: {{deep: {deep}}}")
+    assert str(load_job(arguments, "job.yaml").spec.task.arguments["deep"]).replace(" ", "") == deep
 
 
 def test_anchors_and_merge_keys_are_followed() -> None:
@@ -145,6 +186,23 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "number"),
+    [(".nan", "nan"), (".inf", "inf"), ("-.Inf", "-inf"), ("1e400", "inf"), ("!!float .nan", "nan")],
+)
+def test_a_number_that_json_lacks_is_refused_with_its_line_however_deep_it_stands(
+    text: str, number: str
+) -> None:
+    """No cluster could hold it, and a fingerprint would differ from itself."""
+    said = f"expected a finite number, got {number}, which JSON lacks"
+    task = changed("package.module:task", f"package.module:task\n    arguments:\n      a: [1, {{b: {text}}}]")
+    assert f"line 8: spec.task.arguments.a[1].b: {said}" in complaint(task)
+    options = changed("    url:", f"    storageOptions: {{timeout: {text}}}\n    url:")
+    assert f"line 11: spec.output.storageOptions.timeout: {said}" in complaint(options)
+    pod = f"{JOB}  workers:\n    env:\n      - {{name: A, value: {text}}}\n"
+    assert f"line 14: spec.workers.env[0].value: {said}" in complaint(pod)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "job.yaml, expected one document, an InfluenceJob manifest, got none; keep one job per file"),
@@ -159,9 +217,26 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file() -> None:
         ),
         ("a:\n\tb: 1\n", "the line holds a tab: indent with spaces"),
         ("a: b: c\n", "line 1: expected YAML, but mapping values are not allowed here"),
-        ("a: !!python/object:os.system {}\n", "expected a plain value, got one tagged"),
+        ("a: !!python/object:os.system {}\n", "expected a plain value, got a mapping tagged"),
         ("a: &a [*a]\n", "aliases expand without end"),
         ("{[1, 2]: 3}\n", "expected text as a field's name"),
+        ("a: !!int\n  abc\n", "line 1: expected a whole number, got 'abc'; quote it if it is text"),
+        ("\na: !!int 1:30\n", "line 2: expected a whole number, got '1:30'"),
+        ("\na: !!int ''\n", "line 2: expected a whole number, got ''"),
+        ("\na: !!float abc\n", "line 2: expected a number, got 'abc'"),
+        ("\na: !!bool abc\n", "line 2: expected true or false, got 'abc'"),
+        ("\na: !!null abc\n", "line 2: expected nothing, got 'abc'"),
+        ("\na: 0x_\n", "line 2: expected a whole number, got '0x_'"),
+        (f"\na: {'9' * 5000}\n", f"line 2: expected a whole number, got '{'9' * 39}…'"),
+        (
+            "\na: !!int [1]\n",
+            "line 2: expected a plain value, got a list tagged tag:yaml.org,2002:int; remove the tag",
+        ),
+        ("\na: !!seq {a: 1}\n", "line 2: expected a plain value, got a mapping tagged tag:yaml.org,2002:seq"),
+        ("\na: !!str {a: 1}\n", "line 2: expected a plain value, got a mapping tagged tag:yaml.org,2002:str"),
+        ("\na: !!map x\n", "line 2: expected a plain value, got a value tagged tag:yaml.org,2002:map"),
+        (f"\na: {'[' * 5000}{']' * 5000}\n", "line 2: expected a manifest, got values nested more than 100"),
+        (f"\na: {'{a: ' * 101}1{'}' * 101}\n", "line 2: expected a manifest, got values nested more than"),
         ("a: \x00\n", "expected YAML text"),
     ],
 )
@@ -172,6 +247,17 @@ def test_what_is_no_single_manifest_is_refused_in_one_sentence(text: str, messag
 def test_aliases_that_multiply_are_refused_before_they_fill_memory() -> None:
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
     assert "aliases expand without end" in complaint("\n".join(lines))
+
+
+def test_a_chain_of_merges_is_refused_before_it_fills_the_stack() -> None:
+    links = "\n".join(f"  p{i}: &p{i} {{<<: *p{i - 1}}}" for i in range(1, 3000))
+    message = complaint(f"a:\n  p0: &p0 {{x: 1}}\n{links}\n  <<: *p2999\n")
+    assert message == "job.yaml, line 2: expected a manifest, got mappings merged (<<) without end"
+
+
+def test_many_values_are_not_called_aliases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yaml_lines, "MOST_NODES", 100)
+    assert "line 1: expected a manifest, got more than 100 values" in complaint(f"a: [{'0, ' * 100}]\n")
 
 
 def test_a_message_is_readable_when_values_are_long() -> None:

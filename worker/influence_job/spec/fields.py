@@ -6,6 +6,7 @@ from these bounds. Pydantic and the standard library only.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -56,13 +57,40 @@ Labels = Annotated[
 ]
 Annotations = Annotated[dict[QualifiedName, Annotated[str, Field(max_length=4096)]], Field(max_length=64)]
 
+
+def _not_finite(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
+    """Numbers that JSON lacks, each with its path."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield ".".join(path), value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _not_finite(item, (*path, name))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, (*path, str(index)))
+
+
+def _in_json(value: Any) -> Any:
+    for path, number in _not_finite(value):
+        raise refuse(
+            path,
+            f"expected a finite number, got {number}, which JSON lacks and no cluster can hold; write it as "
+            "text, and let the code that reads it make a number of it",
+        )
+    return value
+
+
+InJson = AfterValidator(_in_json)
+"""Pydantic's JsonValue takes NaN and infinity."""
+
 OpenValue = Annotated[
-    JsonValue, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True, "nullable": True})
+    JsonValue, InJson, WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True, "nullable": True})
 ]
 """Any JSON value. Nullable: else the API server drops nulls, where `WithoutNull` tells of them."""
 OpenObject = Annotated[
     dict[Annotated[str, Field(max_length=253)], JsonValue],
     Field(max_length=64),
+    InJson,
     WithJsonSchema({"type": "object", "maxProperties": 64, "x-kubernetes-preserve-unknown-fields": True}),
 ]
 """An object whose schema belongs to somebody else: Kubernetes, fsspec or the user's entry point."""
