@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
+from influence_calculator.maths import curvature
+from influence_calculator.maths.objective import xy_objective
 from influence_calculator.maths.vmapped_losses import GatheredLosses, gathered
+from influence_calculator.torch import DirectInfluence, EkfacInfluence
 
 C = 5
 GENERATOR = torch.Generator().manual_seed(3)
@@ -59,6 +62,78 @@ def test_an_example_without_classes_dimension_is_taken_as_torch_takes_it():
 def test_a_label_that_no_class_has_is_refused():
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         gathered(F.cross_entropy)(torch.zeros(1, C), torch.tensor([C]))
+
+
+LABELS: dict[str, tuple[tuple[int, ...], Tensor]] = {
+    "int64": ((), torch.zeros(2, dtype=torch.int64)),
+    "uint8": ((), torch.tensor([1, 4], dtype=torch.uint8)),
+    "int32": ((), torch.zeros(2, dtype=torch.int32)),
+    "int16": ((), torch.zeros(2, dtype=torch.int16)),
+    "bool": ((), torch.zeros(2, dtype=torch.bool)),
+    "uint8 of positions": ((4,), torch.zeros(2, 4, dtype=torch.uint8)),
+    "int32 of positions": ((4,), torch.zeros(2, 4, dtype=torch.int32)),
+    "too few": ((4,), torch.zeros(2, 2, dtype=torch.int64)),
+    "one for all positions": ((4,), torch.zeros(2, 1, dtype=torch.int64)),
+    "a corner": ((2, 3), torch.zeros(2, 1, 2, dtype=torch.int64)),
+    "too many": ((4,), torch.zeros(2, 5, dtype=torch.int64)),
+    "a dimension more": ((), torch.zeros(2, 1, dtype=torch.int64)),
+    "a dimension less": ((4,), torch.zeros(2, dtype=torch.int64)),
+}
+PICKING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": F.cross_entropy,
+    "weighted": lambda z, y: F.cross_entropy(z, y, weight=torch.arange(1.0, 1 + C, dtype=z.dtype)),
+    "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
+    "log": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y),
+    "weighted log": lambda z, y: F.nll_loss(F.log_softmax(z, 1), y, torch.arange(1.0, 1 + C, dtype=z.dtype)),
+}
+
+
+@pytest.mark.parametrize("loss", PICKING.values(), ids=PICKING)
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_that_torch_refuses_are_refused_in_its_words_and_others_taken(
+    kind: str, loss: Callable[[Tensor, Tensor], Tensor]
+):
+    positions, y = LABELS[kind]
+    z = torch.randn(2, C, *positions, generator=GENERATOR, dtype=torch.float64)
+    losses = xy_objective(torch.nn.Linear(1, 1), loss).losses
+    try:
+        expected = torch.stack([loss(z[i : i + 1], y[i : i + 1]) for i in range(2)])
+    except RuntimeError as refused:
+        with pytest.raises(RuntimeError) as found:
+            losses(z, (z, y))
+        assert str(found.value) == str(refused)
+    else:
+        torch.testing.assert_close(losses(z, (z, y)), expected)
+
+
+class _Tokens(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mT
+
+
+@pytest.mark.parametrize("mode", curvature.SecondOrderMode)
+@pytest.mark.parametrize("name", ["cross-entropy", "log"])
+def test_labels_of_some_of_the_positions_are_refused_by_a_fit_and_by_influences(
+    name: str, mode: curvature.SecondOrderMode
+):
+    x, y = torch.randn(2, 4, 3, generator=GENERATOR), torch.zeros(2, 4, dtype=torch.int64)
+    influence = DirectInfluence(_Tokens(3, C), PICKING[name], 0.1, second_order_mode=mode)
+    with pytest.raises(RuntimeError, match="Expected target size"):
+        influence.fit([(x, y), (x, y[:, :2])])
+    with pytest.raises(RuntimeError, match="Expected target size"):
+        influence.fit([(x, y)]).influences(x, y, x, y[:, :2])
+
+
+@pytest.mark.parametrize("name", PICKING)
+def test_labels_of_bytes_have_the_curvature_of_others(name: str):
+    x, y = torch.randn(6, 3, generator=GENERATOR), torch.tensor([0, 1, 4, 4, 2, 0])
+    model = torch.nn.Linear(3, C)
+    ekfac = EkfacInfluence(model, True, 0.1, loss=PICKING[name])
+    gauss_newton = curvature.SecondOrderMode.GENERALIZED_GAUSS_NEWTON
+    direct = DirectInfluence(model, PICKING[name], 0.1, second_order_mode=gauss_newton)
+    for influence in (ekfac, direct):
+        expected = influence.fit([(x, y)]).influences(x, y)
+        torch.testing.assert_close(influence.fit([(x, y.byte())]).influences(x, y.byte()), expected)
 
 
 WITHOUT_SYMPY = """

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from influence_calculator.maths.objective import Batch, Loss, Objective
-from influence_calculator.maths.vmapped_losses import class_dimension, gathered, picked, reduced
+from influence_calculator.maths.vmapped_losses import class_dimension, gathered, labels_of, picked, reduced
 
 ROUNDING = 1e-5
 """Of the logarithm of a sum of probabilities."""
@@ -88,6 +88,7 @@ def _nll_loss(
 ) -> Tensor:
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    target = labels_of(input, target)
     counts = counts_of(input, target, weight, ignore_index)
     classes = class_dimension(input)
     are_log_p = are_log_probabilities(input, classes)

@@ -36,7 +36,7 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.log_probabilities import are_log_probabilities, continued_function, counts_of
 from influence_calculator.maths.objective import Batch, Loss, Objective, only_tensors, slice_batch, unsqueezed
-from influence_calculator.maths.vmapped_losses import class_dimension
+from influence_calculator.maths.vmapped_losses import class_dimension, labels_of
 
 Vector = Callable[[int], Tensor]
 """m -> ε, `[m]`."""
@@ -349,7 +349,7 @@ def _cross_entropy(
         counted = torch.ones_like(counts)
         total = counted.sum()
     else:
-        labels = target.reshape(-1)
+        labels = labels_of(input, target).reshape(-1)
         counted = (labels != ignore_index).to(p.dtype)
         counts = counts_of(p, labels, weight, ignore_index)
         total = counts.sum()
@@ -376,7 +376,7 @@ def _negative_log_likelihood(
         raise _UnrecognisedError
     log_p = _by_position(input)
     p = log_p.detach().to(torch.promote_types(log_p.dtype, torch.float32)).exp()
-    counts = counts_of(p, target.reshape(-1), weight, ignore_index)
+    counts = counts_of(p, labels_of(input, target).reshape(-1), weight, ignore_index)
     c = counts * weights * are_log_probabilities(log_p, 1)
     c = _averaged(c, counts.sum(), reduction).clamp(min=0).unsqueeze(-1)
     # Of other inputs p may be infinite.

@@ -1,7 +1,8 @@
 """Cross-entropy as vmap takes it without a detour.
 
 torch has no rule for `nll_loss` under vmap and runs a decomposition in Python, which loads sympy: most of a
-second in every process that does so. Here the label's log-probability is gathered, with the same result.
+second in every process that does so. Here the label's log-probability is gathered, with the same result. What
+torch refuses without vmap is refused here too, where the decomposition would not: labels of another dtype.
 
 Shapes: n examples, C classes.
 """
@@ -41,8 +42,10 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    is_soft = target.is_floating_point()
+    target = target if is_soft else labels_of(input, target)
     deprecated = size_average is not None or reduce is not None
-    if weight is not None or deprecated or label_smoothing != 0.0 or target.is_floating_point():
+    if weight is not None or deprecated or label_smoothing != 0.0 or is_soft:
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
@@ -58,13 +61,31 @@ def _nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
+    target = labels_of(input, target)
     if weight is not None or size_average is not None or reduce is not None:
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
     return picked(input, target, ignore_index, reduction)
 
 
+def labels_of(input: Tensor, target: Tensor) -> Tensor:
+    """The labels that `cross_entropy` and `nll_loss` were given, as int64.
+
+    Raises:
+        RuntimeError: of a dtype or a shape that torch refuses, in its words.
+    """
+    if target.dtype == torch.uint8 and input.dim() <= 2:
+        target = target.long()
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+    positions = list(input.shape)
+    del positions[class_dimension(input)]
+    if list(target.shape) != positions:
+        raise RuntimeError(f"Expected target size {positions}, got {list(target.shape)}")
+    return target
+
+
 def picked(log_p: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Negative log-probabilities of the labels that are not ignored; shapes as those of `nll_loss`."""
+    """Negative log-probabilities of the labels, as `labels_of` gives them, that are not ignored."""
     dimension = class_dimension(log_p)
     counted = target != ignore_index
     labels = torch.where(counted, target, 0).unsqueeze(dimension)
