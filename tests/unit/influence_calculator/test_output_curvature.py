@@ -17,6 +17,7 @@ from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.expectation import Expectation, OutputExpectation
 from influence_calculator.maths.objective import IndexedBatch, xy_objective
 from influence_calculator.maths.output_curvature import _SecondDerivatives, output_curvature
+from influence_calculator.torch import EkfacInfluence
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 N, Q, MANY = 5, 3, 5000
@@ -237,3 +238,70 @@ def test_another_loss_over_many_outputs_is_refused_with_what_would_do() -> None:
     objective = xy_objective(nn.Linear(4, MANY).double(), LOSSES["concave in part"])
     with pytest.raises(UnsupportedLossError, match=r"4096.*got 5000.*cross_entropy.*empirical_fisher"):
         output_curvature(objective, _data())
+
+
+UNDERIVED: dict[str, Loss] = {
+    "ctc": lambda f, y: F.ctc_loss(
+        f.unflatten(1, (3, 2)).transpose(0, 1).log_softmax(2),
+        torch.ones_like(y)[:, None],
+        torch.full_like(y, 3),
+        torch.ones_like(y),
+    ),
+    "margins": F.multi_margin_loss,
+}
+
+
+@pytest.mark.parametrize("name", UNDERIVED)
+def test_a_loss_that_torch_differentiates_once_is_refused_with_what_would_do(name: str) -> None:
+    x, y = _data()
+    objective = xy_objective(_linear(), UNDERIVED[name])
+    outputs = objective.model(x).detach()
+    told = r"derivative for .* is not implemented; .*empirical_fisher.*expectation empirical"
+    with pytest.raises(UnsupportedLossError, match=told):
+        output_curvature(objective, (x, y))
+    for kind in (Expectation.EXACT, Expectation.SAMPLED):
+        with pytest.raises(UnsupportedLossError, match=told):
+            OutputExpectation(kind).pseudo_gradients(objective, outputs, IndexedBatch(0, (x, y)))
+    made = OutputExpectation(Expectation.EMPIRICAL).pseudo_gradients(
+        objective, outputs, IndexedBatch(0, (x, y))
+    )
+    assert made.at(0)[0].any()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, NotImplementedError])
+def test_what_a_loss_of_the_users_raises_comes_through_as_it_is(kind: type[RuntimeError]) -> None:
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        raise kind("no loss of labels like these is not implemented")
+
+    with pytest.raises(kind, match="of labels like these") as raised:
+        output_curvature(xy_objective(_linear(), loss), _data())
+    assert raised.type is kind
+
+
+class _Complex(nn.Module):
+    def forward(self, f: Tensor) -> Tensor:
+        return torch.view_as_complex(f.unflatten(1, (3, 2)))
+
+
+class _Both(nn.Module):
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        return f, _Complex()(f)
+
+
+@pytest.mark.parametrize("end", [_Complex(), _Both()], ids=["alone", "beside real ones"])
+def test_complex_outputs_are_refused_with_what_would_do(end: nn.Module) -> None:
+    """They have no second derivative in the sense of `∇²_f ℓ`; as pairs of real numbers they have."""
+
+    def loss(f: Tensor | tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return (f[1] if isinstance(f, tuple) else f).abs().square().sum()
+
+    x, y = _data()
+    objective = xy_objective(nn.Sequential(_linear(), end), loss)
+    with pytest.raises(UnsupportedLossError, match=r"complex.*view_as_real"):
+        output_curvature(objective, (x, y))
+    for expectation in Expectation:
+        influence = EkfacInfluence(
+            objective.model, True, 0.1, loss=loss, expectation=expectation, unsupported="exclude"
+        )
+        with pytest.raises(UnsupportedLossError, match=r"complex.*view_as_real"):
+            influence.fit([(x, y)])

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from influence_calculator.maths.capture import float_leaves
 from influence_calculator.maths.draws import signs
 from influence_calculator.maths.objective import IndexedBatch, Objective, batch_size
-from influence_calculator.maths.output_curvature import output_eigenpairs
+from influence_calculator.maths.output_curvature import output_eigenpairs, require_real
 from influence_calculator.maths.recognised_losses import recognised_vectors
 
 
@@ -56,7 +56,12 @@ class OutputExpectation:
     """Sampled only."""
 
     def pseudo_gradients(self, objective: Objective, outputs: Any, indexed: IndexedBatch) -> PseudoGradients:
-        """Those of a batch whose outputs are given."""
+        """Those of a batch whose outputs are given.
+
+        Raises:
+            UnsupportedLossError: they are complex, or the loss has no second derivative that can be formed.
+        """
+        require_real(outputs)
         outputs = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach(), outputs)
         match self.kind:
             case Expectation.EMPIRICAL:

@@ -5,7 +5,9 @@ Shapes: n examples, d floating-point output elements of one example.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +28,33 @@ MOST_OUTPUTS = 4096
 
 
 def float_outputs(outputs: Any) -> Tensor:
-    """All floating-point outputs as `[n, d]`."""
+    """All floating-point outputs as `[n, d]`.
+
+    Raises:
+        UnsupportedLossError: there is none, or a complex one.
+    """
+    require_real(outputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _is_float(leaf)]
-    if not leaves:
+    return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], dim=1)
+
+
+def require_real(outputs: Any) -> None:
+    """What the model answers with has floating-point tensors by which a loss has a curvature.
+
+    Raises:
+        UnsupportedLossError: there is none, or a complex one.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if any(leaf.is_complex() for leaf in leaves):
+        raise UnsupportedLossError(
+            "outputs of forward: expected real tensors, got complex ones; return torch.view_as_real of them "
+            "and let the loss take torch.view_as_complex, or take the Hessian or the Fisher at the true "
+            "labels (second_order_mode hessian or empirical_fisher)"
+        )
+    if not any(_is_float(leaf) for leaf in leaves):
         raise UnsupportedLossError(
             "outputs of forward: expected at least one floating-point tensor, got none; return the logits"
         )
-    return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], dim=1)
 
 
 class OutputEigenpairs(NamedTuple):
@@ -44,6 +66,10 @@ class OutputEigenpairs(NamedTuple):
     """`[n, d, d]`, in columns."""
     clipped: int
     """How many negative eigenvalues were taken as 0 (those within rounding of 0 not counted)."""
+
+
+_UNDERIVED = re.compile("derivative for .* is not implemented")
+"""What torch says of a function that has no derivative, or whose derivative has none."""
 
 
 class OutputCurvature(ABC):
@@ -146,12 +172,25 @@ def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch:
         # Control flow that depends on data cannot be vmapped; double backward takes any loss.
         return torch.stack(
             [
-                torch.autograd.functional.hessian(
-                    lambda f, i=i: loss(f, _at(tensors, i), _at(batch, i)), flat[i].detach()
-                )
+                _hessian(lambda f, i=i: loss(f, _at(tensors, i), _at(batch, i)), flat[i].detach())
                 for i in range(batch_size(batch))
             ]
         )
+
+
+def _hessian(loss: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
+    """By double backward."""
+    try:
+        found: Tensor = torch.autograd.functional.hessian(loss, output)
+    except RuntimeError as error:
+        if not _UNDERIVED.search(str(error)):
+            raise
+        raise UnsupportedLossError(
+            f"loss: expected one that torch differentiates twice, got: {error}; write it with functions "
+            "that torch does, or take the Fisher at the true labels (second_order_mode empirical_fisher, or "
+            "EK-FAC with expectation empirical)"
+        ) from error
+    return found
 
 
 def _with_floats(output: list[Tensor], values: Tensor) -> list[Tensor]:
