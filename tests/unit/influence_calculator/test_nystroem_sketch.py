@@ -15,8 +15,9 @@ import oracle
 from influence_calculator import NystroemSketchInfluence
 from influence_calculator.maths import preconditioners, region
 from influence_calculator.maths.blocks import BlockMode, Relative
+from influence_calculator.maths.cg import Cg
 from influence_calculator.maths.curvature import SecondOrderMode
-from influence_calculator.maths.errors import SingularCurvatureError
+from influence_calculator.maths.errors import NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.method import FitState, Fitted, SolverStatus, fit
 from influence_calculator.maths.nystroem_sketch import NystroemSketch
 from influence_calculator.maths.objective import xy_objective
@@ -212,3 +213,17 @@ def test_its_directions_are_drawn_once_for_all_batches_of_a_pass(monkeypatch: py
     method = NystroemSketch(0.1, 4, blocks=BlockMode.LAYER_WISE, second_order=GAUSS_NEWTON)
     fit(method, xy_objective(MLP.model(), MLP.loss), TrainingSet(MLP.train(), 5))
     assert len(drawn) == 2 * 3
+
+
+@pytest.mark.parametrize("mode", SecondOrderMode)
+def test_a_training_example_that_is_not_finite_is_said_to_spoil_a_sketch_and_a_preconditioner(
+    mode: SecondOrderMode,
+) -> None:
+    x, y = MLP.train()
+    x = x.clone()
+    x[4] = torch.nan
+    objective = xy_objective(MLP.model(), MLP.loss)
+    preconditioned = Cg(0.1, second_order=mode, preconditioner=preconditioners.NystroemPreconditioner(5))
+    for method in (NystroemSketch(0.1, 5, second_order=mode), preconditioned):
+        with pytest.raises(NotFiniteError, match="block ''.*a training example"):
+            fit(method, objective, TrainingSet((x, y), 5))

@@ -19,6 +19,8 @@ from influence_calculator.maths.blocks import BlockMode, BlockStructure
 from influence_calculator.maths.conjugate_gradients import Rows
 from influence_calculator.maths.curvature import BlockCurvature, SecondOrderMode
 from influence_calculator.maths.curvature_passes import CurvaturePass
+from influence_calculator.maths.errors import NotFiniteError
+from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.footprints import row_bytes
 from influence_calculator.maths.method import FitState
 from influence_calculator.maths.seeded_rows import generator, orthonormal_rows
@@ -220,7 +222,16 @@ class _SketchPass(CurvaturePass):
     def finish(
         self, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
     ) -> dict[str, Tensor]:
-        """`HΩ (ΩᵀHΩ)^+ ΩᵀH = U S Uᵀ`, the pseudo-inverse over the positive eigenvalues only."""
+        """`HΩ (ΩᵀHΩ)^+ ΩᵀH = U S Uᵀ`, the pseudo-inverse over the positive eigenvalues only.
+
+        Raises:
+            NotFiniteError: a training example spoiled the products.
+        """
+        if not finite_rows(sums["sketch"]).all():
+            raise NotFiniteError(
+                f"block {unit!r}: expected finite products of the sketch with the curvature, got NaN or "
+                "infinity; a training example has a loss or gradient that is not finite"
+            )
         sketch = sums["sketch"].double() / length
         core = sketch @ self.directions(unit, sums["sketch"][0]).double().T
         eigenvalues, vectors = torch.linalg.eigh((core + core.T) / 2)
