@@ -15,6 +15,7 @@ import dense_ekfac
 import oracle
 from influence_calculator import EkfacInfluence
 from influence_calculator.maths import region
+from influence_calculator.maths.by_hand import at_work
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.errors import CaptureMismatchError, UnsupportedModelError
@@ -151,7 +152,7 @@ def test_a_model_that_only_calls_its_embeddings_keeps_its_kronecker_products() -
     objective = replace(_seen("exclude"), model=_model(_SometimesTwice))
     x, y = _data(N, 1)
     x[0, 0] = 0
-    assert _method("exclude").looked_at(objective, lambda: (x, y)).by_hand == ()
+    assert _method("exclude").looked_at(at_work(objective, (x, y)), lambda: (x, y)).by_hand == ()
 
 
 def test_a_use_that_the_first_example_does_not_show_is_refused_when_it_is_met() -> None:

@@ -100,7 +100,7 @@ class _Call(NamedTuple):
     edge: GradientEdge
     """Where the gradient by the call's output is read; stands before any in-place operation on it."""
     output: Tensor
-    """Of the output's shape and dtype, without memory of its own."""
+    """Of the output's shape, without memory of its own."""
 
 
 class Recording:
@@ -115,6 +115,7 @@ class Recording:
         self.layers = tuple(layers)
         self.rows = rows
         self.calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
+        self._untried = frozenset(objective.untried)
         self._modules = {layer.name: objective.model.get_submodule(layer.name) for layer in layers}
         self._taps = {layer.name: kernel_taps(objective, layer) for layer in layers}
 
@@ -129,14 +130,22 @@ class Recording:
         gradients = self._output_gradients(values, cotangents, keep)
         for layer in self.layers:
             calls = self.calls[layer.name] if keep else self.calls.pop(layer.name)
-            found = gradients.pop(layer.name)
+            found = zip(calls, gradients.pop(layer.name), strict=True)
+            # What the values do not depend on is no call: an adapter's norm may be taken of it and detached.
+            reached = [(call, g) for call, g in found if g is not None]
             taps = self._taps[layer.name] or 1
-            if not calls:
+            if not reached:
                 # Not called for these examples: its parameters' gradients are 0.
                 yield _empty(layer, self._modules[layer.name], self.rows, taps)
                 continue
-            pieces = [self._piece(layer, call, g) for call, g in zip(calls, found, strict=True)]
-            del calls, found
+            if layer.name in self._untried:
+                raise UnsupportedModelError(
+                    f"layer {layer.name!r}: none of the first training examples reaches it, and a later one "
+                    "does, so that nobody tried whether its gradients are captured right; put an example "
+                    "that reaches it first, or leave its parameters out (requires_grad_(False))"
+                )
+            pieces = [self._piece(layer, call, g) for call, g in reached]
+            del calls, found, reached
             if len(pieces) == 1:
                 yield CapturedLayer(layer, *pieces.pop(), taps)
             else:
@@ -146,7 +155,8 @@ class Recording:
 
     def _output_gradients(
         self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool
-    ) -> dict[str, list[Tensor]]:
+    ) -> dict[str, list[Tensor | None]]:
+        """By layer, for each of its calls; None where no value depends on it."""
         calls = [call for layer in self.layers for call in self.calls[layer.name]]
         roots = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(calls)
@@ -160,11 +170,16 @@ class Recording:
                 retain_graph=keep,
                 allow_unused=True,
             )
-        remaining = iter(
-            g if g is not None else torch.zeros_like(call.output)
-            for g, call in zip(found, calls, strict=True)
-        )
+        remaining = iter(found)
         return {layer.name: [next(remaining) for _ in self.calls[layer.name]] for layer in self.layers}
+
+    def first_dimensions(self, values: Sequence[Tensor]) -> dict[str, list[int]]:
+        """By layer, of the inputs of each call that the values depend on."""
+        found = self._output_gradients(values, [None] * len(values), keep=False)
+        return {
+            name: [call.inputs.shape[0] for call, g in zip(calls, found[name], strict=True) if g is not None]
+            for name, calls in self.calls.items()
+        }
 
     def tokens(self, layer: LayerSpec) -> int:
         """S: tokens per example, over all calls of a layer."""
@@ -182,7 +197,7 @@ class Recording:
             raise UnsupportedModelError(
                 f"layer {layer.name!r}: expected inputs whose first dimension counts the {self.rows} "
                 f"examples of the batch, got shape {tuple(call.inputs.shape)}; put examples first, "
-                "as batch_first=True does"
+                "as batch_first=True does, or leave its parameters out (requires_grad_(False))"
             )
         module, taps = self._modules[layer.name], self._taps[layer.name]
         if taps is None or self.channels_last:

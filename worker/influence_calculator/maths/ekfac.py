@@ -105,11 +105,12 @@ class Ekfac(Method):
 
     @override
     def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:
-        untouched = laid_out(replace(objective, by_hand=()), first)
+        untouched = laid_out(objective, first)
         embeddings = supported_embeddings(untouched)
         if not embeddings:
             return untouched
-        seen = replace(untouched, by_hand=used_by_hand(untouched, first(), embeddings))
+        by_hand = used_by_hand(untouched, first(), embeddings)
+        seen = replace(untouched, by_hand=(*untouched.by_hand, *by_hand))
         self.layout(seen)
         return seen
 

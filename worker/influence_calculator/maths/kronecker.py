@@ -344,7 +344,7 @@ class LayerRows:
         basis = self.basis
         V = layer_matrices(self.layer, columns.to(basis.inputs.dtype), basis.matrix_shape, basis.taps)
         V = V.view(-1, *self._group_shape)
-        return _turned(V, basis, out=V).view(len(columns), math.prod(basis.matrix_shape))
+        return _turned(V, basis, out=V).reshape(len(columns), math.prod(basis.matrix_shape))
 
     def turned_back(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """`Q_G V Q_Aᵀ` by parameter: the inverse of `turned`."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
@@ -171,6 +172,8 @@ _CAPTURED: tuple[tuple[type[nn.Module], type[LayerSpec]], ...] = (
 
 def _kind(module: nn.Module) -> type[LayerSpec] | None:
     """How a module is captured; a subclass with a forward of its own may do anything, so it is not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     for known, kind in _CAPTURED:
         if isinstance(module, known) and type(module).forward is known.forward:
             return kind
@@ -237,8 +240,8 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
     """The layers that hooks capture, each with at least one tracked parameter, in `named_modules()` order.
 
     Left out: layers that share a parameter with another module, whose gradient is a sum over both, those with
-    other parameters beside weight and bias (as `weight_norm` adds), and `out_proj` of
-    `nn.MultiheadAttention`, which is never called as a module.
+    other parameters beside weight and bias (as `weight_norm` adds) or some that the model uses by hand, and
+    `out_proj` of `nn.MultiheadAttention`, which is never called as a module.
     """
     model = objective.model
     tracked = set(objective.names)
@@ -250,6 +253,8 @@ def supported_layers(objective: Objective) -> tuple[LayerSpec, ...]:
             continue
         own = {key: f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)}
         if any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            continue
+        if any(path in objective.by_hand for path in own.values()):
             continue
         if any(key not in ("weight", "bias") and path in tracked for key, path in own.items()):
             continue

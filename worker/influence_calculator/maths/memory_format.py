@@ -22,7 +22,7 @@ from influence_calculator.maths.capture import (
     supported_layers,
 )
 from influence_calculator.maths.objective import Batch, Objective, slice_batch
-from influence_calculator.maths.probe import tolerance
+from influence_calculator.maths.one_by_one import tolerance
 
 
 def laid_out(objective: Objective, first: Callable[[], Batch]) -> Objective:

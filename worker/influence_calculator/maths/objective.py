@@ -128,7 +128,10 @@ class Objective:
     checkpoints: Checkpoints | None = None
     """States of the model, for methods that sum over them."""
     by_hand: tuple[str, ...] = ()
-    """Weights of embeddings that the model uses without calling the module too, as far as somebody looked."""
+    """Parameters that the model uses otherwise than by calling their layer or embedding on its examples, as
+    far as somebody looked."""
+    untried: tuple[str, ...] = ()
+    """Layers that none of the examples reached that somebody looked at."""
     channels_last: bool = False
     """Whether two-dimensional convolutions are captured with channels last in memory, as somebody tried."""
     _module: _Forward = field(init=False, repr=False, compare=False)

@@ -7,35 +7,31 @@ answers differently each time. So every fit begins with this probe.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
+from influence_calculator.maths.by_hand import at_work
 from influence_calculator.maths.errors import CaptureMismatchError, TrainingModeError, UnsupportedModelError
-from influence_calculator.maths.finite import finite_rows
-from influence_calculator.maths.gradients import per_sample_gradients
-from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
 
 PROBED = 4
 """Examples tried at most."""
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""Allowed relative difference of two gradients of one parameter; mistakes are of order 1.
 
-float32 leaves room for TF32 convolutions, which a GPU uses by default."""
-
-HALF_TOLERANCE = 0.1
-"""The same for half precision."""
-
-NOISE = 1e-3
-"""A parameter whose gradient is this small beside the whole gradient is compared absolutely: rounding."""
-
-
-def probe(objective: Objective, batch: Batch) -> None:
+def probe(objective: Objective, batch: Batch) -> Objective:
     """Refuses a model whose batched per-sample gradients differ from those of batches of one; its checkpoints
     likewise, which are copies of it as it was when they were loaded.
+
+    Returns:
+        the objective as it is at work (`by_hand`), which is what was tried.
 
     Raises:
         TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
@@ -44,6 +40,7 @@ def probe(objective: Objective, batch: Batch) -> None:
             has sparse gradients, or outputs are no entries of examples.
     """
     refuse_meta(objective.model)
+    _refuse_what_is_not_differentiated(objective)
     if not objective.names:
         raise UnsupportedModelError(
             "model: expected at least one tracked parameter, got none; unfreeze parameters "
@@ -53,12 +50,16 @@ def probe(objective: Objective, batch: Batch) -> None:
     _refuse_sparse_gradients(objective)
     few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
     _refuse_random_outputs(objective, few)
-    _refuse_other_gradients(objective, few)
+    with _checkpointing_named():
+        expected = gradients_one_by_one(objective, few)
+        seen = at_work(objective, few, expected)
+        _refuse_other_gradients(seen, few, expected)
     for i, model in enumerate(objective.checkpoints.models if objective.checkpoints else ()):
         try:
             probe(objective.in_state_of(model), few)
         except ValueError as error:
             raise type(error)(f"checkpoints[{i}], a copy of the model as it was then: {error}") from error
+    return seen
 
 
 def refuse_meta(model: nn.Module) -> None:
@@ -74,6 +75,38 @@ def refuse_meta(model: nn.Module) -> None:
             f"{', '.join(meta[:3])}{others}: expected numbers, got tensors on the meta device, which holds "
             "none; load the weights first: model.to_empty(device=...), then model.load_state_dict(...)"
         )
+
+
+def _refuse_what_is_not_differentiated(objective: Objective) -> None:
+    """Scripts take no other parameters in place of their own; of complex ones no inner product is defined."""
+    scripted = [name or "model" for name, m in objective.model.named_modules() if isinstance(m, ScriptModule)]
+    if scripted:
+        raise UnsupportedModelError(
+            f"{', '.join(scripted[:3])}: expected modules of Python, got scripted or traced ones; give the "
+            "model that torch.jit.script or torch.jit.trace was called with"
+        )
+    complex_ones = [name for name, value in objective.parameters().items() if value.is_complex()]
+    if complex_ones:
+        raise UnsupportedModelError(
+            f"{', '.join(complex_ones[:3])}: expected real parameters, got complex ones; keep real and "
+            "imaginary parts (torch.view_as_real) and join them in forward, or do not track them "
+            "(requires_grad_(False))"
+        )
+
+
+@contextmanager
+def _checkpointing_named() -> Iterator[None]:
+    """Says what torch's errors on activation checkpointing mean here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, CheckpointError) and "checkpoint" not in str(error).lower():
+            raise
+        raise UnsupportedModelError(
+            "forward: expected activations that are kept for backward, got activation checkpointing, "
+            "which computes them again when the parameters are others; turn it off "
+            "(model.gradient_checkpointing_disable()), no number changes by it"
+        ) from error
 
 
 def _refuse_training_mode(model: nn.Module) -> None:
@@ -147,44 +180,12 @@ def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
                 )
 
 
-def _refuse_other_gradients(objective: Objective, few: Batch) -> None:
-    expected = _one_by_one(objective, few)
-    finite = torch.stack([finite_rows(rows) for rows in expected.values()]).all(0)
-    shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
-    layout = Layout.of(shapes, {name: (name,) for name in shapes})
-    whole = max(float(rows[finite].norm()) for rows in expected.values())
-    wrong = []
-    for part in per_sample_gradients(objective, few, layout):
-        rows = expected[part.block][finite]
-        allowed = tolerance(rows.dtype) * max(float(rows.norm()), NOISE * whole)
-        if not float((part.values.to(rows.dtype)[finite] - rows).norm()) <= allowed:
-            wrong.append(part.block)
+def _refuse_other_gradients(objective: Objective, few: Batch, expected: Mapping[str, Tensor]) -> None:
+    wrong = mismatched(objective, few, expected)
     if wrong:
         raise CaptureMismatchError(
             f"{', '.join(wrong)}: expected the gradients that autograd gives for one example at a time, got "
-            "others from a batch. Usual causes: a weight used without calling its module (functional calls), "
-            "a weight shared with another module, examples that influence each other (batch statistics, "
-            "padding to the longest), or a first dimension that does not count examples. Call the module, or "
-            "leave these parameters out (requires_grad_(False))"
+            "others from a batch. Usual causes: a weight shared with another module, examples that influence "
+            "each other (batch statistics, padding to the longest), or a first dimension that does not count "
+            "examples. Leave these parameters out (requires_grad_(False)), or mend the model"
         )
-
-
-def _one_by_one(objective: Objective, batch: Batch) -> dict[str, Tensor]:
-    """Autograd's gradients `[n, numel]` of batches of one: what everything else is checked against."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in objective.names}
-    for i in range(batch_size(batch)):
-        leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
-        with torch.enable_grad():
-            alone = slice_batch(batch, i, i + 1)
-            loss = objective.loss(objective.outputs(alone, leaves), alone).sum()
-            found = torch.autograd.grad(
-                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-        for name, gradient in zip(leaves, found, strict=True):
-            rows[name].append(gradient.flatten())
-    return {name: torch.stack(values) for name, values in rows.items()}
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Allowed relative difference of two gradients of one parameter."""
-    return TOLERANCE.get(dtype, HALF_TOLERANCE)

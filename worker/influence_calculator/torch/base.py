@@ -133,6 +133,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self.warn_on_max_iteration = warn_on_max_iteration
         self.checkpoints: Checkpoints | None = None
         self._by_hand: tuple[str, ...] = ()
+        self._untried: tuple[str, ...] = ()
         self._channels_last = False
         self._state: FitState | None = None
         self._data: IterableTrainingData | None = None
@@ -146,6 +147,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             objective,
             checkpoints=self.checkpoints,
             by_hand=self._by_hand,
+            untried=self._untried,
             channels_last=self._channels_last,
         )
 
@@ -222,9 +224,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return self
 
     def _look_at(self, first: tuple[Any, Any]) -> None:
-        probe(self.objective, first)
-        seen = self.method.looked_at(self.objective, lambda: first)
-        self._by_hand, self._channels_last = seen.by_hand, seen.channels_last
+        seen = self.method.looked_at(probe(self.objective, first), lambda: first)
+        self._by_hand, self._untried, self._channels_last = seen.by_hand, seen.untried, seen.channels_last
 
     def _take(self, state: FitState, data: IterableTrainingData | None) -> None:
         self._state, self._data = state, data

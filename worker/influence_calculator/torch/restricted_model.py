@@ -69,7 +69,7 @@ class RestrictedModel:
         """
         pair = (x.to(self.device), y.to(self.device))
         if not self._is_probed and batch_size(pair) > 0:
-            probe(self.objective, pair)
+            self.objective = probe(self.objective, pair)
             self._is_probed = True
         return pair
 

@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from influence_calculator.heap import keep_freed_memory
+from influence_calculator.maths.by_hand import at_work
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Method, PassesFitted
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, micro_batches
+from influence_calculator.maths.probe import PROBED
 from influence_job import entrypoint
 from influence_job.data import read_batch
 from influence_job.errors import PermanentError, Reason
@@ -87,7 +89,8 @@ class Session:
             UnsupportedModelError: a part of the model that the method cannot treat.
         """
         side = "train" if self.spec.operation.reads_training else "test"
-        return self.method.looked_at(self.tracked, lambda: self.read(side, 0, 1)[0])
+        few = self.read(side, 0, min(PROBED, len(getattr(self.task, side))))[0]
+        return self.method.looked_at(at_work(self.tracked, few), lambda: few)
 
     def side_of(self, objective: Objective, side: str) -> Objective:
         """An objective as the side "train" or "test" has it: for tests with the task's measurement."""

@@ -1,0 +1,86 @@
+"""Layers that a model uses otherwise than by calling them on its examples.
+
+It may multiply by a layer's weight itself, as Mamba does, or call the layer on what all examples share, as
+DeBERTa does with its positions, on tokens that a router chose, or with time first. What hooks see is then not
+the gradient of the layer's parameters, or not that of each example: they are differentiated as those of any
+other module are.
+
+Shapes: n examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from influence_calculator.maths.capture import float_leaves, record
+from influence_calculator.maths.layers import LayerSpec, supported_layers
+from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
+
+
+def at_work(objective: Objective, few: Batch, expected: Mapping[str, Tensor] | None = None) -> Objective:
+    """The objective with what these examples show of its layers: `by_hand` and `untried`.
+
+    `expected`: their gradients one by one, by whoever has them.
+    """
+    plain = replace(objective, by_hand=(), untried=())
+    layers = supported_layers(plain)
+    if not layers:
+        return plain
+    called = _first_dimensions(plain, few, layers)
+    untried = tuple(name for name, counts in called.items() if not counts)
+    seen = _without(plain, layers, _called_on_other_things(plain, few, layers))
+    wrong = mismatched(seen, few, gradients_one_by_one(plain, few) if expected is None else expected)
+    if wrong and _answers_alone(plain, few):
+        others = {layer.name for layer in supported_layers(seen) if set(layer.parameters) & set(wrong)}
+        seen = _without(seen, layers, others)
+    return replace(seen, untried=untried)
+
+
+def _without(objective: Objective, layers: Sequence[LayerSpec], names: Iterable[str]) -> Objective:
+    """The objective with the parameters of these layers used by hand too."""
+    found = {name for layer in layers if layer.name in set(names) for name in layer.parameters}
+    by_hand = tuple(name for name in objective.names if name in found or name in objective.by_hand)
+    return replace(objective, by_hand=by_hand)
+
+
+def _called_on_other_things(objective: Objective, few: Batch, layers: Sequence[LayerSpec]) -> set[str]:
+    """Names of layers whose inputs do not count examples first: n times as many as those of one alone."""
+    if batch_size(few) == 1:
+        few = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), few)
+    n = batch_size(few)
+    together = _first_dimensions(objective, few, layers)
+    alone = [_first_dimensions(objective, slice_batch(few, i, i + 1), layers) for i in range(n)]
+    return {
+        name
+        for name, counts in together.items()
+        if counts != [n] * len(counts) and any([n * rows for rows in one[name]] != counts for one in alone)
+    }
+
+
+def _first_dimensions(
+    objective: Objective, batch: Batch, layers: Sequence[LayerSpec]
+) -> dict[str, list[int]]:
+    """Of the inputs of every call that the losses depend on, by layer."""
+    recording = record(objective, batch, layers)
+    with torch.enable_grad():
+        losses: Tensor = objective.losses(recording.outputs, batch).sum()
+    return recording.first_dimensions([losses])
+
+
+def _answers_alone(objective: Objective, few: Batch) -> bool:
+    """Whether the outputs of each example are what they are without the others."""
+    with torch.no_grad():
+        together = float_leaves(objective.outputs(few))
+        for i in range(batch_size(few)):
+            alone = float_leaves(objective.outputs(slice_batch(few, i, i + 1)))
+            for whole, own in zip(together, alone, strict=True):
+                allowed = tolerance(whole.dtype)
+                if not torch.allclose(whole[i : i + 1], own, rtol=allowed, atol=allowed, equal_nan=True):
+                    return False
+    return True
