@@ -18,11 +18,12 @@ class Reason(StrEnum):
     """Why a job stopped: one CamelCase word per situation."""
 
     INVALID_SPEC = "InvalidSpec"
-    """The job file does not follow the schema."""
+    """The job file does not follow the schema, or names what the model does not have."""
     IMAGE_INCOMPATIBLE = "ImageIncompatible"
     """The operator's job document is of another contract version than this image reads."""
     INVALID_TASK = "InvalidTask"
-    """The entry point cannot be imported, raises, or returns something that is no InfluenceTask."""
+    """The entry point cannot be imported, raises, or returns something that is no InfluenceTask, or one whose
+    functions fail."""
     INVALID_DATA = "InvalidData"
     """An example cannot be read, has the wrong shape, or differs when read again."""
     UNSUPPORTED_MODEL = "UnsupportedModel"

@@ -173,6 +173,21 @@ def test_a_rule_between_fields_names_the_field_to_change() -> None:
     assert message.startswith("job.yaml, line 12: spec.factors: only for operation InfluencesFromFactors")
 
 
+@pytest.mark.parametrize(
+    ("blocks", "where"),
+    [
+        ('{a: ["0.weight"], b: ["0.bias", "0.weight"]}', "in 'a' and in 'b'"),
+        ('{a: ["0.weight", "0.weight"]}', "twice in 'a'"),
+    ],
+)
+def test_a_parameter_stands_in_one_custom_block_once(blocks: str, where: str) -> None:
+    text = changed("name: Ekfac", f"name: Direct\n    blocks: Custom\n    customBlocks: {blocks}")
+    assert complaint(text) == (
+        f"job.yaml, line 10: spec.method.customBlocks: parameter '0.weight' stands {where}; blocks are "
+        "disjoint, name it once"
+    )
+
+
 def test_an_item_of_a_list_is_named_by_its_index() -> None:
     text = JOB + "  workers:\n    tolerations:\n      - {key: a}\n      - 7\n"
     assert "line 15: spec.workers.tolerations[1]: expected a mapping, got 7" in complaint(text)

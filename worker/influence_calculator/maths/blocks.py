@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from torch import nn
 
+from influence_calculator.maths.errors import BlocksError
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.objective import Objective
 
@@ -50,7 +51,7 @@ def block_layout(objective: Objective, structure: BlockStructure) -> Layout:
     """Where the tracked parameters lie under a block structure.
 
     Raises:
-        ValueError: a custom structure that overlaps, is empty, or names what is not tracked.
+        BlocksError: a custom structure that overlaps, is empty, or names what is not tracked.
     """
     return model_layout(objective.model, objective.names, structure)
 
@@ -101,17 +102,17 @@ def _by_child(tracked: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 def _custom(structure: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     if not structure:
-        raise ValueError("block_structure: expected at least one block, got an empty mapping; name one")
+        raise BlocksError("block_structure: expected at least one block, got an empty mapping; name one")
     owner: dict[str, str] = {}
     for block, names in structure.items():
         if isinstance(names, str) or not names:
-            raise ValueError(
+            raise BlocksError(
                 f"block_structure[{block!r}]: expected a list of at least one parameter name, got {names!r}; "
                 "list the parameters of the block or drop it"
             )
         for name in names:
             if name in owner:
-                raise ValueError(
+                raise BlocksError(
                     f"block_structure: parameter {name!r} stands in block {owner[name]!r} and in {block!r}; "
                     "blocks are disjoint, name it once"
                 )
@@ -125,7 +126,7 @@ def _refuse_untracked(
     for block, names in structure.items():
         for name in names:
             if name not in tracked:
-                raise ValueError(
+                raise BlocksError(
                     f"block_structure[{block!r}]: expected tracked parameters, got {name!r}: "
                     f"{_why_untracked(model, tracked, name)}"
                 )
@@ -193,14 +194,14 @@ def check_coverage(regularization: Regularization, blocks: Sequence[str]) -> Non
     """Refuses a mapping that does not name every block and nothing else.
 
     Raises:
-        ValueError: naming the missing and the extra names.
+        BlocksError: naming the missing and the extra names.
     """
     if not isinstance(regularization, Mapping):
         return
     missing = [block for block in blocks if block not in regularization]
     extra = [block for block in regularization if block not in blocks]
     if missing or extra:
-        raise ValueError(
+        raise BlocksError(
             f"regularization: expected one number for each of the blocks {list(blocks)}; "
             f"missing: {missing or 'none'}, unknown: {extra or 'none'}; name every block or give one number"
         )
@@ -212,7 +213,7 @@ def regularized_layout(
     """`block_layout`, for a regularization that names every block, if it names any.
 
     Raises:
-        ValueError: as `block_layout` and `check_coverage`.
+        BlocksError: as `block_layout` and `check_coverage`.
     """
     layout = block_layout(objective, structure)
     check_coverage(checked_regularization(regularization), layout.blocks)

@@ -4,6 +4,7 @@ CalculatorError
 ├── UnsupportedModelError     a method cannot treat part of the model
 │   ├── TrainingModeError     a module answers differently each time: dropout, batch statistics
 │   └── CaptureMismatchError  hooks see another gradient than autograd
+├── BlocksError               a block structure, or the λ of its blocks, does not fit the model's parameters
 ├── UnsupportedLossError      the curvature of the loss by the outputs cannot be had this way
 ├── UnsupportedInputError     perturbation, and no input that can be moved
 ├── SingularCurvatureError    nothing to invert: λ is missing
@@ -25,6 +26,10 @@ class TrainingModeError(UnsupportedModelError):
 
 class CaptureMismatchError(UnsupportedModelError):
     """Gradients captured by hooks differ from autograd's; the message names the parameters."""
+
+
+class BlocksError(CalculatorError):
+    """Blocks that overlap or name what is not tracked, or λs of others; begins with the argument's name."""
 
 
 class UnsupportedLossError(CalculatorError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from influence_job.driver.submission import Submitter, Work
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan
 from influence_job.progress import Stage
-from influence_job.spec import InfluenceJobSpec, Mode, Verify
+from influence_job.spec import CgSpec, InfluenceJobSpec, LissaSpec, MethodSpec, Mode, Verify
 from influence_job.storage import arrays
 from influence_job.worker import closing, factors, scores, self_influences, training_gradients
 from influence_job.worker.loading import Loaded
@@ -212,13 +212,8 @@ class Stages:
         status = arrays.read_array(self.opened.store, "solver_status")
         counts = {name: int((status == value).sum()) for value, name in enumerate(SOLVER_STATUS)}
         self.tracker.solver(counts)
-        failed = {name: n for name, n in counts.items() if n and name != "CONVERGED"}
-        if failed:
-            self.tracker.warn(
-                "some examples were not solved to tolerance: "
-                + ", ".join(f"{n} {name.lower()}" for name, n in failed.items())
-                + "; see solver_status in the store, raise maxiter or regularization"
-            )
+        if warning := unsolved(counts, self.spec.method):
+            self.tracker.warn(warning)
 
     def _sample(self) -> np.ndarray:
         """The regions that are read back: all, or evenly spaced ones."""
@@ -258,3 +253,17 @@ class Stages:
 def perturbs(spec: InfluenceJobSpec) -> bool:
     """Whether the result has the training input's feature dimensions."""
     return spec.mode is Mode.PERTURBATION
+
+
+def unsolved(counts: Mapping[str, int], method: MethodSpec) -> str | None:
+    """The warning for solves that did not converge, with what may cure them; None if all did."""
+    failed = {name: n for name, n in counts.items() if n and name != "CONVERGED"}
+    if not failed:
+        return None
+    listed = ", ".join(f"{n} {name.lower()}" for name, n in failed.items())
+    # More steps do not lower a residual that rounding keeps above the tolerance.
+    has_rtol = "MAX_ITERATIONS" in failed and isinstance(method, CgSpec | LissaSpec)
+    cures = "maxiter, rtol or regularization" if has_rtol else "maxiter or regularization"
+    return (
+        f"some examples were not solved to tolerance: {listed}; see solver_status in the store, raise {cures}"
+    )

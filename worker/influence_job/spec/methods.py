@@ -5,6 +5,7 @@ The values become those of `influence_calculator.maths` unchanged; this module k
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -134,9 +135,24 @@ class _BlockwiseSpec(SpecModel):
             raise refuse(
                 "customBlocks", f"only for blocks: Custom, but blocks is {self.blocks}; set it or remove this"
             )
+        _refuse_overlap(self.custom_blocks or {})
         if self.relative and self.regularization_by_block is not None:
             raise refuse("relative", "not together with regularizationByBlock; remove one of them")
         return self
+
+
+def _refuse_overlap(blocks: Mapping[str, Sequence[str]]) -> None:
+    owner: dict[str, str] = {}
+    for block, names in blocks.items():
+        for name in names:
+            if name in owner:
+                where = (
+                    f"twice in {block!r}" if owner[name] == block else f"in {owner[name]!r} and in {block!r}"
+                )
+                raise refuse(
+                    "customBlocks", f"parameter {name!r} stands {where}; blocks are disjoint, name it once"
+                )
+            owner[name] = block
 
 
 class _SolverSpec(_BlockwiseSpec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,26 +23,42 @@ def annotate(task: InfluenceTask, objective: Objective, batch: Batch) -> dict[st
     """The task's annotations of a batch, checked; empty without `annotate`.
 
     Raises:
-        PermanentError: not a mapping, or not one number per example.
+        PermanentError: it raises, or gives no mapping or not one number per example.
     """
     if task.annotate is None:
         return {}
     with torch.no_grad():
-        values = task.annotate(batch, objective.outputs(batch))
+        outputs = objective.outputs(batch)
+        try:
+            values = task.annotate(batch, outputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _wrong(
+                f"raised {type(error).__name__}: {error}; correct it, or leave annotate out"
+            ) from error
+    if not isinstance(values, Mapping):
+        raise _wrong(f"expected names with one number per example, got {type(values).__name__}")
     count = batch_size(batch)
-    return {str(name): _column(str(name), value, count) for name, value in dict(values).items()}
+    return {str(name): _column(str(name), value, count) for name, value in values.items()}
 
 
 def _column(name: str, value: Any, count: int) -> np.ndarray:
-    column = _CONVERTER.to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+    try:
+        column = _CONVERTER.to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
+    except ValueError as error:  # rows of several lengths
+        raise _wrong(f"{name!r}: expected one number per example: {error}") from error
     if column.shape != (count,) or column.dtype.kind not in "biuf" or not name.isidentifier():
-        raise PermanentError(
-            Reason.INVALID_TASK,
-            f"InfluenceTask.annotate: {name!r}: expected an identifier with one number per example, shape "
-            f"({count},), got shape {column.shape} of {column.dtype}",
+        raise _wrong(
+            f"{name!r}: expected an identifier with one number per example, shape ({count},), got shape "
+            f"{column.shape} of {column.dtype}"
         )
     # Integers of every kind become int64, in which -1 says that nothing is computed yet.
     return column if column.dtype.kind == "f" else column.astype(np.int64)
+
+
+def _wrong(what: str) -> PermanentError:
+    return PermanentError(Reason.INVALID_TASK, f"InfluenceTask.annotate: {what}")
 
 
 def write_annotations(own: Session, side: str, chunk: int, batch: Batch) -> None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from influence_calculator.maths.objective import Batch, Objective
+from influence_calculator.maths.objective import Batch, Objective, only_tensors
 from influence_job.data import ReadError, read_batch
 from influence_job.errors import JobError, PermanentError, Reason
 from influence_job.worker.session import Session
@@ -32,6 +33,53 @@ def blaming(own: Session, objective: Objective, side: str, start: int, stop: int
         if found is None:
             raise
         raise found from error
+
+
+@contextmanager
+def blaming_loss(own: Session, objective: Objective, side: str, count: int) -> Iterator[None]:
+    """As `blaming` the first `count` examples, but a loss that fails alike at all of them itself."""
+    with blaming(own, objective, side, 0, count):
+        try:
+            yield
+        except (JobError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            found = _loss_blamed(own, objective, side, count)
+            if found is None:
+                raise
+            raise found from error
+
+
+def _loss_blamed(own: Session, objective: Objective, side: str, count: int) -> PermanentError | None:
+    faults = {_fault_of_loss(own, objective, side, index) for index in range(count)}
+    if len(faults) > 1 or (fault := faults.pop()) is None:
+        return None
+    field = "measurement" if side == "test" and own.task.measurement is not None else "loss"
+    return PermanentError(
+        Reason.INVALID_TASK,
+        f"InfluenceTask.{field}: expected a tensor that is computed from the outputs, but with every one of "
+        f"the {count} {side} examples that were tried it {fault}; correct {field}(outputs, batch) or what it "
+        "is given",
+    )
+
+
+def _fault_of_loss(own: Session, objective: Objective, side: str, index: int) -> str | None:
+    """What a loss does wrong with an example that has outputs; None: nothing, or it is not the loss."""
+    parameters = _leaves(objective)
+    try:
+        batch = _read(own, side, index, index + 1)
+        outputs = objective.outputs(batch, parameters)
+    except Exception:
+        return None
+    try:
+        loss = objective.loss(outputs, batch)
+    except Exception as error:
+        return f"raised {type(error).__name__}: {error}"
+    if not isinstance(loss, Tensor):
+        return f"returned {loss!r:.40}"
+    if loss.requires_grad or not any(output.requires_grad for output in only_tensors(outputs)[0]):
+        return None
+    return "returned one that does not depend on the outputs (detached, or counted)"
 
 
 def blame(own: Session, objective: Objective, side: str, start: int, stop: int) -> PermanentError | None:
@@ -84,8 +132,16 @@ def _read(own: Session, side: str, start: int, stop: int) -> Batch:
 
 def _has_finite_gradient(objective: Objective, batch: Batch) -> bool:
     """Of the sum over the batch; one that is not finite makes the sum so."""
-    parameters = {name: p.detach().requires_grad_() for name, p in objective.parameters().items()}
+    parameters = _leaves(objective)
     total = objective.losses_at(parameters, batch).sum()
-    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    values = [total, *(gradient for gradient in gradients if gradient is not None)]
-    return all(bool(torch.isfinite(value).all()) for value in values)
+    gradients = _gradients(total, parameters) if total.requires_grad else []
+    return all(bool(torch.isfinite(value).all()) for value in [total, *gradients])
+
+
+def _gradients(total: Tensor, parameters: dict[str, Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _leaves(objective: Objective) -> dict[str, Tensor]:
+    return {name: p.detach().requires_grad_() for name, p in objective.parameters().items()}

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths import perturbation
 from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
-from influence_calculator.maths.errors import CalculatorError, UnsupportedInputError
+from influence_calculator.maths.errors import BlocksError, CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import Batch, batch_size, slice_batch
 from influence_calculator.maths.probe import PROBED, probe
 from influence_job.data import ReadError, data_identity
@@ -22,7 +23,7 @@ from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation
 from influence_job.storage import arrays
 from influence_job.worker import model_state
 from influence_job.worker.annotations import annotate
-from influence_job.worker.blame import blaming
+from influence_job.worker.blame import blaming_loss
 from influence_job.worker.factors import factor_path
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, build, session
@@ -112,11 +113,14 @@ def _probed(own: Session) -> dict[str, str]:
     annotations: dict[str, str] = {}
     for side in sides:
         few = _few(own, side, PROBED)
-        if side == sides[0]:
-            # As the task says, before the method has looked at it: what the probe refuses has no better name.
-            objective = own.side_of(own.tracked, side)
-            with blaming(own, objective, side, 0, batch_size(few)):
+        # As the task says, before the method has looked at it: what the probe refuses has no better name.
+        objective = own.side_of(own.tracked, side)
+        with blaming_loss(own, objective, side, batch_size(few)):
+            if side == sides[0]:
                 probe(objective, few)
+            else:
+                with torch.no_grad():
+                    objective.losses_at(objective.parameters(), few)
         columns = annotate(own.task, own.objective, few)
         annotations |= {f"{side}_{name}": str(column.dtype) for name, column in columns.items()}
     return annotations
@@ -141,9 +145,20 @@ def _refusals_named() -> Iterator[None]:
         yield
     except UnsupportedInputError as error:
         raise PermanentError(Reason.INVALID_TASK, f"spec.mode: {error}") from error
+    except BlocksError as error:
+        raise PermanentError(Reason.INVALID_SPEC, _blocks_refused(str(error))) from error
     except CalculatorError as error:
         message = f"InfluenceTask.model: {str(error).removeprefix('model: ')}"
         raise PermanentError(Reason.UNSUPPORTED_MODEL, message) from error
+
+
+def _blocks_refused(message: str) -> str:
+    """The message with the spec's field in place of the calculator's argument, with which it begins."""
+    fields = {"block_structure": "customBlocks", "regularization": "regularizationByBlock"}
+    for argument, field in fields.items():
+        if message.startswith(argument):
+            return f"spec.method.{field}{message.removeprefix(argument)}"
+    return f"spec.method: {message}"
 
 
 def measure_sizes(own: Session) -> Sizes:
