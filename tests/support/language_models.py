@@ -119,3 +119,41 @@ class Packed(nn.Module):
 def packed(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A batch as `Packed` takes it."""
     return torch.stack([batch["input_ids"], batch["attention_mask"]], 1), batch["labels"]
+
+
+def bert_with_normed_adapters() -> nn.Module:
+    """With adapters whose norm is taken of their product with the identity (DoRA)."""
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, use_dora=True)
+    return _random(lambda: peft.get_peft_model(bert(), config))
+
+
+def deberta() -> nn.Module:
+    """Its layers project relative positions too, which all sentences share."""
+    config = transformers.DebertaV2Config(
+        vocab_size=WORDS,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=6,
+        max_position_embeddings=TOKENS,
+        type_vocab_size=0,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=4,
+        num_labels=CLASSES,
+    )
+    return _random(lambda: transformers.DebertaV2ForSequenceClassification(config))
+
+
+def xlnet() -> nn.Module:
+    """Time stands before sentences in its feed-forward layers."""
+    config = transformers.XLNetConfig(
+        vocab_size=WORDS, d_model=4, n_layer=1, n_head=2, d_inner=6, num_labels=CLASSES, use_mems_eval=False
+    )
+    return _random(lambda: transformers.XLNetForSequenceClassification(config))
+
+
+def mamba() -> nn.Module:
+    """Multiplies by the weights of two of its layers itself."""
+    config = transformers.MambaConfig(vocab_size=WORDS, hidden_size=4, num_hidden_layers=1, state_size=3)
+    return _random(lambda: transformers.MambaForCausalLM(config))

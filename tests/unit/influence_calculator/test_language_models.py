@@ -10,13 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dense_ekfac
 import language_models as lm
 import oracle
-from influence_calculator import DirectInfluence, NestedTorchCatAggregator, SequentialInfluenceCalculator
+from influence_calculator import (
+    DirectInfluence,
+    GradDotInfluence,
+    NestedTorchCatAggregator,
+    SequentialInfluenceCalculator,
+)
 from influence_calculator.maths import region
 from influence_calculator.maths.capture import supported_layers
 from influence_calculator.maths.cg import Cg
@@ -25,6 +31,7 @@ from influence_calculator.maths.direct import Direct
 from influence_calculator.maths.ekfac import Ekfac
 from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.errors import UnsupportedModelError
+from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.layers import supported_embeddings
 from influence_calculator.maths.method import FitState, Method, fit
 from influence_calculator.maths.objective import Objective
@@ -93,6 +100,45 @@ def _fit(name: str, method: Method) -> FitState:
 @EVERY_FAMILY
 def test_they_pass_the_probe_that_every_fit_begins_with(name: str) -> None:
     probe(FAMILIES[name].objective(), FAMILIES[name].data(N, 1))
+
+
+OTHER_FAMILIES = {
+    "dora": (Family(lm.bert_with_normed_adapters, lm.sentences, lm.classification_loss, F.cross_entropy), ""),
+    "deberta": (Family(lm.deberta, lm.sentences, lm.classification_loss, F.cross_entropy), "pos_key_proj"),
+    "xlnet": (Family(lm.xlnet, lm.sentences, lm.classification_loss, F.cross_entropy), "ff.layer_1"),
+    "mamba": (Family(lm.mamba, lm.texts, lm.language_loss, lm.next_token_loss), "dt_proj"),
+}
+"""With a layer that they use by hand, or call on other things than sentences."""
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_families_that_do_more_than_call_their_layers_have_autograds_gradients(name: str) -> None:
+    family, by_hand = OTHER_FAMILIES[name]
+    data = family.data(N, 1)
+    objective = probe(family.objective(), data)
+    assert any(by_hand in parameter for parameter in objective.by_hand) == bool(by_hand)
+    fitted = GradDot().fitted(objective, {}, None)
+    found = fitted.layout.flatten(fitted.gradients(objective, data))
+    expected = oracle.example_gradients(lm.Packed(family.build()), family.loss_of_logits, *lm.packed(data))
+    oracle.assert_close(found, expected, 1e-9)
+    if by_hand:
+        with pytest.raises(UnsupportedModelError, match=rf"{by_hand}\.\w+ \(.*, used by hand too\)"):
+            Ekfac().layout(objective)
+
+
+def test_what_a_tokenizer_returns_is_refused_with_the_cure() -> None:
+    """No tree of tensors for torch: it is a `UserDict`."""
+    batch = lm.sentences(4, 1)
+    labels = batch.pop("labels")
+    model = GradDotInfluence(_Wrapped(lm.bert()), F.cross_entropy)
+    with pytest.raises(ValueError, match=r"got BatchEncoding; give dict\(...\) of it"):
+        model.fit([(transformers.BatchEncoding(batch), labels)])
+    with pytest.raises(ValueError, match=r"\['mask'\]: expected tensors .* got NoneType; leave it out"):
+        model.fit([({**batch, "mask": None}, labels)])
+    with pytest.raises(ValueError, match=r"got NoneType; leave it out"):
+        model.fit([(batch, None)])
+    with pytest.raises(ValueError, match=r"got NoneType; leave it out"):
+        model.fit([(batch, labels)]).influence_factors(batch, None)
 
 
 def test_a_loss_that_the_model_has_averaged_is_refused() -> None:

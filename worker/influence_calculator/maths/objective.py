@@ -55,15 +55,46 @@ def batch_size(batch: Batch) -> int:
     """The leading dimension that all leaves of `batch` share.
 
     Raises:
-        ValueError: no tensor in it, or leaves that disagree.
+        ValueError: no tensor in it, something else, or leaves that disagree.
     """
-    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+    leaves = pytree.tree_leaves(batch)
+    if not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
+        raise ValueError(_not_of_examples(batch))
+    sizes = {leaf.shape[0] for leaf in leaves}
     if len(sizes) != 1:
         raise ValueError(
             f"batch: expected tensors that share their first dimension, got first dimensions "
             f"{sorted(sizes)}; return one entry per example in every tensor"
         )
     return int(sizes.pop())
+
+
+def _not_of_examples(batch: Batch) -> str:
+    """Says what of a batch is no tensor with an entry per example."""
+    path, leaf = next(
+        (path, leaf)
+        for path, leaf in pytree.tree_flatten_with_path(batch)[0]
+        if not (isinstance(leaf, Tensor) and leaf.dim())
+    )
+    what = f"a number of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+    if isinstance(leaf, Mapping):
+        cure = "give dict(...) of it, as a model that is called with keywords takes too"
+    elif leaf is None:
+        cure = "leave it out, or give a tensor that is not used, torch.zeros(n)"
+    else:
+        cure = "return one entry per example in every tensor"
+    return f"batch{pytree.keystr(path)}: expected tensors with examples first, got {what}; {cure}"
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch there.
+
+    Raises:
+        ValueError: something in it that is no tensor; names its place.
+    """
+    if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(batch)):
+        raise ValueError(_not_of_examples(batch))
+    return pytree.tree_map(lambda leaf: leaf.to(device), batch)
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:

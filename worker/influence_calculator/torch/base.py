@@ -47,6 +47,7 @@ from influence_calculator.maths.objective import (
     Objective,
     batch_size,
     micro_batches,
+    on_device,
     xy_objective,
 )
 from influence_calculator.maths.perturbation import perturbations
@@ -465,7 +466,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """The examples on the model's device; x is whatever pytree `model(x)` takes."""
-        moved: tuple[Any, Any] = self._on_device((x, y))
+        moved: tuple[Any, Any] = on_device((x, y), self.model_device)
         return moved
 
     def _on_device(self, tensors: Any) -> Any:

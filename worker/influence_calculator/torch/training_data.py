@@ -11,12 +11,11 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from influence_calculator.errors import OneShotIterableError
 from influence_calculator.iterables import Readable, pair_of
-from influence_calculator.maths.objective import IndexedBatch, batch_size
+from influence_calculator.maths.objective import IndexedBatch, batch_size, on_device
 from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.training_batches import joined
 
@@ -83,7 +82,7 @@ class IterableTrainingData:
         return (pair for pair in pairs if batch_size(pair[0]) > 0)
 
     def _on_device(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
-        x, y = pytree.tree_map(lambda leaf: leaf.to(self.device), pair)
+        x, y = on_device(pair, self.device)
         return x, y
 
 
