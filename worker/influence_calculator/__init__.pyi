@@ -28,6 +28,7 @@ from .influence_calculator import (
 )
 from .maths.blocks import Relative
 from .maths.errors import (
+    BlocksError,
     CalculatorError,
     CaptureMismatchError,
     NotFiniteError,
@@ -68,6 +69,7 @@ from .zarr_writer import write_zarr
 __all__ = [
     "ArnoldiInfluence",
     "BlockMode",
+    "BlocksError",
     "CalculatorError",
     "CaptureMismatchError",
     "CgInfluence",
