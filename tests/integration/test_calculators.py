@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from typing import Any
@@ -17,20 +18,25 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+import torch
 from distributed import Client, LocalCluster, futures_of, worker_client
+from torch.utils import _pytree as pytree
 
 from counting_model import FEATURES, CountingModel, NarrowModel, TurnedModel
 from influence_calculator import (
     DaskInfluenceCalculator,
+    DirectInfluence,
     DisableClientSingleThreadCheck,
     InfluenceMode,
     InvalidDimensionChunksError,
     NotFittedException,
+    SecondOrderMode,
     ThreadSafetyViolationError,
     TorchNumpyConverter,
     UnalignedChunksError,
     UnknownChunksError,
     UnsupportedInfluenceModeException,
+    dask_calculator,
     dask_graph,
     groups,
 )
@@ -67,6 +73,32 @@ def local(model: CountingModel, group_bytes: int | None = None) -> DaskInfluence
 
 def computed(array: da.Array) -> Any:
     return array.compute(scheduler="synchronous")
+
+
+def _direct() -> tuple[DirectInfluence, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A model fitted to the training examples, and those."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(FEATURES, 1)
+    data = [(torch.from_numpy(X), torch.from_numpy(Y))]
+    influence = DirectInfluence(linear, _squared_error, 0.5, second_order_mode=SecondOrderMode.GAUSS_NEWTON)
+    return influence.fit(data), data
+
+
+def _squared_error(f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.mse_loss(f[:, 0], y)
+
+
+def _explicit(model: DirectInfluence) -> Any:
+    return model.influences(*map(torch.from_numpy, (X_TEST, Y_TEST, X, Y))).numpy()
+
+
+def _change(model: DirectInfluence, data: list[tuple[torch.Tensor, torch.Tensor]], change: str) -> None:
+    match change:
+        case "λ":
+            model.with_regularization(5.0)
+        case "fit":
+            model.fit([(3 * x, y) for x, y in data])
 
 
 class TestHowOftenItWorks:
@@ -327,6 +359,36 @@ class TestOnACluster:
         model.scale, model.revision = 2.0, model.revision + 1
         after = calculator.influence_factors(*queries())
         assert np.allclose(2 * before.compute(), after.compute())
+
+    @pytest.mark.parametrize("change", ["λ", "fit"])
+    def test_a_lazy_result_is_of_the_model_as_it_was_when_it_was_asked_for(self, change: str):
+        """Also without a client, where nothing is sent away."""
+        model, data = _direct()
+        calculator = local(model)
+        before = _explicit(model)
+        lazy = calculator.influences(*queries(), *training())
+        _change(model, data, change)
+        after = _explicit(model)
+        assert not np.allclose(before, after, rtol=0.01)
+        later = calculator.influences(*queries(), *training())
+        assert np.allclose(computed(lazy), before, atol=1e-4)
+        assert np.allclose(computed(later), after, atol=1e-4)
+        assert np.allclose(computed(lazy), before, atol=1e-4)
+
+    def test_a_lazy_result_shares_the_models_tensors_until_it_is_computed(self):
+        model, _ = _direct()
+        local(model).influences(*queries(), *training())
+        kept = dask_calculator._as_it_is(model)
+        assert kept is not model
+        assert kept.model.weight.data_ptr() == model.model.weight.data_ptr()
+        assert pytree.tree_leaves(kept._state)[0] is pytree.tree_leaves(model._state)[0]
+
+    def test_a_model_that_cannot_be_copied_is_used_as_it_is(self, caplog: pytest.LogCaptureFixture):
+        model, _ = _direct()
+        model.model.lock = threading.Lock()
+        influences = local(model).influences(*queries(), *training())
+        assert "cannot be copied" in caplog.text
+        assert np.allclose(computed(influences), _explicit(model), atol=1e-4)
 
     def test_another_model_in_its_place_is_sent_though_its_revision_is_the_same(self, client: Client):
         first, second = CountingModel(), CountingModel()

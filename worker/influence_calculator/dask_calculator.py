@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 from typing import Any, Self
 from uuid import uuid4
 
@@ -43,7 +44,8 @@ class DisableClientSingleThreadCheck:
     """Given in place of a client: no client is asked how many threads its workers run.
 
     For the synchronous scheduler, or where you know better:
-    `calculator.influences(...).compute(scheduler="synchronous")`. The model is then part of the graph.
+    `calculator.influences(...).compute(scheduler="synchronous")`. A copy of the model that shares its
+    tensors is then part of the graph.
     """
 
     @staticmethod
@@ -249,7 +251,9 @@ class DaskInfluenceCalculator:
         """The model where the workers find it: a node on them, or one that each graph takes along."""
         model = self.influence_function_model
         if self._sent is None or self._sent[0] is not model or self._sent[1] != model.revision:
-            side = chunk_tasks.WorkerSide(model, self.numpy_converter, model.factor_dtype)
+            # What is sent to workers stays as it was sent; what is not sent must be made to.
+            kept = model if self._client is not None else _as_it_is(model)
+            side = chunk_tasks.WorkerSide(kept, self.numpy_converter, model.factor_dtype)
             if self._client is None:
                 node = delayed(side, name=f"influence-model-{uuid4().hex}", traverse=False)
             else:
@@ -260,3 +264,14 @@ class DaskInfluenceCalculator:
     def _require_fitted(self) -> None:
         if not self.influence_function_model.is_fitted:
             raise NotFittedException(type(self.influence_function_model))
+
+
+def _as_it_is(model: InfluenceFunctionModel[Any, Any]) -> InfluenceFunctionModel[Any, Any]:
+    """A copy that a later λ, fit or device leaves alone; the model itself if it cannot be copied."""
+    try:
+        return model.at_rest()()
+    except (AttributeError, NotImplementedError, pickle.PicklingError, TypeError) as error:
+        logger.warning(
+            "The model cannot be copied (%s): a lazy result follows its changes until it is computed", error
+        )
+        return model

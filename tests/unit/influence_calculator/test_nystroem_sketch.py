@@ -225,5 +225,5 @@ def test_a_training_example_that_is_not_finite_is_said_to_spoil_a_sketch_and_a_p
     objective = xy_objective(MLP.model(), MLP.loss)
     preconditioned = Cg(0.1, second_order=mode, preconditioner=preconditioners.NystroemPreconditioner(5))
     for method in (NystroemSketch(0.1, 5, second_order=mode), preconditioned):
-        with pytest.raises(NotFiniteError, match="block ''.*a training example"):
+        with pytest.raises(NotFiniteError, match=r"block ''.*a training example"):
             fit(method, objective, TrainingSet((x, y), 5))
