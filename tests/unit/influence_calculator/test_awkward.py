@@ -427,6 +427,32 @@ class TestLayers:
         named = torch.cat([found[s.block][:, s.start : s.start + s.size] for s in columns], dim=1)
         oracle.assert_close(named, expected, 1e-9)
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("name", ["direct", "cg", "arnoldi", "nystroem", "lissa"])
+    def test_a_hessian_that_torch_has_wrong_is_refused(self, name: str, dtype: torch.dtype) -> None:
+        """The second derivative of the fused `weight_norm` is not symmetric; Gauss-Newton's needs none."""
+        model = MLP.model(dtype)
+        nn.utils.parametrizations.weight_norm(model[0])
+        build = BUILDS[name]
+        assert isinstance(build, partial)
+        own = partial(build.func, **{**build.keywords, "second_order_mode": SecondOrderMode.HESSIAN})
+        with pytest.raises(ValueError, match=r"expected a symmetric Hessian.*weight_norm"):
+            own(model, MLP.loss).fit([(X.to(dtype), Y)])
+        own(MLP.model(dtype), MLP.loss).fit([(X.to(dtype), Y)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SolverWarning)
+            build(model, MLP.loss).fit([(X.to(dtype), Y)])
+
+    @pytest.mark.parametrize("mode", ["hessian", "generalized_gauss_newton"])
+    def test_an_operation_without_a_second_derivative_is_named_when_the_model_is_fitted(
+        self, mode: str
+    ) -> None:
+        model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        influence = CgInfluence(model, F.cross_entropy, λ, second_order_mode=SecondOrderMode(mode))
+        ids = torch.arange(44).reshape(11, 4) % 10
+        with pytest.raises(ValueError, match=r"_embedding_bag_backward.*Take empirical_fisher"):
+            influence.fit([(ids, Y)])
+
     @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
     def test_a_layer_with_parameters_of_others_is_none(self) -> None:
         model = MLP.model()

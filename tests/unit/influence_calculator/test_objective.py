@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from influence_calculator.maths import training_batches
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import add_sums
 from influence_calculator.maths.objective import (
@@ -19,7 +20,9 @@ from influence_calculator.maths.objective import (
     slice_batch,
     xy_objective,
 )
+from influence_calculator.maths.training_batches import TrainingBatches
 from model_cases import CASES, MLP, ModelCase
+from training_sets import TrainingSet
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -93,6 +96,31 @@ def test_another_loss_leaves_the_model_and_the_parameters_as_they_are() -> None:
     x, y = MLP.test()
     assert measured.names == objective.names
     assert torch.equal(measured.losses_at(measured.parameters(), (x, y)), objective.outputs((x, y))[:, 0])
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.Linear])
+def test_recurrent_layers_are_not_cudnns_which_has_no_backward_pass_in_eval_mode(
+    layer: type[nn.Module],
+) -> None:
+    seen: list[bool] = []
+    model = layer(4, 3).double().eval()
+    model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    before = torch.backends.cudnn.enabled
+    xy_objective(model, F.cross_entropy).outputs(MLP.test())
+    assert seen == [before and layer is nn.Linear]
+    assert torch.backends.cudnn.enabled == before
+
+
+def test_training_data_that_is_too_large_to_be_kept_is_joined_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short batch pays as much for its bookkeeping as a long one, at every iteration of a solver."""
+    x, y = MLP.train()
+    monkeypatch.setattr(training_batches, "KEPT_BYTES", 1)
+    batches = TrainingBatches(xy_objective(MLP.model(), MLP.loss), TrainingSet((x, y), 2))
+    assert not batches.are_kept
+    ((start, (found, labels)),) = batches.batches()
+    assert start == 0
+    assert torch.equal(found, x)
+    assert torch.equal(labels, y)
 
 
 def test_a_batch_whose_entries_disagree_in_length_is_refused() -> None:

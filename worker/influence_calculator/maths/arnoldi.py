@@ -22,6 +22,7 @@ from influence_calculator.maths.blocks import (
     require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.footprints import block_widths, capture_bytes, joined_bytes, row_bytes
 from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted
@@ -34,7 +35,7 @@ from influence_calculator.maths.krylov_passes import (
     krylov_stored_bytes,
 )
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverStatus
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverStatus
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.spectral import (
@@ -46,7 +47,7 @@ from influence_calculator.maths.spectral import (
 
 
 @dataclass(frozen=True)
-class Arnoldi(Method):
+class Arnoldi(CurvatureMethod):
     """`Vᵀ (S + λ)^-1 V g + (1/λ)(I − VᵀV) g` with the r eigenpairs of largest modulus of each block."""
 
     regularization: Regularization | None

@@ -27,6 +27,7 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.cg_passes import STATE_ROWS, CgFitted, CgSolver
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping
 from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.footprints import (
     block_widths,
@@ -37,7 +38,7 @@ from influence_calculator.maths.footprints import (
     workspace,
 )
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.preconditioners import Preconditioner
 from influence_calculator.maths.shapes import ModelShapes
@@ -49,7 +50,7 @@ MOST_ITERATIONS = 5000
 
 
 @dataclass(frozen=True)
-class Cg(Method):
+class Cg(CurvatureMethod):
     """`(H + λI)^-1 g` by preconditioned conjugate gradients."""
 
     regularization: Regularization | None = 0.0

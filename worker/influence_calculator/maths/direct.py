@@ -23,6 +23,7 @@ from influence_calculator.maths.blocks import (
     regularized_layout,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import MatrixPass
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.finite import finite_rows
@@ -36,13 +37,13 @@ from influence_calculator.maths.footprints import (
 )
 from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_tensor
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverReport
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
 
 
 @dataclass(frozen=True)
-class Direct(Method):
+class Direct(CurvatureMethod):
     """`(H + λI)^-1 g` by a dense factorization of each block."""
 
     regularization: Regularization | None = 0.0

@@ -27,6 +27,7 @@ from influence_calculator.maths.blocks import (
 )
 from influence_calculator.maths.conjugate_gradients import Rows, Stopping
 from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.extreme_eigenvalues import Extremes, extreme_eigenvalues
 from influence_calculator.maths.footprints import (
@@ -44,7 +45,6 @@ from influence_calculator.maths.method import (
     FitState,
     Fitted,
     Footprint,
-    Method,
     SolverReport,
     SolverStatus,
 )
@@ -57,7 +57,7 @@ from influence_calculator.maths.training_products import TrainingProducts
 
 
 @dataclass(frozen=True)
-class Lissa(Method):
+class Lissa(CurvatureMethod):
     """`(H + (λ + d·s) I)^-1 g` by `h ← g + (1 − d) h − (H_j + λI) h / s`, answering `h / s`."""
 
     regularization: Regularization | None = 0.0

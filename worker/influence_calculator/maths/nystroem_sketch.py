@@ -22,6 +22,7 @@ from influence_calculator.maths.blocks import (
     require_positive,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
+from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import CurvaturePass, TracePass, fitted_regularization
 from influence_calculator.maths.footprints import (
     block_widths,
@@ -41,7 +42,7 @@ from influence_calculator.maths.krylov_passes import (
     krylov_stored_bytes,
 )
 from influence_calculator.maths.layout import Layout
-from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverStatus
+from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverStatus
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.preconditioners import NystroemPreconditioner, sketch_bytes
 from influence_calculator.maths.shapes import ModelShapes
@@ -52,7 +53,7 @@ PROBE = Krylov(rank=1, dimension=48, restarts=0, wanted=Wanted.SMALLEST)
 
 
 @dataclass(frozen=True)
-class NystroemSketch(Method):
+class NystroemSketch(CurvatureMethod):
     """`g/λ − Uᵀ S/(λ(S + λ)) U g` with the sketch `Uᵀ S U` of each block."""
 
     regularization: Regularization | None

@@ -9,6 +9,7 @@ Shapes: n examples in a batch, P tracked parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -208,7 +209,13 @@ class Objective:
             for name, p in module._parameters.items()
             if p is not None
         }
-        return functional_call(self._module, values, (batch,), tie_weights=False)
+        with self._differentiable():
+            return functional_call(self._module, values, (batch,), tie_weights=False)
+
+    def _differentiable(self) -> AbstractContextManager[None]:
+        """Recurrent layers of cuDNN have a backward pass in training mode alone, and no second derivative."""
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Per-example losses `[n]` of outputs that came from `batch`."""

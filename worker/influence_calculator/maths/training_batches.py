@@ -49,7 +49,10 @@ class TrainingBatches:
     def batches(self) -> Iterator[IndexedBatch]:
         """One pass over all examples, in order."""
         self._try_to_keep()
-        yield from self._kept if self._kept is not None else self._data.batches()
+        if self._kept is not None:
+            yield from self._kept
+        else:
+            yield from JoinedBatches(self._objective, self._data).batches()
 
     @property
     def kept_bytes(self) -> int:

@@ -475,7 +475,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def _scored_at_once(self, batch: tuple[Tensor, Tensor]) -> int:
         """`_micro_batch` for scores, which a method may form in pieces."""
         n, usual = batch_size(batch), self._micro_batch(batch)
-        if usual >= n or self.model_device.type != "cpu" or not self._require_fitted().forms_pieces:
+        if usual >= n or not self._require_fitted().forms_pieces:
             return usual
         shapes = measure(self.objective, batch)
 
