@@ -32,10 +32,14 @@ def at_work(objective: Objective, few: Batch, expected: Mapping[str, Tensor] | N
     layers = supported_layers(plain)
     if not layers:
         return plain
-    called = _first_dimensions(plain, few, layers)
+    if expected is None:
+        expected = gradients_one_by_one(plain, few)
+    # One alone is the whole batch; of two of it as much can be told.
+    several = few if batch_size(few) > 1 else pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), few)
+    called = _first_dimensions(plain, several, layers)
     untried = tuple(name for name, counts in called.items() if not counts)
-    seen = _without(plain, layers, _called_on_other_things(plain, few, layers))
-    wrong = mismatched(seen, few, gradients_one_by_one(plain, few) if expected is None else expected)
+    seen = _without(plain, layers, _called_on_other_things(plain, several, layers, called))
+    wrong = mismatched(seen, few, expected)
     if wrong and _answers_alone(plain, few):
         others = {layer.name for layer in supported_layers(seen) if set(layer.parameters) & set(wrong)}
         seen = _without(seen, layers, others)
@@ -49,12 +53,13 @@ def _without(objective: Objective, layers: Sequence[LayerSpec], names: Iterable[
     return replace(objective, by_hand=by_hand)
 
 
-def _called_on_other_things(objective: Objective, few: Batch, layers: Sequence[LayerSpec]) -> set[str]:
+def _called_on_other_things(
+    objective: Objective, few: Batch, layers: Sequence[LayerSpec], together: Mapping[str, list[int]]
+) -> set[str]:
     """Names of layers whose inputs do not count examples first: n times as many as those of one alone."""
-    if batch_size(few) == 1:
-        few = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), few)
     n = batch_size(few)
-    together = _first_dimensions(objective, few, layers)
+    if all(counts == [n] * len(counts) for counts in together.values()):
+        return set()
     alone = [_first_dimensions(objective, slice_batch(few, i, i + 1), layers) for i in range(n)]
     return {
         name
