@@ -3,7 +3,8 @@
 A fingerprint is a nested JSON dict made by the driver: parameter digest, method, stored plan, device,
 precision, source digest, data identity. A part that is None, or a whole part that is missing, is not
 known (yet) and is not compared; a key that is missing inside a part differs from one that is there, and
-a value from one of another type: JSON's 1, 1.0, true and "1" are four.
+a value from one of another type: JSON's 1, true and "1" are three. 1.0 is 1, as which the API server of a
+cluster gives it back.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ def _differing(path: tuple[str, ...], stored: Any, given: Any) -> Iterator[tuple
 
 def _written(value: Any) -> str:
     """The value as JSON, which tells types apart, takes tuples for lists, and writes every NaN alike."""
-    return "nothing" if value is _ABSENT else json.dumps(value, sort_keys=True)
+    return "nothing" if value is _ABSENT else json.dumps(_whole(value), sort_keys=True)
+
+
+def _whole(value: Any) -> Any:
+    """With whole numbers without a point."""
+    if isinstance(value, Mapping):
+        return {name: _whole(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _sentence(before: Any, now: Any) -> str:

@@ -73,7 +73,7 @@ def test_false_and_zero_are_values_not_unknown() -> None:
         ({"smoothing": "nothing"}, {}, ('"nothing"', "nothing")),
         ({"smoothing": 1}, {"smoothing": True}, ("1", "True")),
         ({"smoothing": 0}, {"smoothing": False}, ("0", "False")),
-        ({"smoothing": 1}, {"smoothing": 1.0}, ("1", "1.0")),
+        ({"smoothing": 1}, {"smoothing": 1.5}, ("1", "1.5")),
         ({"smoothing": 1}, {"smoothing": "1"}, ("1", '"1"')),
         ({"smoothing": [{"a": 1}]}, {"smoothing": [{"a": True}]}, ("[{'a': 1}]", "[{'a': True}]")),
         ({"smoothing": {}}, {"smoothing": []}, ("{}", "[]")),
@@ -89,8 +89,8 @@ def test_what_looks_alike_differs_and_the_sentence_tells_the_two_apart(
 
 
 def test_a_value_is_the_same_however_it_came() -> None:
-    """NaN is NaN, a tuple is a list, and the order of keys is nobody's."""
-    stored = {"task": {"arguments": {"a": float("nan"), "b": [[1.5], {"x": 1, "y": None}]}}}
+    """NaN is NaN, a tuple is a list, 1.0 is 1, and the order of keys is nobody's."""
+    stored = {"task": {"arguments": {"a": float("nan"), "b": [[1.5], {"x": 1.0, "y": None}]}}}
     given = {"task": {"arguments": {"b": ((1.5,), {"y": None, "x": 1}), "a": float("nan")}}}
     assert differences(stored, given) == []
 
