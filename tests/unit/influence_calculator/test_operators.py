@@ -310,6 +310,7 @@ def test_a_matrix_in_place_is_changed_and_another_is_not() -> None:
     assert torch.equal(given, MATRIX)
     oracle.assert_close(operator.matrix, MATRIX + 0.5 * torch.eye(60), 1e-15)
     in_place = DirectSolveOperator(given, 0.5, in_place_regularization=True)
+    assert torch.equal(in_place.matrix, MATRIX + 0.5 * torch.eye(len(MATRIX), dtype=MATRIX.dtype))
     in_place.apply(rows())
     for λ in (0.1, 3.0, 0.7):
         in_place.regularization = λ

@@ -110,16 +110,19 @@ class DirectSolveOperator(InverseOperator):
     def matrix(self) -> Tensor:
         """`A + λI`, a copy unless λ is added in place."""
         if self._in_place:
-            return self._matrix
+            return self._with_its_diagonal()
         return self._matrix + self._λ * torch.eye(self.input_size, device=self.device, dtype=self.dtype)
 
     @override
     def _new_solver(self) -> BlockSolver:
-        λ = self._λ
         if self._in_place:
-            self._matrix.diagonal().copy_(self._diagonal + λ)
-            λ = 0.0
-        return DenseSolver("", self._matrix, λ, symmetric=self._symmetric)
+            return DenseSolver("", self._with_its_diagonal(), 0.0, symmetric=self._symmetric)
+        return DenseSolver("", self._matrix, self._λ, symmetric=self._symmetric)
+
+    def _with_its_diagonal(self) -> Tensor:
+        """The matrix given, whatever λ stood in its diagonal before."""
+        self._matrix.diagonal().copy_(self._diagonal + self._λ)
+        return self._matrix
 
     @property
     @override
