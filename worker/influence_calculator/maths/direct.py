@@ -40,6 +40,10 @@ from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverReport
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.singularity import is_singular, rounding_of_sums
+
+INVERSE_ITERATIONS = 3
+"""To tell how small the smallest eigenvalue is: each takes what one right-hand side takes."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class DenseSolver:
         if symmetric:
             self._cholesky, failed = torch.linalg.cholesky_ex(shifted)
             if int(failed) == 0:
+                self._require_regular(block, matrix, λ, shifted)
                 return
             del self._cholesky  # it is as large as the other factor
         factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
@@ -120,14 +125,31 @@ class DenseSolver:
             raise _no_inverse(block, matrix, λ)
         self._lu = (factor, pivots)
         self._cholesky = factor
+        self._require_regular(block, matrix, λ, shifted)
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
-        columns = right_hand_sides.to(self._cholesky.dtype).T
-        if self._lu is None:
-            solved = torch.cholesky_solve(columns, self._cholesky)
-        else:
-            solved = torch.linalg.lu_solve(*self._lu, columns)
+        solved = self._solved(right_hand_sides.to(self._cholesky.dtype).T)
         return solved.T.to(right_hand_sides.dtype), SolverReport.exact(right_hand_sides.shape[0])
+
+    def _solved(self, columns: Tensor) -> Tensor:
+        if self._lu is None:
+            return torch.cholesky_solve(columns, self._cholesky)
+        return torch.linalg.lu_solve(*self._lu, columns)
+
+    def _require_regular(self, block: str, matrix: Tensor, λ: float, shifted: Tensor) -> None:
+        """Where an eigenvalue is rounding, so are all numbers that come of it."""
+        largest = float(torch.linalg.vector_norm(shifted, dim=0).max())  # of an eigenvalue, from below
+        rounding = rounding_of_sums(shifted.dtype, len(shifted))
+        if is_singular(self._smallest_eigenvalue(), rounding, largest):
+            raise _no_inverse(block, matrix, λ)
+
+    def _smallest_eigenvalue(self) -> Tensor:
+        """Its modulus from above, by inverse iteration; a pivot may be large beside it."""
+        drawn = torch.randn(len(self._cholesky), 1, generator=torch.Generator().manual_seed(0))
+        u = drawn.to(self._cholesky)
+        for _ in range(INVERSE_ITERATIONS):
+            u = self._solved(u / torch.linalg.vector_norm(u))
+        return 1 / torch.linalg.vector_norm(u)
 
 
 def _no_inverse(block: str, matrix: Tensor, λ: float) -> CalculatorError:

@@ -29,6 +29,7 @@ from influence_calculator.maths.errors import NotFiniteError, SingularCurvatureE
 from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.layers import LayerSpec
 from influence_calculator.maths.method import SolverReport
+from influence_calculator.maths.singularity import is_singular, rounding_of_squares
 
 PRODUCT_ELEMENTS = 1 << 24
 """Of per-sample gradients, formed at once: 64 MiB in float32."""
@@ -404,10 +405,10 @@ def shifted(eigenvalues: Tensor, λ: float, what: str) -> Tensor:
     """`Λ + λ`.
 
     Raises:
-        SingularCurvatureError: an entry is 0.
+        SingularCurvatureError: an entry is 0, or rounding of the largest.
     """
     values = eigenvalues + λ
-    if not (values > 0).all():
+    if is_singular(values, rounding_of_squares(values.dtype)):
         raise SingularCurvatureError(
             f"{what}: the curvature is 0 in some direction, so that H + λI is singular at λ = {λ:g}; "
             "give a larger regularization, 0.01 is a usual start"

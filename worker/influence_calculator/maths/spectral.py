@@ -18,6 +18,7 @@ from influence_calculator.maths.gradients import projected
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import Fitted, Part, Solved, SolverReport, SolverStatus
 from influence_calculator.maths.objective import Batch, Objective
+from influence_calculator.maths.singularity import is_singular, rounding_of_sums
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Spectrum:
         """`S + λ`, `[r]`.
 
         Raises:
-            SingularCurvatureError: it is zero for one of them.
+            SingularCurvatureError: for one of them it is zero, or rounding of the largest.
             NotFiniteError: a training example spoiled the fit.
         """
         shifted = self.eigenvalues + self.λ
@@ -49,8 +50,9 @@ class Spectrum:
                 "has a loss or gradient that is not finite"
             )
         largest = max(self.λ, float(self.eigenvalues.abs().max()))
-        smallest = float(shifted.abs().min())
-        if smallest <= torch.finfo(self.eigenvectors.dtype).eps * largest:
+        rounding = rounding_of_sums(self.eigenvectors.dtype, len(shifted))
+        if is_singular(shifted.abs(), rounding, largest):
+            smallest = float(shifted.abs().min())
             raise SingularCurvatureError(
                 f"block {self.block!r}: H + λI is singular at λ = {self.λ:g}: an eigenvalue that the method "
                 f"keeps is {smallest:.1g} with it; give a larger regularization or a lower rank"
