@@ -38,7 +38,7 @@ NO_RESTART = {"rank": 2, "krylovDimension": 12, "tol": 1e-12, "maxIter": 0}
 
 
 def counted_reads(
-    jobs: Jobs, path: Path, changes: dict[str, Any], **arguments: Any
+    jobs: Jobs, path: Path, changes: dict[str, Any], workers: int = 1, **arguments: Any
 ) -> tuple[Plan, list[int], dict[tuple[int, int], int]]:
     """A run's plan, how often it read each training chunk, and what else it read of the training data."""
     counted = {"task": {"entrypoint": "counted_reads_task:task", "arguments": arguments}}
@@ -46,13 +46,25 @@ def counted_reads(
     jobs.finish(
         jobs.manifest({**counted, "chunks": {"test": 8, "train": 64}, **changes}),
         output=path,
-        workers=1,
+        workers=workers,
         env={READS: str(reads)},
     )
     plan = stored.plan_of(stored.open_store(path))
     times = Counter(tuple(map(int, line.split())) for line in reads.read_text().splitlines())
     of_chunks = [times.pop(plan.train_range(chunk)) for chunk in range(plan.train_chunks)]
     return plan, of_chunks, dict(times)
+
+
+def test_what_loading_saw_of_the_model_at_work_no_other_worker_looks_for_again(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    """A look takes gradients of some examples one by one, for which no stage has planned."""
+    looks = [
+        counted_reads(jobs, tmp_path / f"{workers}.zarr", {"method": {"name": "Ekfac"}}, workers)[2]
+        for workers in (1, 2)
+    ]
+    assert looks[0] == looks[1]
+    assert looks[0][0, PROBED] >= 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Jobs with EK-FAC whose model uses an embedding's weight by hand: every worker finds out for itself."""
+"""Jobs with EK-FAC whose model uses an embedding's weight by hand: loading finds out for all workers."""
 
 from __future__ import annotations
 

@@ -144,6 +144,14 @@ def only_tensors(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]
     return [leaves[place] for place in places], rebuilt
 
 
+class Seen(NamedTuple):
+    """What a look at a few examples found of a model at work; the fields of `Objective` of these names."""
+
+    by_hand: tuple[str, ...] = ()
+    untried: tuple[str, ...] = ()
+    channels_last: bool = False
+
+
 @dataclass(frozen=True)
 class Objective:
     """`ℓ_i(θ) = loss(forward(model, batch[i:i+1]), batch[i:i+1])`.
@@ -189,6 +197,15 @@ class Objective:
     def with_loss(self, loss: Loss) -> Objective:
         """The same model under another loss (a job's `measurement`)."""
         return replace(self, loss=loss)
+
+    @property
+    def seen(self) -> Seen:
+        """For whoever has not looked."""
+        return Seen(self.by_hand, self.untried, self.channels_last)
+
+    def with_seen(self, seen: Seen) -> Objective:
+        """The same model as somebody saw it."""
+        return replace(self, **seen._asdict())
 
     def in_state_of(self, model: nn.Module) -> Objective:
         """The objective with another state of the same model."""

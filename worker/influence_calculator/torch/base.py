@@ -45,6 +45,7 @@ from influence_calculator.maths.method import (
 from influence_calculator.maths.objective import (
     IndexedBatch,
     Objective,
+    Seen,
     batch_size,
     micro_batches,
     on_device,
@@ -133,9 +134,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self.method = method
         self.warn_on_max_iteration = warn_on_max_iteration
         self.checkpoints: Checkpoints | None = None
-        self._by_hand: tuple[str, ...] = ()
-        self._untried: tuple[str, ...] = ()
-        self._channels_last = False
+        self._seen = Seen()
         self._state: FitState | None = None
         self._data: IterableTrainingData | None = None
         self._fitted: Fitted | None = None
@@ -144,13 +143,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def objective(self) -> Objective:
         """What is differentiated: the loss of one example."""
         objective = xy_objective(self.model, self.loss)
-        return replace(
-            objective,
-            checkpoints=self.checkpoints,
-            by_hand=self._by_hand,
-            untried=self._untried,
-            channels_last=self._channels_last,
-        )
+        return replace(objective, checkpoints=self.checkpoints).with_seen(self._seen)
 
     @property
     def layout(self) -> Layout:
@@ -225,8 +218,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return self
 
     def _look_at(self, first: tuple[Any, Any]) -> None:
-        seen = self.method.looked_at(probe(self.objective, first), lambda: first)
-        self._by_hand, self._untried, self._channels_last = seen.by_hand, seen.untried, seen.channels_last
+        self._seen = self.method.looked_at(probe(self.objective, first), lambda: first).seen
 
     def _take(self, state: FitState, data: IterableTrainingData | None) -> None:
         self._state, self._data = state, data

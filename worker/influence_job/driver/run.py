@@ -108,7 +108,7 @@ def _compute(
         fingerprint["model"] = submitter.call(save_model, context)
         copied = earlier_job.copy_coordinates(job.spec, opened.earlier, opened.store)
         layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, copied)
-    context = replace(context, plan=plan)
+    context = replace(context, plan=plan, seen=loaded.seen)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
     tracker.finish(layout.complete(opened.store, opened.ledger, plan))
 

@@ -14,7 +14,7 @@ from influence_calculator.maths import perturbation
 from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import BlocksError, CalculatorError, UnsupportedInputError
-from influence_calculator.maths.objective import Batch, batch_size, slice_batch
+from influence_calculator.maths.objective import Batch, Seen, batch_size, slice_batch
 from influence_calculator.maths.probe import PROBED, probe
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
@@ -49,6 +49,8 @@ class Loaded:
     """Pass -> the pass before it in its series, if it is one of a series."""
     annotations: dict[str, str]
     """Coordinate (`test_label`) -> numpy dtype."""
+    seen: Seen
+    """Of the model at work."""
     left_out: dict[str, list[str]]
     """Why -> the model's parameters that contribute nothing."""
 
@@ -92,6 +94,7 @@ def describe(own: Session) -> Loaded:
         units={step.name: len(step.units(own.objective)) for step in passes},
         follows={step.name: step.follows for step in passes if step.follows is not None},
         annotations=annotations,
+        seen=own.objective.seen,
         left_out=_left_out(own),
     )
 

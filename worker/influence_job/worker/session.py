@@ -21,7 +21,7 @@ from influence_calculator.heap import keep_freed_memory
 from influence_calculator.maths.by_hand import at_work
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Method, PassesFitted
-from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, micro_batches
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, Seen, micro_batches
 from influence_calculator.maths.probe import PROBED
 from influence_job import entrypoint
 from influence_job.data import read_batch
@@ -44,6 +44,8 @@ class WorkerContext:
     identity: JobIdentity
     epoch: int
     plan: Plan | None = None
+    seen: Seen | None = None
+    """What loading found of the model at work."""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Session:
     _groups: dict[int, Left] = field(default_factory=dict)
     _fits: dict[str, FitState] = field(default_factory=dict)
     _seen: dict[tuple[str, int, int], str] = field(default_factory=dict)
+    _at_work: Seen | None = None
 
     @cached_property
     def store(self) -> Store:
@@ -83,11 +86,13 @@ class Session:
 
     @cached_property
     def objective(self) -> Objective:
-        """What is differentiated, with what the method must have seen of the model at work.
+        """What is differentiated, with what loading saw of the model at work, or else this process does.
 
         Raises:
             UnsupportedModelError: a part of the model that the method cannot treat.
         """
+        if self._at_work is not None:
+            return self.tracked.with_seen(self._at_work)
         side = "train" if self.spec.operation.reads_training else "test"
         few = self.read(side, 0, min(PROBED, len(getattr(self.task, side))))[0]
         return self.method.looked_at(at_work(self.tracked, few), lambda: few)
@@ -228,7 +233,7 @@ def session(context: WorkerContext) -> Session:
             # This process called the entry point before the job had stored a model, maybe another process's.
             model_state.adopt(found.store, found.states, context.identity)
         if context.plan is not None:
-            found._plan = context.plan
+            found._plan, found._at_work = context.plan, context.seen
     return found
 
 
