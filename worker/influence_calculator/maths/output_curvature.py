@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,11 +171,11 @@ def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch:
         raise
     except (RuntimeError, ValueError):
         # Control flow that depends on data cannot be vmapped; double backward takes any loss.
+        def of_example(i: int, values: Tensor) -> Tensor:
+            return loss(values, _at(tensors, i), _at(batch, i))
+
         return torch.stack(
-            [
-                _hessian(lambda f, i=i: loss(f, _at(tensors, i), _at(batch, i)), flat[i].detach())
-                for i in range(batch_size(batch))
-            ]
+            [_hessian(partial(of_example, i), flat[i].detach()) for i in range(batch_size(batch))]
         )
 
 
