@@ -39,6 +39,7 @@ from influence_calculator.maths.gradient_methods import BlockwiseFitted, fitted_
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverReport
 from influence_calculator.maths.objective import Objective, TrainingData
+from influence_calculator.maths.seeded_rows import generator, normal_rows
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.singularity import is_singular, rounding_of_sums
 
@@ -139,14 +140,13 @@ class DenseSolver:
     def _require_regular(self, block: str, matrix: Tensor, λ: float, shifted: Tensor) -> None:
         """Where an eigenvalue is rounding, so are all numbers that come of it."""
         largest = float(torch.linalg.vector_norm(shifted, dim=0).max())  # of an eigenvalue, from below
-        rounding = rounding_of_sums(shifted.dtype, len(shifted))
+        rounding = rounding_of_sums(shifted.dtype)
         if is_singular(self._smallest_eigenvalue(), rounding, largest):
             raise _no_inverse(block, matrix, λ)
 
     def _smallest_eigenvalue(self) -> Tensor:
         """Its modulus from above, by inverse iteration; a pivot may be large beside it."""
-        drawn = torch.randn(len(self._cholesky), 1, generator=torch.Generator().manual_seed(0))
-        u = drawn.to(self._cholesky)
+        u = normal_rows(1, len(self._cholesky), generator(0, "smallest"), self._cholesky).T
         for _ in range(INVERSE_ITERATIONS):
             u = self._solved(u / torch.linalg.vector_norm(u))
         return 1 / torch.linalg.vector_norm(u)

@@ -59,6 +59,7 @@ from influence_calculator.maths.memory_format import laid_out
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Batch, Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.singularity import rounding_of_sums
 from influence_calculator.maths.traced_gradients import used_by_hand
 
 FLAT = (
@@ -168,7 +169,9 @@ class Ekfac(Method):
                 eigenvalues = fitted_tensor(state, COVARIANCE, block, "diagonal", (width,))
             eigenvalues = eigenvalues.to(objective.device)
             is_flat = is_flat and not eigenvalues.any()
-            solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues))
+            are_products = not self.update_diagonal and (block in layers or block in embeddings)
+            rounding = rounding_of_sums(eigenvalues.dtype) if are_products else None
+            solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues), rounding)
         rows = {
             block: LayerRows(
                 layer, basis_of(objective, layer, state), scored_by_parameter(objective, layer, state)

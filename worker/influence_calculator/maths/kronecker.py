@@ -388,8 +388,10 @@ def layer_columns(layer: LayerSpec, matrices: Tensor, out: Tensor | None = None,
 class DiagonalSolver:
     """`g / (Λ + λ)` elementwise, of gradients in the basis in which the curvature is diagonal."""
 
-    def __init__(self, what: str, eigenvalues: Tensor, λ: float) -> None:
-        self._shifted = shifted(eigenvalues, λ, what).flatten()
+    def __init__(self, what: str, eigenvalues: Tensor, λ: float, rounding: float | None = None) -> None:
+        """`rounding` of the eigenvalues beside the largest; default: they are means of squares."""
+        own = rounding_of_squares(eigenvalues.dtype) if rounding is None else rounding
+        self._shifted = shifted(eigenvalues, λ, what, own).flatten()
 
     @property
     def shifted(self) -> Tensor:
@@ -401,14 +403,14 @@ class DiagonalSolver:
         return solved, SolverReport.exact(right_hand_sides.shape[0])
 
 
-def shifted(eigenvalues: Tensor, λ: float, what: str) -> Tensor:
+def shifted(eigenvalues: Tensor, λ: float, what: str, rounding: float) -> Tensor:
     """`Λ + λ`.
 
     Raises:
         SingularCurvatureError: an entry is 0, or rounding of the largest.
     """
     values = eigenvalues + λ
-    if is_singular(values, rounding_of_squares(values.dtype)):
+    if is_singular(values, rounding):
         raise SingularCurvatureError(
             f"{what}: the curvature is 0 in some direction, so that H + λI is singular at λ = {λ:g}; "
             "give a larger regularization, 0.01 is a usual start"

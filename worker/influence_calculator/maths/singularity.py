@@ -1,8 +1,8 @@
 """When a curvature plus λ counts as singular: where a value of it is rounding of the largest one.
 
 Without λ (pyDVL's default is 0) what should be zero is as large as rounding makes it, and its inverse decides
-every number. An ordinary λ is far above: a thousandth of the largest eigenvalue in float32, a millionth in
-float64.
+every number. A λ that anybody gives on purpose is above: the rounding of sums is 4e-6 of the largest
+eigenvalue in float32 and 7e-15 in float64.
 """
 
 from __future__ import annotations
@@ -10,16 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_COLUMNS = 32
-"""Rounding is taken to be of at least so many: few columns are sums over many examples too."""
 
-MOST_COLUMNS = 4096
-"""Of which rounding is taken to add up: 5e-4 of the largest value in float32, less than an ordinary λ."""
-
-
-def rounding_of_sums(dtype: torch.dtype, columns: int) -> float:
-    """Relative to the largest: of eigenvalues of a matrix of so many columns that was summed."""
-    return min(max(columns, LEAST_COLUMNS), MOST_COLUMNS) * torch.finfo(dtype).eps
+def rounding_of_sums(dtype: torch.dtype) -> float:
+    """Relative to the largest: of eigenvalues of a matrix that was summed over examples."""
+    return 32 * torch.finfo(dtype).eps
 
 
 def rounding_of_squares(dtype: torch.dtype) -> float:

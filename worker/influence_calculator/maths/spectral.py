@@ -50,7 +50,7 @@ class Spectrum:
                 "has a loss or gradient that is not finite"
             )
         largest = max(self.λ, float(self.eigenvalues.abs().max()))
-        rounding = rounding_of_sums(self.eigenvectors.dtype, len(shifted))
+        rounding = rounding_of_sums(self.eigenvectors.dtype)
         if is_singular(shifted.abs(), rounding, largest):
             smallest = float(shifted.abs().min())
             raise SingularCurvatureError(
