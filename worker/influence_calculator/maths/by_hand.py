@@ -85,7 +85,9 @@ def _answers_alone(objective: Objective, few: Batch) -> bool:
         for i in range(batch_size(few)):
             alone = float_leaves(objective.outputs(slice_batch(few, i, i + 1)))
             for whole, own in zip(together, alone, strict=True):
-                allowed = tolerance(whole.dtype)
-                if not torch.allclose(whole[i : i + 1], own, rtol=allowed, atol=allowed, equal_nan=True):
+                allowed, here = tolerance(whole.dtype), whole[i : i + 1]
+                if here.shape != own.shape:
+                    return False
+                if not torch.allclose(here, own, rtol=allowed, atol=allowed, equal_nan=True):
                     return False
     return True
