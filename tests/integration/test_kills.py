@@ -92,6 +92,20 @@ def test_a_run_killed_at_a_named_point_resumes_with_the_same_bits(
     resume(path, workers=1 if list(KILLS).index(name) % 2 else 3)
 
 
+def test_a_run_without_a_matrix_killed_while_it_finishes_is_finished(jobs: Jobs, tmp_path: Path) -> None:
+    """Of its regions nothing is left to be read back then but what is being deleted."""
+    manifest = jobs.manifest({"output": {"dense": False}})
+    whole, path = tmp_path / "whole.zarr", tmp_path / "result.zarr"
+    jobs.finish(manifest, output=whole)
+    run = jobs.start(manifest, output=path, barrier=Barrier("delete", "before", "^partials/", 3))
+    run.wait_for_barrier()
+    run.kill()
+    assert len(list((path / "partials").rglob("*"))) > 1
+    jobs.finish(manifest, output=path)
+    assert stored.differing(*(stored.result(stored.open_store(url)) for url in (whole, path))) == []
+    assert {file.name for file in (path / "partials").rglob("*") if file.is_file()} <= {"zarr.json"}
+
+
 @pytest.mark.parametrize("number", range(5))
 def test_a_run_killed_at_a_random_moment_resumes_with_the_same_bits(
     number: int, jobs: Jobs, tmp_path: Path, undisturbed: object, resume: Callable[..., Run]

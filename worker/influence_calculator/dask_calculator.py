@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 from typing import Any, Self
 from uuid import uuid4
 
@@ -267,10 +266,13 @@ class DaskInfluenceCalculator:
 
 
 def _as_it_is(model: InfluenceFunctionModel[Any, Any]) -> InfluenceFunctionModel[Any, Any]:
-    """A copy that a later λ, fit or device leaves alone; the model itself if it cannot be copied."""
+    """A copy that a later λ, fit or device leaves alone; the model itself if it cannot be copied.
+
+    The copy builds solvers of its own, so that a dense factorization is held twice.
+    """
     try:
         return model.at_rest()()
-    except (AttributeError, NotImplementedError, pickle.PicklingError, TypeError) as error:
+    except Exception as error:
         logger.warning(
             "The model cannot be copied (%s): a lazy result follows its changes until it is computed", error
         )

@@ -439,6 +439,9 @@ class TestLayers:
         with pytest.raises(ValueError, match=r"expected a symmetric Hessian.*weight_norm"):
             own(model, MLP.loss).fit([(X.to(dtype), Y)])
         own(MLP.model(dtype), MLP.loss).fit([(X.to(dtype), Y)])
+        if name == "direct":
+            # A method that does not differentiate by it is not concerned.
+            own(model, MLP.loss, block_structure={"head": ["4.weight"]}).fit([(X.to(dtype), Y)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SolverWarning)
             build(model, MLP.loss).fit([(X.to(dtype), Y)])

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from influence_calculator import DirectInfluence, EkfacInfluence, GradDotInfluence, SecondOrderMode
+from influence_calculator import (
+    Checkpoint,
+    DirectInfluence,
+    EkfacInfluence,
+    GradDotInfluence,
+    SecondOrderMode,
+    TracInInfluence,
+)
 from influence_calculator.maths.capture import captured_gradients, captured_layers
 from influence_calculator.maths.errors import (
     CalculatorError,
@@ -20,7 +27,7 @@ from influence_calculator.maths.errors import (
     TrainingModeError,
     UnsupportedModelError,
 )
-from influence_calculator.maths.objective import Objective, xy_objective
+from influence_calculator.maths.objective import Objective, Seen, xy_objective
 from influence_calculator.maths.probe import probe
 from model_cases import CASES, ModelCase
 
@@ -149,7 +156,25 @@ class Routed(nn.Module):
         return self.head(found.view_as(x).mean(1))
 
 
+class Checkpointed(nn.Module):
+    """Computes a layer again in the backward pass, when the hooks are gone."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda h: self.second(h).tanh(), self.first(x), use_reentrant=self.reentrant)
+        return self.head(hidden)
+
+
 BY_HAND = {
+    "checkpointed": (
+        Checkpointed,
+        (4,),
+        tuple(f"{layer}.{key}" for layer in ("first", "second") for key in ("weight", "bias")),
+    ),
     "functional": (Functional, (4,), ("layer.weight", "layer.bias")),
     "never called": (NeverCalled, (4,), ("layer.weight", "layer.bias")),
     "time first": (TimeFirst, (4, 4), ("layer.weight", "layer.bias")),
@@ -204,6 +229,80 @@ def test_a_layer_that_later_examples_reach_for_the_first_time_is_refused_by_name
         influence.influence_factors(x[4:], y[4:])
 
 
+class TwoHeads(nn.Module):
+    """Answers with another head too, token by token if there are tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.other = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.layer(x).tanh()
+        return self.head(hidden).reshape(len(x), -1, 3).mean(1), self.other(hidden)
+
+
+def first_loss(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+    """Of the first head alone."""
+    return F.cross_entropy(outputs[0], y)
+
+
+@pytest.mark.parametrize("features", [(4,), (5, 4)])
+def test_a_head_that_the_loss_leaves_out_contributes_nothing(features: tuple[int, ...]) -> None:
+    x, y = _batch(*features)
+    model = TwoHeads().double()
+    objective = probe(xy_objective(model, first_loss), (x, y))
+    assert objective.seen == Seen()
+    alone = TwoHeads().double()
+    alone.load_state_dict(model.state_dict())
+    alone.other.requires_grad_(False)
+    for build in (
+        lambda net: GradDotInfluence(net, first_loss),
+        lambda net: EkfacInfluence(net, True, 0.1, loss=first_loss, expectation="exact"),
+    ):
+        whole, part = (build(net).fit([(x[:4], y[:4]), (x[4:], y[4:])]) for net in (model, alone))
+        oracle.assert_close(whole.influences(x, y), part.influences(x, y), 1e-9)
+        if len(features) == 2:
+            found = whole.influences_by_token(x[:2], y[:2], x, y)
+            oracle.assert_close(found.sum(2), whole.influences(x[:2], y[:2], x, y), 1e-9)
+
+
+def test_a_loss_of_a_head_that_the_training_loss_leaves_out_is_taken() -> None:
+    """As a job's measurement may be."""
+    x, y = _batch(4)
+    objective = probe(xy_objective(TwoHeads().double(), first_loss), (x, y))
+    measured = objective.with_loss(lambda outputs, batch: outputs[1].square().sum())
+    assert len(list(captured_layers(measured, (x, y)))) == 3
+
+
+def test_what_any_checkpoint_does_otherwise_is_by_hand_in_all() -> None:
+    """Routes depend on the weights: in the model itself every token goes to one expert."""
+    x, y = _batch(5, 4, count=9)
+    x[..., 0] = x[..., 0].abs()
+    model = Signed().double()
+    turned = {**model.state_dict(), "sign": torch.tensor(-1.0, dtype=torch.float64)}
+    x[:, 0, 1] = 3 * x[:, 0, 1].sign()
+    influence = TracInInfluence(model, F.cross_entropy, [Checkpoint(turned), Checkpoint(model.state_dict())])
+    influence.fit([(x, y)])
+    assert "experts.0.weight" in influence.objective.by_hand
+    expected = torch.zeros(9, 9, dtype=torch.float64)
+    for state in influence.checkpoints.models:
+        rows = oracle.example_gradients(state, F.cross_entropy, x, y)
+        expected += rows @ rows.T
+    oracle.assert_close(influence.influences(x, y), expected, 1e-9)
+
+
+class Signed(Routed):
+    """Routes by one feature or another, as a buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sign", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed = x[..., :1] if self.sign > 0 else x[..., 1:2]
+        return super().forward(torch.cat([routed, x[..., 1:]], dim=2))
+
+
 def test_what_the_loss_does_not_depend_on_is_no_call() -> None:
     """As adapters take the norm of a product with the identity, and detach it."""
 
@@ -229,19 +328,6 @@ def test_examples_that_influence_each_other_are_refused_by_name() -> None:
         probe(_objective(Mixing()), _batch(4))
 
 
-class Checkpointed(nn.Module):
-    """Computes a layer again in the backward pass."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(lambda h: self.second(h).tanh(), self.first(x), use_reentrant=self.reentrant)
-        return self.head(hidden)
-
-
 class Complex(nn.Module):
     """Multiplies by complex numbers."""
 
@@ -260,7 +346,6 @@ REFUSED = {
         "1: expected modules of Python",
     ),
     "complex": (Complex, "weight: expected real parameters.*view_as_real"),
-    "checkpointed": (lambda: Checkpointed(False), "activation checkpointing.*gradient_checkpointing_disable"),
     "reentrant": (lambda: Checkpointed(True), "activation checkpointing.*gradient_checkpointing_disable"),
     "detached": (lambda: nn.Sequential(nn.Linear(4, 3), Detached()), "loss: expected one that depends on"),
 }

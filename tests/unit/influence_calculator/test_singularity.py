@@ -129,13 +129,13 @@ def test_eigenpairs_are_refused_where_one_is_rounding_of_the_largest_or_of_λ(dt
 
 def test_an_ordinary_regularization_is_above_all_rounding() -> None:
     for dtype, λ in ORDINARY.items():
-        assert rounding_of_sums(dtype) < λ
+        assert rounding_of_sums(dtype, λ) < λ
         assert rounding_of_squares(dtype) < λ
-        assert not is_singular(torch.tensor([1.0, λ], dtype=dtype), rounding_of_sums(dtype))
+        assert not is_singular(torch.tensor([1.0, λ], dtype=dtype), rounding_of_sums(dtype, λ))
 
 
 def test_what_is_zero_throughout_or_nan_is_singular_and_what_has_no_value_is_not() -> None:
     assert is_singular(torch.zeros(3), 0.0)
     assert is_singular(torch.tensor([1.0, torch.nan]), 0.0)
     assert not is_singular(torch.empty(0), 0.0)
-    assert not is_singular(torch.full((3,), 1e-30), rounding_of_sums(torch.float32))
+    assert not is_singular(torch.full((3,), 1e-30), rounding_of_sums(torch.float32, 0.0))

@@ -23,17 +23,36 @@ from influence_calculator.maths.objective import Batch, Objective, batch_size, s
 from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
 
 
-def at_work(objective: Objective, few: Batch, expected: Mapping[str, Tensor] | None = None) -> Objective:
-    """The objective with what these examples show of its layers: `by_hand` and `untried`.
-
-    `expected`: their gradients one by one, by whoever has them.
+def at_work(objective: Objective, few: Batch) -> Objective:
+    """The objective with what these examples show of its layers, in the state of each checkpoint too:
+    `by_hand` and `untried`.
     """
+    states = objective.checkpoints.models if objective.checkpoints else ()
+    return in_all_states(
+        seen_at_work(objective, few, gradients_one_by_one(objective, few)),
+        [
+            seen_at_work(state, few, gradients_one_by_one(state, few))
+            for state in map(objective.in_state_of, states)
+        ],
+    )
+
+
+def in_all_states(objective: Objective, others: Sequence[Objective]) -> Objective:
+    """The objective with what was seen of the same model in other states."""
+    by_hand = {name for seen in (objective, *others) for name in seen.by_hand}
+    return replace(
+        objective,
+        by_hand=tuple(name for name in objective.names if name in by_hand),
+        untried=tuple(name for name in objective.untried if all(name in seen.untried for seen in others)),
+    )
+
+
+def seen_at_work(objective: Objective, few: Batch, expected: Mapping[str, Tensor]) -> Objective:
+    """The same in the objective's own state alone; `expected` are the examples' gradients one by one."""
     plain = replace(objective, by_hand=(), untried=())
     layers = supported_layers(plain)
     if not layers:
         return plain
-    if expected is None:
-        expected = gradients_one_by_one(plain, few)
     # One alone is the whole batch; of two of it as much can be told.
     several = few if batch_size(few) > 1 else pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), few)
     called = _first_dimensions(plain, several, layers)
@@ -71,11 +90,12 @@ def _called_on_other_things(
 def _first_dimensions(
     objective: Objective, batch: Batch, layers: Sequence[LayerSpec]
 ) -> dict[str, list[int]]:
-    """Of the inputs of every call that the losses depend on, by layer."""
+    """Of the inputs of every call that the losses or other outputs depend on, by layer."""
     recording = record(objective, batch, layers)
     with torch.enable_grad():
+        outputs = [leaf.sum() for leaf in float_leaves(recording.outputs)]
         losses: Tensor = objective.losses(recording.outputs, batch).sum()
-    return recording.first_dimensions([losses])
+    return recording.first_dimensions([losses, *outputs])
 
 
 def _answers_alone(objective: Objective, few: Batch) -> bool:

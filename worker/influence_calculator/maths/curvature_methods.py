@@ -9,9 +9,9 @@ from abc import ABC
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.blocks import BlockMode, block_layout
 from influence_calculator.maths.curvature import SecondOrderMode, products
 from influence_calculator.maths.errors import CaptureMismatchError, UnsupportedModelError
 from influence_calculator.maths.method import Method
@@ -19,6 +19,9 @@ from influence_calculator.maths.objective import Batch, Objective, slice_batch
 from influence_calculator.maths.one_by_one import TOLERANCE
 from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.seeded_rows import generator, normal_rows
+
+TRIED = 4
+"""Random rows whose products are compared, each with each."""
 
 
 class CurvatureMethod(Method, ABC):
@@ -28,7 +31,7 @@ class CurvatureMethod(Method, ABC):
 
     @override
     def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:
-        """Tries two products, which nobody else compares with anything.
+        """Tries some products, which nobody else compares with anything.
 
         Raises:
             UnsupportedModelError: an operation of the model or the loss has no second derivative.
@@ -37,13 +40,14 @@ class CurvatureMethod(Method, ABC):
         """
         if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
             return objective
-        layout = block_layout(objective, BlockMode.FULL)
-        [(block, width)] = layout.widths.items()
+        layout, few = self.layout(objective), slice_batch(first(), 0, PROBED)
         like = torch.zeros((), dtype=objective.dtype, device=objective.device)
-        u, v = rows = normal_rows(2, width, generator(0, "tried"), like)
+        rows = {
+            block: normal_rows(TRIED, width, generator(0, block, "tried"), like)
+            for block, width in layout.widths.items()
+        }
         try:
-            few = slice_batch(first(), 0, PROBED)
-            Hu, Hv = products(self.second_order, objective, layout, few, {block: rows})[block]
+            found = products(self.second_order, objective, layout, few, rows)
         except (NotImplementedError, RuntimeError) as error:
             if "not implemented" not in str(error):
                 raise
@@ -52,15 +56,23 @@ class CurvatureMethod(Method, ABC):
                 f"the model or its loss has none: {str(error).splitlines()[0]} Take empirical_fisher, or "
                 "leave the parameters of that module out (requires_grad_(False))"
             ) from error
-        difference = float(u @ Hv - v @ Hu)
-        # Of random directions |Hu| is about the Frobenius norm of H, and u·Hv not more. Errors of operations
-        # are of order 1; those of TF32 are below a thousandth, of half precision they are too large to tell.
-        allowed = 0.3 * TOLERANCE.get(objective.dtype, float("inf")) * float(Hu.norm() + Hv.norm())
-        if self.second_order is SecondOrderMode.HESSIAN and abs(difference) > allowed:
-            raise CaptureMismatchError(
-                "second_order_mode: expected a symmetric Hessian, got products u·Hv and v·Hu that differ by "
-                f"{abs(difference):.2g} where |Hv| is {float(Hv.norm()):.2g}: torch's second derivative of "
-                "some operation of the model is wrong, as of weight_norm on a processor. Take "
-                "generalized_gauss_newton or empirical_fisher, which need none, or write that operation out"
-            )
+        if self.second_order is SecondOrderMode.HESSIAN and objective.dtype in TOLERANCE:
+            for block, own in found.items():
+                _refuse_asymmetric(rows[block], own, TOLERANCE[objective.dtype])
         return objective
+
+
+def _refuse_asymmetric(rows: Tensor, products: Tensor, tolerance: float) -> None:
+    """Of random rows and `H` times each of them."""
+    found = (rows @ products.T).double()
+    difference = float((found - found.T).abs().max())
+    norm = float(products.norm(dim=1).max())
+    # |Hu| is about the Frobenius norm of H, and u·Hv not more. Errors of operations are of order 1; those of
+    # TF32 are below a thousandth, of half precision they are too large to tell.
+    if difference > 0.6 * tolerance * norm:
+        raise CaptureMismatchError(
+            "second_order_mode: expected a symmetric Hessian, got products u·Hv and v·Hu that differ by "
+            f"{difference:.2g} where |Hv| is {norm:.2g}: torch's second derivative of some operation of the "
+            "model is wrong, as of weight_norm on a processor. Take generalized_gauss_newton or "
+            "empirical_fisher, which need none, or write that operation out"
+        )

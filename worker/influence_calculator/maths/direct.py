@@ -140,7 +140,7 @@ class DenseSolver:
     def _require_regular(self, block: str, matrix: Tensor, λ: float, shifted: Tensor) -> None:
         """Where an eigenvalue is rounding, so are all numbers that come of it."""
         largest = float(torch.linalg.vector_norm(shifted, dim=0).max())  # of an eigenvalue, from below
-        rounding = rounding_of_sums(shifted.dtype)
+        rounding = rounding_of_sums(shifted.dtype, λ)
         if is_singular(self._smallest_eigenvalue(), rounding, largest):
             raise _no_inverse(block, matrix, λ)
 

@@ -59,7 +59,7 @@ from influence_calculator.maths.memory_format import laid_out
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method
 from influence_calculator.maths.objective import Batch, Objective, TrainingData
 from influence_calculator.maths.shapes import ModelShapes
-from influence_calculator.maths.singularity import rounding_of_sums
+from influence_calculator.maths.singularity import rounding_of_products
 from influence_calculator.maths.traced_gradients import used_by_hand
 
 FLAT = (
@@ -170,7 +170,7 @@ class Ekfac(Method):
             eigenvalues = eigenvalues.to(objective.device)
             is_flat = is_flat and not eigenvalues.any()
             are_products = not self.update_diagonal and (block in layers or block in embeddings)
-            rounding = rounding_of_sums(eigenvalues.dtype) if are_products else None
+            rounding = rounding_of_products(eigenvalues.dtype) if are_products else None
             solvers[block] = DiagonalSolver(what, eigenvalues, self._λ(block, eigenvalues), rounding)
         rows = {
             block: LayerRows(

@@ -230,7 +230,10 @@ class Objective:
             return functional_call(self._module, values, (batch,), tie_weights=False)
 
     def _differentiable(self) -> AbstractContextManager[None]:
-        """Recurrent layers of cuDNN have a backward pass in training mode alone, and no second derivative."""
+        """Recurrent layers of cuDNN have a backward pass in training mode alone, and no second derivative.
+
+        In a model with such layers the others do without cuDNN too.
+        """
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
         return torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
 

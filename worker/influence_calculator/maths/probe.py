@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
-from influence_calculator.maths.by_hand import at_work
+from influence_calculator.maths.by_hand import in_all_states, seen_at_work
 from influence_calculator.maths.errors import CaptureMismatchError, TrainingModeError, UnsupportedModelError
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
 from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
@@ -52,14 +52,15 @@ def probe(objective: Objective, batch: Batch) -> Objective:
     _refuse_random_outputs(objective, few)
     with _checkpointing_named():
         expected = gradients_one_by_one(objective, few)
-        seen = at_work(objective, few, expected)
+        seen = seen_at_work(objective, few, expected)
         _refuse_other_gradients(seen, few, expected)
+    others = []
     for i, model in enumerate(objective.checkpoints.models if objective.checkpoints else ()):
         try:
-            probe(objective.in_state_of(model), few)
+            others.append(probe(objective.in_state_of(model), few))
         except ValueError as error:
             raise type(error)(f"checkpoints[{i}], a copy of the model as it was then: {error}") from error
-    return seen
+    return in_all_states(seen, others)
 
 
 def refuse_meta(model: nn.Module) -> None:

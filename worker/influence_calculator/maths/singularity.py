@@ -1,8 +1,7 @@
 """When a curvature plus λ counts as singular: where a value of it is rounding of the largest one.
 
 Without λ (pyDVL's default is 0) what should be zero is as large as rounding makes it, and its inverse decides
-every number. A λ that anybody gives on purpose is above: the rounding of sums is 4e-6 of the largest
-eigenvalue in float32 and 7e-15 in float64.
+every number.
 """
 
 from __future__ import annotations
@@ -11,9 +10,17 @@ import torch
 from torch import Tensor
 
 
-def rounding_of_sums(dtype: torch.dtype) -> float:
-    """Relative to the largest: of eigenvalues of a matrix that was summed over examples."""
-    return 32 * torch.finfo(dtype).eps
+def rounding_of_sums(dtype: torch.dtype, λ: float) -> float:
+    """Relative to the largest: of eigenvalues of a matrix that was summed over examples.
+
+    A λ above 0 somebody gave on purpose: it is taken as long as adding it changes anything.
+    """
+    return (32 if λ == 0 else 1) * torch.finfo(dtype).eps
+
+
+def rounding_of_products(dtype: torch.dtype) -> float:
+    """The same of products of two matrices' eigenvalues, of which both may be small."""
+    return torch.finfo(dtype).eps
 
 
 def rounding_of_squares(dtype: torch.dtype) -> float:

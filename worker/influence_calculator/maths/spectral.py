@@ -50,7 +50,7 @@ class Spectrum:
                 "has a loss or gradient that is not finite"
             )
         largest = max(self.λ, float(self.eigenvalues.abs().max()))
-        rounding = rounding_of_sums(self.eigenvectors.dtype)
+        rounding = rounding_of_sums(self.eigenvectors.dtype, self.λ)
         if is_singular(shifted.abs(), rounding, largest):
             smallest = float(shifted.abs().min())
             raise SingularCurvatureError(

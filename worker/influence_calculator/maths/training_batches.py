@@ -61,7 +61,7 @@ class TrainingBatches:
         return sum(tree_bytes(batch) for _, batch in self._kept or ())
 
     def _try_to_keep(self) -> None:
-        """Reads the data at the first question, so that data that can be read once is read once."""
+        """Reads the data at the first question, to keep it if it fits."""
         if self._kept is not None or self._too_large:
             return
         kept, total = [], 0

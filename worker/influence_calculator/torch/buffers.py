@@ -81,20 +81,17 @@ class _OfReferences(pickle.Unpickler):
 class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is Tensor and _is_plain(obj):
-            return _copied, (obj.cpu().numpy(), obj.device.type)
+            return _copied, (obj.numpy(),)
         return super().reducer_override(obj)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether numpy can stand for it: what else a tensor may be is left to torch."""
-    dense = tensor.device.type in ("cpu", "cuda") and tensor.layout == torch.strided
+    dense = tensor.device.type == "cpu" and tensor.layout == torch.strided
     special = tensor.requires_grad or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized
     return dense and not special and tensor.dtype in _IN_NUMPY
 
 
-def _copied(array: NDArray[Any], device: str) -> Tensor:
-    """In memory of its own: a received buffer may be read-only, and lies at any address.
-
-    On the device of this kind that the process uses: another machine may number its own otherwise.
-    """
-    return torch.from_numpy(np.array(array)).to(device)
+def _copied(array: NDArray[Any]) -> Tensor:
+    """In memory of its own: a received buffer may be read-only, and lies at any address."""
+    return torch.from_numpy(np.array(array))

@@ -140,6 +140,8 @@ def complete(store: Store, ledger: Ledger, plan: Plan) -> dict[str, object]:
         "digest": state.hexdigest(),
     }
     ledger.compact()
-    sink_arrays.delete_partials(store)
+    ledger.check_epoch()
     arrays.update_attributes(store, {arrays.OURS: {"finished": True, "result": result}})
+    # Only now: of a job without a matrix they are what regions are read back from.
+    sink_arrays.delete_partials(store)
     return result

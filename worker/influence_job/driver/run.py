@@ -21,6 +21,7 @@ from influence_job.methods import method_of
 from influence_job.plan import Plan, make_plan
 from influence_job.progress import Progress, Stage
 from influence_job.spec import InfluenceJob
+from influence_job.storage import sink_arrays
 from influence_job.storage.claim import delete_previous
 from influence_job.worker import model_state
 from influence_job.worker.loading import Loaded, load, save_model
@@ -69,6 +70,7 @@ def _attempt(
     try:
         if opened.finished and trust_finished:
             tracker.warn("the store is finished; compared without loading the model")
+            sink_arrays.delete_partials(opened.store)  # whoever finished it may have died meanwhile
             tracker.finish(opened.record["result"])
             return
         tracker.update(workers_needed=True)

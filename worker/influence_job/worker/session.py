@@ -95,7 +95,8 @@ class Session:
             return self.tracked.with_seen(self._at_work)
         side = "train" if self.spec.operation.reads_training else "test"
         few = self.read(side, 0, min(PROBED, len(getattr(self.task, side))))[0]
-        return self.method.looked_at(at_work(self.tracked, few), lambda: few)
+        seen = self.method.looked_at(at_work(self.side_of(self.tracked, side), few), lambda: few).seen
+        return self.tracked.with_seen(seen)
 
     def side_of(self, objective: Objective, side: str) -> Objective:
         """An objective as the side "train" or "test" has it: for tests with the task's measurement."""
