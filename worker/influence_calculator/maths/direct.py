@@ -114,19 +114,25 @@ class DenseSolver:
     def __init__(self, block: str, matrix: Tensor, λ: float, *, symmetric: bool = True) -> None:
         shifted = matrix.clone()
         shifted.diagonal().add_(λ)
+        largest = float(torch.linalg.vector_norm(shifted, dim=0).max())  # of an eigenvalue, from below
+        if not self._factorized(shifted, symmetric):
+            raise _no_inverse(block, matrix, λ)
+        del shifted  # a solve holds as much
+        # Where an eigenvalue is rounding, so are all numbers that come of it.
+        if is_singular(self._smallest_eigenvalue(), rounding_of_sums(matrix.dtype, λ), largest):
+            raise _no_inverse(block, matrix, λ)
+
+    def _factorized(self, shifted: Tensor, symmetric: bool) -> bool:
+        """Whether it could be."""
         self._lu: tuple[Tensor, Tensor] | None = None
         if symmetric:
             self._cholesky, failed = torch.linalg.cholesky_ex(shifted)
             if int(failed) == 0:
-                self._require_regular(block, matrix, λ, shifted)
-                return
+                return True
             del self._cholesky  # it is as large as the other factor
-        factor, pivots, singular = torch.linalg.lu_factor_ex(shifted)
-        if int(singular) != 0 or not finite_rows(factor).all():
-            raise _no_inverse(block, matrix, λ)
-        self._lu = (factor, pivots)
-        self._cholesky = factor
-        self._require_regular(block, matrix, λ, shifted)
+        self._cholesky, pivots, singular = torch.linalg.lu_factor_ex(shifted)
+        self._lu = (self._cholesky, pivots)
+        return int(singular) == 0 and bool(finite_rows(self._cholesky).all())
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         solved = self._solved(right_hand_sides.to(self._cholesky.dtype).T)
@@ -136,13 +142,6 @@ class DenseSolver:
         if self._lu is None:
             return torch.cholesky_solve(columns, self._cholesky)
         return torch.linalg.lu_solve(*self._lu, columns)
-
-    def _require_regular(self, block: str, matrix: Tensor, λ: float, shifted: Tensor) -> None:
-        """Where an eigenvalue is rounding, so are all numbers that come of it."""
-        largest = float(torch.linalg.vector_norm(shifted, dim=0).max())  # of an eigenvalue, from below
-        rounding = rounding_of_sums(shifted.dtype, λ)
-        if is_singular(self._smallest_eigenvalue(), rounding, largest):
-            raise _no_inverse(block, matrix, λ)
 
     def _smallest_eigenvalue(self) -> Tensor:
         """Its modulus from above, by inverse iteration; a pivot may be large beside it."""
