@@ -6,7 +6,6 @@ Shapes: P parameters.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from influence_calculator.maths.method import Method
 from influence_calculator.maths.objective import Batch, Objective, slice_batch
 from influence_calculator.maths.one_by_one import TOLERANCE
 from influence_calculator.maths.probe import PROBED
-from influence_calculator.maths.seeded_rows import generator, normal_rows
+from influence_calculator.maths.seeded_rows import generator, sign_rows
 
-TRIED = 4
+TRIED = 3
 """Random rows whose products are compared, each with each."""
 
 
@@ -30,7 +29,7 @@ class CurvatureMethod(Method, ABC):
     second_order: SecondOrderMode
 
     @override
-    def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:
+    def try_on(self, objective: Objective, few: Batch) -> None:
         """Tries some products, which nobody else compares with anything.
 
         Raises:
@@ -39,15 +38,22 @@ class CurvatureMethod(Method, ABC):
                 operation is wrong (of `weight_norm` it was, in version 2.15 on a processor).
         """
         if self.second_order is SecondOrderMode.EMPIRICAL_FISHER:
-            return objective
-        layout, few = self.layout(objective), slice_batch(first(), 0, PROBED)
+            return
+        layout, few = self.layout(objective), slice_batch(few, 0, PROBED)
         like = torch.zeros((), dtype=objective.dtype, device=objective.device)
+        is_compared = self.second_order is SecondOrderMode.HESSIAN and objective.dtype in TOLERANCE
         rows = {
-            block: normal_rows(TRIED, width, generator(0, block, "tried"), like)
+            block: sign_rows(TRIED if is_compared else 1, width, generator(0, block, "tried"), like)
             for block, width in layout.widths.items()
         }
         try:
-            found = products(self.second_order, objective, layout, few, rows)
+            # One after the other: each takes as much memory as all of them need.
+            found = [
+                products(
+                    self.second_order, objective, layout, few, {b: own[i : i + 1] for b, own in rows.items()}
+                )
+                for i in range(len(next(iter(rows.values()))))
+            ]
         except (NotImplementedError, RuntimeError) as error:
             if "not implemented" not in str(error):
                 raise
@@ -56,10 +62,9 @@ class CurvatureMethod(Method, ABC):
                 f"the model or its loss has none: {str(error).splitlines()[0]} Take empirical_fisher, or "
                 "leave the parameters of that module out (requires_grad_(False))"
             ) from error
-        if self.second_order is SecondOrderMode.HESSIAN and objective.dtype in TOLERANCE:
-            for block, own in found.items():
-                _refuse_asymmetric(rows[block], own, TOLERANCE[objective.dtype])
-        return objective
+        for block, own in rows.items() if is_compared else ():
+            of_block = torch.cat([products_of[block] for products_of in found])
+            _refuse_asymmetric(own, of_block, TOLERANCE[objective.dtype])
 
 
 def _refuse_asymmetric(rows: Tensor, products: Tensor, tolerance: float) -> None:

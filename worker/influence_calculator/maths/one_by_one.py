@@ -39,8 +39,9 @@ def gradients_one_by_one(objective: Objective, batch: Batch) -> dict[str, Tensor
     Raises:
         UnsupportedModelError: the loss depends on no tracked parameter.
     """
-    rows: dict[str, list[Tensor]] = {name: [] for name in objective.names}
-    for i in range(batch_size(batch)):
+    n = batch_size(batch)
+    rows = {name: value.new_zeros(n, value.numel()) for name, value in objective.parameters().items()}
+    for i in range(n):
         leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
         with torch.enable_grad():
             alone = slice_batch(batch, i, i + 1)
@@ -54,8 +55,8 @@ def gradients_one_by_one(objective: Objective, batch: Batch) -> dict[str, Tensor
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
         for name, gradient in zip(leaves, found, strict=True):
-            rows[name].append(gradient.flatten())
-    return {name: torch.stack(values) for name, values in rows.items()}
+            rows[name][i] = gradient.flatten()
+    return rows
 
 
 def mismatched(objective: Objective, batch: Batch, expected: Mapping[str, Tensor]) -> list[str]:
@@ -65,11 +66,14 @@ def mismatched(objective: Objective, batch: Batch, expected: Mapping[str, Tensor
     finite = torch.stack([finite_rows(rows) for rows in expected.values()]).all(0)
     shapes = {name: tuple(value.shape) for name, value in objective.parameters().items()}
     layout = Layout.of(shapes, {name: (name,) for name in shapes})
-    whole = max(float(rows[finite].norm()) for rows in expected.values())
+    is_finite = bool(finite.all())
+    whole = max(float((rows if is_finite else rows[finite]).norm()) for rows in expected.values())
     wrong = []
     for part in per_sample_gradients(objective, batch, layout):
-        rows = expected[part.block][finite]
+        rows, found = expected[part.block], part.values.to(expected[part.block].dtype)
+        if not is_finite:
+            rows, found = rows[finite], found[finite]
         allowed = tolerance(rows.dtype) * max(float(rows.norm()), NOISE * whole)
-        if not float((part.values.to(rows.dtype)[finite] - rows).norm()) <= allowed:
+        if not float((found - rows).norm()) <= allowed:
             wrong.append(part.block)
     return wrong

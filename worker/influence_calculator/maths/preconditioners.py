@@ -23,7 +23,7 @@ from influence_calculator.maths.errors import NotFiniteError
 from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.footprints import row_bytes
 from influence_calculator.maths.method import FitState
-from influence_calculator.maths.seeded_rows import generator, orthonormal_rows
+from influence_calculator.maths.seeded_rows import generator, orthonormal_rows, sign_rows
 from influence_calculator.maths.shapes import ModelShapes
 
 
@@ -180,11 +180,7 @@ class _DiagonalPass(CurvaturePass):
 
     @override
     def directions(self, block: str, like: Tensor) -> Tensor:
-        drawn_by = generator(self.seed, block)
-        signs = torch.randint(
-            0, 2, (self.samples, len(like)), generator=drawn_by, dtype=torch.int8, device="cpu"
-        )
-        return signs.to(like) * 2 - 1
+        return sign_rows(self.samples, len(like), generator(self.seed, block), like)
 
     @override
     def add(self, curvature: BlockCurvature, sums: Mapping[str, Tensor], directions: Tensor) -> None:

@@ -23,6 +23,12 @@ def normal_rows(q: int, width: int, drawn_by: torch.Generator, like: Tensor) -> 
     return torch.randn(q, width, generator=drawn_by, dtype=torch.float64, device="cpu").to(like)
 
 
+def sign_rows(q: int, width: int, drawn_by: torch.Generator, like: Tensor) -> Tensor:
+    """Rows of random signs, `[q, P_b]`, drawn on the CPU; in dtype and on the device of `like`."""
+    signs = torch.randint(0, 2, (q, width), generator=drawn_by, dtype=torch.int8, device="cpu")
+    return signs.to(like).mul_(2).sub_(1)
+
+
 def orthonormal_rows(q: int, width: int, drawn_by: torch.Generator, like: Tensor) -> Tensor:
     """Orthonormal rows, `[q, P_b]`, made on the CPU in float64; in dtype and on the device of `like`.
 

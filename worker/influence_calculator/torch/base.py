@@ -218,7 +218,9 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return self
 
     def _look_at(self, first: tuple[Any, Any]) -> None:
-        self._seen = self.method.looked_at(probe(self.objective, first), lambda: first).seen
+        seen = self.method.looked_at(probe(self.objective, first), lambda: first)
+        self.method.try_on(seen, first)
+        self._seen = seen.seen
 
     def _take(self, state: FitState, data: IterableTrainingData | None) -> None:
         self._state, self._data = state, data
