@@ -303,8 +303,9 @@ class Method(ABC):
         return objective
 
     def try_on(self, objective: Objective, few: Batch) -> None:  # noqa: B027
-        """Computes on a few examples what the method relies on and nobody checks, before a model is fitted; most
-        rely on gradients alone, which were tried.
+        """Computes on a few examples what the method relies on and nobody checks, before a model is fitted.
+
+        Most rely on gradients alone, which were tried.
 
         Raises:
             CalculatorError: a model or a loss that the method has wrong.
