@@ -16,6 +16,7 @@ from influence_calculator.maths.errors import CaptureMismatchError, UnsupportedM
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.objective import Batch, Objective, slice_batch
 from influence_calculator.maths.one_by_one import TOLERANCE
+from influence_calculator.maths.output_curvature import has_no_derivative
 from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.seeded_rows import generator, sign_rows
 
@@ -54,8 +55,8 @@ class CurvatureMethod(Method, ABC):
                 )
                 for i in range(len(next(iter(rows.values()))))
             ]
-        except (NotImplementedError, RuntimeError) as error:
-            if "not implemented" not in str(error):
+        except RuntimeError as error:
+            if not has_no_derivative(error):
                 raise
             raise UnsupportedModelError(
                 f"second_order_mode: {self.second_order} takes derivatives of gradients, and an operation of "

@@ -70,7 +70,11 @@ class OutputEigenpairs(NamedTuple):
 
 
 _UNDERIVED = re.compile("derivative for .* is not implemented")
-"""What torch says of a function that has no derivative, or whose derivative has none."""
+
+
+def has_no_derivative(error: RuntimeError) -> bool:
+    """Whether torch says so of a function, or of the derivative of one."""
+    return _UNDERIVED.search(str(error)) is not None
 
 
 class OutputCurvature(ABC):
@@ -184,7 +188,7 @@ def _hessian(loss: Callable[[Tensor], Tensor], output: Tensor) -> Tensor:
     try:
         found: Tensor = torch.autograd.functional.hessian(loss, output)
     except RuntimeError as error:
-        if not _UNDERIVED.search(str(error)):
+        if not has_no_derivative(error):
             raise
         raise UnsupportedLossError(
             f"loss: expected one that torch differentiates twice, got: {error}; write it with functions "
