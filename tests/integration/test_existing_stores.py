@@ -163,6 +163,21 @@ def test_overwrite_replaces_a_store_of_other_inputs_as_a_whole(
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
 
 
+def test_an_overwrite_that_fails_before_it_computes_leaves_the_result(jobs: Jobs, tmp_path: Path) -> None:
+    """A misspelt argument must not cost what took days; nor does the next job delete it."""
+    path, manifest = tmp_path / "result.zarr", jobs.manifest()
+    jobs.finish(manifest, output=path)
+    before = _without_claims(path)
+    changes = {"output": {"onExisting": "Overwrite"}, "task": {"arguments": {"misspelt": 1}}}
+    refused = jobs.run(jobs.manifest(changes), output=path)
+    assert refused.code == 64, refused.stderr
+    assert "misspelt" in refused.stderr
+    assert stored.differing(_without_claims(path), before) == []
+    again = jobs.finish(manifest, output=path)
+    assert not [name for name in times_written(again, path) if name.startswith("influences/")]
+    assert stored.differing(_without_claims(path), before) == ["fit/model.json"]  # whose it is now
+
+
 @pytest.mark.parametrize("on_existing", ["Resume", "Overwrite", "Fail"])
 def test_a_folder_that_is_no_store_of_ours_is_left_alone(
     on_existing: str, jobs: Jobs, tmp_path: Path

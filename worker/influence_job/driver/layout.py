@@ -12,7 +12,7 @@ from influence_job.plan import Plan
 from influence_job.plan.basis import Basis, stored_basis
 from influence_job.spec import InfluenceJob
 from influence_job.storage import arrays, sink_arrays
-from influence_job.storage.claim import Epoch
+from influence_job.storage.claim import Epoch, check_epoch
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.provenance import provenance
 from influence_job.storage.store import Store
@@ -73,6 +73,7 @@ def create(
         if plan.by_block:
             arrays.write_names(store, "block", plan.blocks)
         sink_arrays.create_sink_arrays(store, plan.test, plan.train, plan.group_rows, plan.top_k, plan.dtype)
+    check_epoch(store, epoch)
     arrays.update_attributes(
         store,
         {
@@ -140,8 +141,8 @@ def complete(store: Store, ledger: Ledger, plan: Plan) -> dict[str, object]:
         "digest": state.hexdigest(),
     }
     ledger.compact()
-    ledger.check_epoch()
+    ledger.guard.check()
     arrays.update_attributes(store, {arrays.OURS: {"finished": True, "result": result}})
     # Only now: of a job without a matrix they are what regions are read back from.
-    sink_arrays.delete_partials(store)
+    sink_arrays.delete_partials(store, ledger.guard.check_if_due)
     return result

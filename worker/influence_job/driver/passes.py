@@ -66,7 +66,7 @@ class Passes:
             ended = self._solve_chunk(chunk)
             self.rows.compute(Rows(kind, 1, chunk), function, ended, on_value=on_value)
             self._check_solved(kind, chunk)
-            self.store.delete_prefix(pass_prefix(solving_series(chunk)))
+            self._delete(pass_prefix(solving_series(chunk)))
         self._delete_of_solved(kind)
 
     def range_inputs(self, index: int) -> Iterator[str]:
@@ -88,9 +88,9 @@ class Passes:
             self.rows.compute(ranges, fitting.fit_range, step.name, ranges.first)
             self._check_read_alike(like, step.name)
             self.rows.compute(units, fitting.fit_unit, step.name, units.first)
-        self.store.delete_prefix(partial_prefix(step.name))
+        self._delete(partial_prefix(step.name))
         if step.follows is not None:
-            self.store.delete_prefix(pass_prefix(step.follows))
+            self._delete(pass_prefix(step.follows))
         return True
 
     def _is_due(self, step: Step) -> bool:
@@ -148,7 +148,10 @@ class Passes:
         def needed(path: str) -> bool:
             return not self.ledger.has(kind, int(path.removeprefix(prefix).split("/")[0]))
 
-        self.store.delete_prefix(prefix, keep=needed)
+        self._delete(prefix, needed)
+
+    def _delete(self, prefix: str, keep: Callable[[str], bool] = lambda _: False) -> None:
+        self.store.delete_prefix(prefix, self.ledger.guard.check_if_due, keep)
 
     def _ranges(self, step: str) -> Rows:
         total = self.plan.fit_ranges

@@ -10,7 +10,7 @@ from influence_job.driver import earlier_job, fingerprints
 from influence_job.identity import JobIdentity
 from influence_job.spec import InfluenceJobSpec
 from influence_job.storage.arrays import OURS
-from influence_job.storage.claim import OVERWRITE, Claim, Epoch, claim, inspect
+from influence_job.storage.claim import OVERWRITE, Claim, Epoch, Existing, claim, inspect
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.store import Store
 
@@ -53,17 +53,26 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
     store = Store.open(spec.output.url, spec.output.storage_options)
     existing = inspect(store)
     store.probe()
-    record = dict(existing.attributes.get(OURS, {}))
-    if existing.effective(identity.uid, str(spec.output.on_existing)) == OVERWRITE:
-        record = {}
-    fingerprints.refuse_differences(
-        store.url,
-        record.get("fingerprint"),
-        fingerprint,
-        fingerprints.plan_differences(spec, record.get("plan")),
-    )
-    wanted = Claim(identity.uid, identity.attempt, identity.pod, str(spec.output.on_existing))
-    epoch = claim(store, wanted)
-    ledger = Ledger(store, epoch)
-    ledger.load()
+    on_existing = str(spec.output.on_existing)
+    if existing.effective(identity.uid, on_existing) != OVERWRITE:
+        _refuse_other(spec, store, _record(existing), fingerprint)
+    epoch = claim(store, Claim(identity.uid, identity.attempt, identity.pod, on_existing))
+    ledger, record = Ledger(store, epoch), {}
+    if not epoch.must_delete:
+        # Only now: whoever held the store before may have begun it, or gone on, until it was ours.
+        record = _record(inspect(store))
+        _refuse_other(spec, store, record, fingerprint)
+        ledger.load()
     return Opened(store, epoch, ledger, fingerprint, record, earlier)
+
+
+def _record(existing: Existing) -> dict[str, Any]:
+    return dict(existing.attributes.get(OURS, {}))
+
+
+def _refuse_other(
+    spec: InfluenceJobSpec, store: Store, record: dict[str, Any], fingerprint: dict[str, Any]
+) -> None:
+    """Refuses a store that was begun with something else, as far as that is known without the model."""
+    more = fingerprints.plan_differences(spec, record.get("plan"))
+    fingerprints.refuse_differences(store.url, record.get("fingerprint"), fingerprint, more)

@@ -70,7 +70,8 @@ def _attempt(
     try:
         if opened.finished and trust_finished:
             tracker.warn("the store is finished; compared without loading the model")
-            sink_arrays.delete_partials(opened.store)  # whoever finished it may have died meanwhile
+            # Whoever finished it may have died before he did.
+            sink_arrays.delete_partials(opened.store, opened.ledger.guard.check_if_due)
             tracker.finish(opened.record["result"])
             return
         tracker.update(workers_needed=True)
@@ -93,7 +94,7 @@ def _attempt(
 def _compute(
     job: InfluenceJob, identity: JobIdentity, opened: Opened, submitter: Submitter, tracker: ProgressTracker
 ) -> None:
-    opened.ledger.check_epoch()
+    opened.ledger.guard.check()
     tracker.enter(Stage.LOADING)
     context = WorkerContext(job.spec, identity, opened.epoch.number)
     loaded: Loaded = submitter.call(load, context)
@@ -109,6 +110,7 @@ def _compute(
         # Any worker may be the one that stores its model, and each may have trained another.
         fingerprint["model"] = submitter.call(save_model, context)
         copied = earlier_job.copy_coordinates(job.spec, opened.earlier, opened.store)
+        opened.ledger.guard.check()
         layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, copied)
     context = replace(context, plan=plan, seen=loaded.seen)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()

@@ -129,7 +129,7 @@ class Stages:
     # -- what is left ---------------------------------------------------------------------------
 
     def _enter(self, stage: Stage) -> None:
-        self.opened.ledger.check_epoch()
+        self.opened.ledger.guard.check()
         self.tracker.enter(stage)
 
     def _solve(self, kind: str, function: Callable[..., Outcome]) -> None:

@@ -2,18 +2,20 @@
 
 A driver claims a store by creating `ledger/epoch-<n>`, which nothing ever replaces or deletes; whoever
 holds the highest epoch is the writer. An older driver finds the higher epoch before its next flush and
-stops. What a claim says decides which segments of the ledger count: after a claim that overwrites,
-those of earlier epochs never do, even while their objects still exist.
+stops. A claim that overwrites takes effect with `ledger/overwrites-<n>`, once its job is sure to start: from
+then on segments of earlier epochs never count, even while their objects still exist. A job that fails before
+leaves what is there as it was.
 
     inspect   what is there, before anything is written
     claim     become the writer
-    delete_previous   the deletion that an overwriting claim announced, once the job is sure to start
+    delete_previous   the deletion that an overwriting claim asks for, once the job is sure to start
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,7 +29,12 @@ from influence_job.storage.store import Store
 RESUME, OVERWRITE, FAIL = "Resume", "Overwrite", "Fail"
 """`output.onExisting`."""
 
+CHECK_SECONDS = 1.0
+"""So long a driver may go on without knowing that another took its store."""
+
 _EPOCH = re.compile(r"ledger/epoch-(\d+)")
+_KEPT = re.compile(r"ledger/(epoch|overwrites)-\d+")
+"""What no deletion takes away."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Claim:
     on_existing: str
     """`Resume`, `Overwrite` or `Fail`: what the job asks for; it decides in a UID's first claim only."""
     overwrites: bool = False
-    """Set by `claim`: nothing that earlier epochs did counts any more."""
+    """Set by `claim`: nothing that earlier epochs did is to count any more."""
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     nonce: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Makes the content unique, so that a claim whose answer was lost is recognized as our own."""
@@ -53,10 +60,12 @@ class Existing:
 
     claims: Mapping[int, Claim]
     """By epoch."""
+    counts_from: int
+    """Segments of the ledger count from this epoch on; 0 if none ever overwrote."""
     attributes: Mapping[str, Any]
     """Root attributes; empty if there are none, or if they no longer count."""
     must_delete: bool
-    """An Overwrite claimed the store and its deletion has not ended: what is there does not count."""
+    """An Overwrite has begun and its deletion has not ended: what is there does not count."""
 
     @property
     def empty(self) -> bool:
@@ -78,13 +87,19 @@ class Existing:
             claim=self.claims[number],
             resumes=True,
             previous={n: made for n, made in self.claims.items() if n != number},
-            counts_from=_counts_from(self.claims),
+            counts_from=self.counts_from,
             must_delete=self.must_delete,
         )
 
     def effective(self, job_uid: str, on_existing: str) -> str:
-        """What `onExisting` means for this UID now: after its first claim every attempt resumes."""
-        return RESUME if any(c.job_uid == job_uid for c in self.claims.values()) else on_existing
+        """What `onExisting` means for this UID now: after its first claim every attempt resumes, but that it
+        overwrites as long as none of them got so far.
+        """
+        own = {number: made for number, made in self.claims.items() if made.job_uid == job_uid}
+        if not own:
+            return on_existing
+        overwriting = [number for number, made in own.items() if made.overwrites]
+        return OVERWRITE if overwriting and self.counts_from < min(overwriting) else RESUME
 
 
 @dataclass(frozen=True)
@@ -98,9 +113,10 @@ class Epoch:
     previous: Mapping[int, Claim]
     """Earlier claims by epoch."""
     counts_from: int
-    """Segments of the ledger count from this epoch on; 0 if none ever overwrote."""
+    """Segments of the ledger count from this epoch on, for this one; 0 if none ever overwrote."""
     must_delete: bool
-    """`delete_previous` is still to be done, after Loading and before anything is written."""
+    """`delete_previous` is still to be done, after Loading and before anything is written: nothing that is
+    there counts."""
 
 
 def inspect(store: Store) -> Existing:
@@ -116,8 +132,9 @@ def inspect(store: Store) -> Existing:
         claims = _claims(store)  # what was found may be a claim that was made meanwhile
         if found is not None and not claims:
             raise _not_ours(store, found)
-    must_delete = _must_delete(store, _counts_from(claims))
-    return Existing(claims, {} if must_delete else attributes, must_delete)
+    counts_from = _counts_from(store, claims)
+    must_delete = counts_from > 0 and store.get(_deleted_path(counts_from)) is None
+    return Existing(claims, counts_from, {} if must_delete else attributes, must_delete)
 
 
 def claim(store: Store, wanted: Claim) -> Epoch:
@@ -140,15 +157,13 @@ def claim(store: Store, wanted: Claim) -> Epoch:
         number = max(existing.claims, default=0) + 1
         made = Claim(**asdict(wanted) | {"overwrites": mode == OVERWRITE})
         if store.create_json(_epoch_path(number), asdict(made)):
-            claims = {**existing.claims, number: made}
-            counts_from = _counts_from(claims)
             return Epoch(
                 number=number,
                 claim=made,
                 resumes=any(c.job_uid == made.job_uid for c in existing.claims.values()),
                 previous=existing.claims,
-                counts_from=counts_from,
-                must_delete=_must_delete(store, counts_from),
+                counts_from=number if made.overwrites else existing.counts_from,
+                must_delete=made.overwrites or existing.must_delete,
             )
 
 
@@ -179,13 +194,36 @@ def check_epoch(store: Store, epoch: Epoch) -> None:
     )
 
 
+class Guard:
+    """Proves again and again that an epoch's driver is still the writer."""
+
+    def __init__(self, store: Store, epoch: Epoch) -> None:
+        self._store = store
+        self._epoch = epoch
+        self._checked = time.monotonic()
+
+    def check(self) -> None:
+        """As `check_epoch`."""
+        check_epoch(self._store, self._epoch)
+        self._checked = time.monotonic()
+
+    def check_if_due(self) -> None:
+        """`check` when the last is a second ago: for long work that is done step by step."""
+        if time.monotonic() - self._checked > CHECK_SECONDS:
+            self.check()
+
+
 def delete_previous(store: Store, epoch: Epoch) -> None:
     """Deletes all that is there but the claims, if an overwriting claim asked for it and it is not done."""
     if not epoch.must_delete:
         return
-    check_epoch(store, epoch)
-    store.delete_prefix("", keep=lambda path: _EPOCH.fullmatch(path) is not None)
+    guard = Guard(store, epoch)
+    guard.check()
+    store.put(_overwrites_path(epoch.counts_from), b"")
+    guard.check()  # who came before that was noted may go on with what is there
+    store.delete_prefix("", guard.check_if_due, keep=lambda path: _KEPT.fullmatch(path) is not None)
     forget(store)
+    guard.check()
     store.put(_deleted_path(epoch.counts_from), b"")
 
 
@@ -202,13 +240,10 @@ def _parse(data: bytes) -> Claim:
         return Claim("", 0, "", RESUME, time="an unknown time", nonce="")
 
 
-def _counts_from(claims: Mapping[int, Claim]) -> int:
-    return max((number for number, made in claims.items() if made.overwrites), default=0)
-
-
-def _must_delete(store: Store, counts_from: int) -> bool:
-    """An overwriting epoch without the object that ends its deletion."""
-    return counts_from > 0 and store.get(_deleted_path(counts_from)) is None
+def _counts_from(store: Store, claims: Mapping[int, Claim]) -> int:
+    """The last overwriting claim that took effect; 0 if none did."""
+    overwriting = sorted((number for number, made in claims.items() if made.overwrites), reverse=True)
+    return next((number for number in overwriting if store.get(_overwrites_path(number)) is not None), 0)
 
 
 def _not_ours(store: Store, found: str) -> PermanentError:
@@ -221,6 +256,10 @@ def _not_ours(store: Store, found: str) -> PermanentError:
 
 def _epoch_path(number: int) -> str:
     return f"ledger/epoch-{number}"
+
+
+def _overwrites_path(number: int) -> str:
+    return f"ledger/overwrites-{number}"
 
 
 def _deleted_path(number: int) -> str:

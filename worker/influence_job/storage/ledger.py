@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from influence_job.errors import PermanentError, Reason
-from influence_job.storage.claim import Epoch, check_epoch
+from influence_job.storage.claim import Epoch, Guard
 from influence_job.storage.rows import Row, Table
 from influence_job.storage.store import Store
 
@@ -34,10 +34,12 @@ class Ledger:
     def __init__(self, store: Store, epoch: Epoch) -> None:
         self._store = store
         self._epoch = epoch
+        self.guard = Guard(store, epoch)
+        """Proves that this driver is still the writer."""
         self._table = Table()
         self._pending: list[Row] = []
         self._next_segment = 0
-        self._last_flush = self._last_check = time.monotonic()
+        self._last_flush = time.monotonic()
         self._rows_lock = threading.Lock()
         self._flush_lock = threading.Lock()
 
@@ -124,8 +126,10 @@ class Ledger:
             InfrastructureError, PermanentError: as `check_epoch`, or the storage failed; rows stay pending.
         """
         with self._flush_lock:
-            if self._pending or time.monotonic() - self._last_check > FLUSH_SECONDS:
-                self.check_epoch()
+            if self._pending:
+                self.guard.check()
+            else:
+                self.guard.check_if_due()
             with self._rows_lock:
                 rows = list(self._pending)
             if rows:
@@ -140,11 +144,6 @@ class Ledger:
         """`flush` when a second has passed or 256 rows wait: for the driver's loop."""
         if self.pending >= FLUSH_ROWS or time.monotonic() - self._last_flush >= FLUSH_SECONDS:
             self.flush()
-
-    def check_epoch(self) -> None:
-        """Proves that this driver is still the writer; see `claim.check_epoch`."""
-        check_epoch(self._store, self._epoch)
-        self._last_check = time.monotonic()
 
     def compact(self) -> None:
         """Merges all segments into one and deletes the others; a kill in between leaves rows twice."""

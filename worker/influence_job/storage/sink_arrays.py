@@ -7,7 +7,7 @@ done, `merge_group` reads them in order and writes the group's rows of the root 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,9 @@ def merge_group(store: Store, group: int, chunks: int) -> str:
     return arrays.digest(np.frombuffer("".join(digests).encode(), dtype=np.uint8))
 
 
-def delete_partials(store: Store) -> None:
-    """Removes all partial results, once every group is merged."""
-    store.delete_prefix("partials/", keep=lambda path: path == "partials/zarr.json")
+def delete_partials(store: Store, guard: Callable[[], None]) -> None:
+    """Removes all partial results, once every group is merged; `guard` as `Store.delete_prefix` has it."""
+    store.delete_prefix("partials/", guard, keep=lambda path: path == "partials/zarr.json")
 
 
 def has_partial(store: Store, group: int, chunk: int) -> bool:

@@ -124,11 +124,16 @@ class Store:
         """Removes the object if there is one."""
         self._retry.call(f"deleting {path}", lambda: self._backend.remove(path))
 
-    def delete_prefix(self, prefix: str, keep: Callable[[str], bool] = lambda _: False) -> None:
-        """Removes all objects whose paths start with `prefix`, but those that `keep` names."""
+    def delete_prefix(
+        self, prefix: str, guard: Callable[[], None], keep: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        """Removes all objects whose paths start with `prefix`, but those that `keep` names.
+
+        `guard` is called between deletions, of which there may be millions: it ends them by raising.
+        """
         doomed = (path for path in self.list(prefix) if not keep(path))
         for _ in _in_order(self.delete, doomed):
-            pass
+            guard()
 
     def get_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
         """Paths with their contents, in the order given; many requests at once, few contents held."""

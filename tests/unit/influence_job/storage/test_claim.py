@@ -148,18 +148,42 @@ def test_an_overwrite_deletes_everything_but_claims(store: Store) -> None:
     epoch = attempt(store, "b", on_existing="Overwrite")
     assert store.get("ledger/1-0") == b"segment", "nothing is deleted by claiming"
     delete_previous(store, epoch)
-    assert store.list() == ["ledger/deleted-before-2", "ledger/epoch-1", "ledger/epoch-2"]
+    left = ["ledger/deleted-before-2", "ledger/epoch-1", "ledger/epoch-2", "ledger/overwrites-2"]
+    assert store.list() == left
 
 
-def test_an_overwrite_counts_at_once_and_its_deletion_is_finished_by_whoever_comes_next(
+def test_an_overwrite_that_did_not_get_so_far_leaves_what_is_there_to_others(store: Store) -> None:
+    attempt(store, "a")
+    arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
+    assert attempt(store, "b", on_existing="Overwrite").must_delete  # and failed while it loaded
+    existing = inspect(store)
+    assert existing.finished
+    assert existing.counts_from == 0
+    later = attempt(store, "c")
+    assert (later.counts_from, later.must_delete) == (0, False)
+
+
+def test_an_overwrite_that_did_not_get_so_far_is_taken_up_by_its_own_next_attempt(store: Store) -> None:
+    attempt(store, "a")
+    arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
+    attempt(store, "b", 1, "Overwrite")
+    assert inspect(store).effective("b", "Overwrite") == "Overwrite"
+    second = attempt(store, "b", 2, "Overwrite")
+    assert (second.counts_from, second.must_delete, second.resumes) == (3, True, True)
+    delete_previous(store, second)
+    assert not inspect(store).finished
+    third = attempt(store, "b", 3, "Overwrite")
+    assert (third.counts_from, third.must_delete) == (3, False)
+
+
+def test_an_overwrite_counts_when_it_begins_and_its_deletion_is_finished_by_whoever_comes_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt(store, "a")
     arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
     store.put("influences/c/0/0", b"old")
     epoch = attempt(store, "b", on_existing="Overwrite")
-    monkeypatch.setattr(store, "delete", lambda path: None)  # killed before it deleted much
-    monkeypatch.setattr(store, "put", _killed)
+    monkeypatch.setattr(store, "delete", _killed)
     with pytest.raises(KeyboardInterrupt):
         delete_previous(store, epoch)
     monkeypatch.undo()
@@ -175,7 +199,7 @@ def test_an_overwrite_counts_at_once_and_its_deletion_is_finished_by_whoever_com
     assert not inspect(store).must_delete
 
 
-def _killed(path: str, data: bytes) -> None:
+def _killed(_: str) -> None:
     raise KeyboardInterrupt
 
 
@@ -187,6 +211,31 @@ def test_a_driver_that_was_fenced_deletes_nothing(store: Store) -> None:
     with pytest.raises(PermanentError):
         delete_previous(store, epoch)
     assert store.get("influences/c/0/0") == b"computed"
+    assert inspect(store).counts_from == 0
+
+
+def test_a_driver_that_is_fenced_while_it_deletes_leaves_the_rest(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the next driver writes there may have the same names."""
+    attempt(store, "a")
+    for number in range(200):
+        store.put(f"influences/c/{number}/0", b"computed")
+    epoch = attempt(store, "b", on_existing="Overwrite")
+    monkeypatch.setattr("influence_job.storage.claim.CHECK_SECONDS", 0.0)
+    delete = store.delete
+
+    def taken_over(path: str) -> None:
+        if path == "influences/c/10/0":
+            attempt(store, "c")
+        delete(path)
+
+    monkeypatch.setattr(store, "delete", taken_over)
+    with pytest.raises(PermanentError) as raised:
+        delete_previous(store, epoch)
+    assert raised.value.reason is Reason.STORE_CLAIMED
+    assert len(store.list("influences/")) > 100
+    assert inspect(store).must_delete, "whoever came ends it"
 
 
 def test_a_zarr_group_that_is_not_ours_is_refused(store: Store) -> None:
@@ -212,6 +261,7 @@ def test_a_finished_store_says_so(store: Store) -> None:
 def test_a_reader_sees_the_epoch_that_holds(store: Store) -> None:
     assert inspect(store).latest() is None
     attempt(store, "a")
+    store.put("ledger/overwrites-2", b"")
     attempt(store, "b", on_existing="Overwrite")
     latest = inspect(store).latest()
     assert latest is not None
