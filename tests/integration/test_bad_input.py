@@ -197,6 +197,14 @@ def test_a_bad_example_is_named_and_once_it_is_mended_the_job_resumes(
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
 
 
+def test_data_that_is_away_for_seconds_ends_no_job(jobs: Jobs, tmp_path: Path, undisturbed: Any) -> None:
+    """What raises is tried again when the share may be back, not three times at once."""
+    path, manifest = tmp_path / "result.zarr", jobs.manifest(TASK)
+    jobs.finish(manifest, output=path, env={"FAULT": f"away {tmp_path / 'since'}"})
+    assert (tmp_path / "since").exists()
+    assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
+
+
 @pytest.mark.parametrize("method", ["Direct", "Cg"])
 def test_nan_in_a_gradient_is_named_whatever_the_method(method: str, jobs: Jobs, tmp_path: Path) -> None:
     """One such example would make every score of these methods NaN."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from influence_job.task import DataSource, InfluenceTask
 
 FAULTY_EXAMPLE = 333
 """None of those that a job reads to know the data again."""
+AWAY_SECONDS = 3.0
 
 
 def returns_a_model() -> nn.Module:
@@ -137,6 +140,8 @@ class _Faulty:
         if not start <= example < stop:
             return x, y
         place = example - start
+        if self._fault.startswith("away"):
+            _raise_for_seconds(Path(self._fault.split(maxsplit=1)[1]))
         if self._fault == "raises":
             raise OSError("image 0333.png is truncated")
         if self._fault == "nan":
@@ -150,6 +155,14 @@ class _Faulty:
         if self._fault == "short":
             return x, y[:-1]
         return x, y
+
+
+def _raise_for_seconds(first: Path) -> None:
+    """As a share that is away for a moment: from the first call of any process, which makes a file."""
+    if not first.exists():
+        first.touch()
+    if time.time() < first.stat().st_ctime + AWAY_SECONDS:
+        raise OSError("no such share")
 
 
 def logs_a_probability() -> InfluenceTask:

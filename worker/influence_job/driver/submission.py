@@ -7,6 +7,7 @@ result: what the ledger does not hold is submitted again.
 from __future__ import annotations
 
 import queue
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -24,8 +25,8 @@ from influence_job.errors import PermanentError, Reason
 from influence_job.storage.ledger import Ledger, Row
 from influence_job.worker.outcome import Failure, Outcome
 
-STRIKES = 3
-"""A region that raises this often ends the job."""
+PAUSES = (1.0, 10.0)
+"""Seconds before what raised is tried again: what it reads may be away for a moment. Then it ends the job."""
 TICK_SECONDS = 0.1
 RESULT_SECONDS = 10.0
 """A result that takes longer went with its worker, and may never come: the work is submitted again."""
@@ -42,6 +43,15 @@ class Work:
     arguments: Callable[[tuple[int, ...]], tuple[Any, ...]]
     """The function's arguments for what is left of `indices`."""
     what: str
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """Work that is to be submitted again."""
+
+    work: Work
+    due: float
+    """Not before, by the monotonic clock."""
 
 
 @dataclass
@@ -85,7 +95,7 @@ class Submitter:
         Raises:
             JobError: a region failed for good, the scheduler stayed away, or the process is to stop.
         """
-        waiting: list[Work] = []
+        waiting: list[_Waiting] = []
         source = iter(works)
         try:
             while self._fill(source, waiting) or self._flight:
@@ -126,27 +136,29 @@ class Submitter:
         """Adds what is new: a row comes by event first and with its task's result again."""
         self.ledger.add([row for row in rows if not self.ledger.has(row.kind, row.index)])
 
-    def _fill(self, source: Iterator[Work], waiting: list[Work]) -> bool:
-        """Submits until the window is full; False when nothing is left to submit."""
+    def _fill(self, source: Iterator[Work], waiting: list[_Waiting]) -> bool:
+        """Submits until the window is full; False when nothing is left to submit, now or later."""
         window = max(2, TASKS_PER_WORKER * self.workers())
         while len(self._flight) < window and not self._connection.lost:
             if (work := self._next(source, waiting)) is None:
-                return False
+                return bool(waiting)
             try:
                 future = self._connection.submit(
                     work.function, work.arguments(work.indices), -work.indices[0]
                 )
             except NoSchedulerError:
-                waiting.append(work)
+                waiting.append(_Waiting(work, 0.0))
                 return True
             self._flight[future] = work
             future.add_done_callback(self._done.put)
         return True
 
-    def _next(self, source: Iterator[Work], waiting: list[Work]) -> Work | None:
-        """What is left of the work that waits, as the ledger is now, and then new work."""
-        while waiting:
-            work = waiting.pop()
+    def _next(self, source: Iterator[Work], waiting: list[_Waiting]) -> Work | None:
+        """What is left of the work that has waited long enough, as the ledger is now, and then new work."""
+        now = time.monotonic()
+        for again in [again for again in waiting if again.due <= now]:
+            waiting.remove(again)
+            work = again.work
             if left := tuple(i for i in work.indices if not self.ledger.has(work.kind, i)):
                 return replace(work, indices=left)
         return next(source, None)
@@ -162,27 +174,30 @@ class Submitter:
             pass
         return [future for future in ended if future in self._flight]
 
-    def _settled(self, on_value: Callable[[Any], None]) -> list[Work]:
+    def _settled(self, on_value: Callable[[Any], None]) -> list[_Waiting]:
         """Takes over what completed; the work that did not bring all it was to.
 
         No future is known afterwards: Dask would compute again what it holds when its worker vanishes.
         """
-        ended = ((future, self._flight.pop(future)) for future in self._completed())
-        return [work for future, work in ended if not self._settle(future, work, on_value)]
+        ended = ((self._flight.pop(future), future) for future in self._completed())
+        pauses = [(work, self._settle(future, work, on_value)) for work, future in ended]
+        now = time.monotonic()
+        return [_Waiting(work, now + pause) for work, pause in pauses if pause is not None]
 
-    def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> bool:
-        """Takes over what a future brought; whether that was all."""
+    def _settle(self, future: Future[Any], work: Work, on_value: Callable[[Any], None]) -> float | None:
+        """Takes over what a future brought; how long the rest is to wait, None if that was all."""
         if future.status == "error":
-            self._raised(future, work)
-        elif (outcome := _result(future)) is not None:
-            self._record(outcome.rows)
-            if outcome.failure is None:
-                on_value(outcome.value)
-                return True
-            self._strike(outcome.failure)
-        return False
+            return self._raised(future, work)
+        outcome = _result(future)
+        if outcome is None:
+            return 0.0
+        self._record(outcome.rows)
+        if outcome.failure is not None:
+            return self._strike(outcome.failure)
+        on_value(outcome.value)
+        return None
 
-    def _raised(self, future: Future[Any], work: Work) -> None:
+    def _raised(self, future: Future[Any], work: Work) -> float:
         error = future.exception()
         first = next((i for i in work.indices if not self.ledger.has(work.kind, i)), work.indices[0])
         if isinstance(error, KilledWorker):
@@ -193,27 +208,35 @@ class Submitter:
                 f"spec.chunks",
             )
         last_line = (str(error).strip().splitlines() or [""])[-1]
-        self._strike(Failure(work.kind, first, f"{work.what}: {type(error).__name__}: {last_line}", "", None))
+        message = f"{work.what}: {type(error).__name__}: {last_line}"
+        return self._strike(Failure(work.kind, first, message, "", None))
 
-    def _strike(self, failure: Failure) -> None:
+    def _strike(self, failure: Failure) -> float:
+        """How long what failed is to wait.
+
+        Raises:
+            JobError: it is not tried again.
+        """
         self.tracker.failed(failure.message)
         if failure.error is not None:
             raise failure.error
-        self._strikes[failure.kind, failure.index] += 1
-        if self._strikes[failure.kind, failure.index] >= STRIKES:
+        strikes = self._strikes[failure.kind, failure.index]
+        if strikes == len(PAUSES):
             raise PermanentError(
                 failure.reason,
-                f"{failure.message} ({failure.kind} {failure.index} raised {STRIKES} times)",
+                f"{failure.message} ({failure.kind} {failure.index} raised {strikes + 1} times)",
             )
+        self._strikes[failure.kind, failure.index] += 1
+        return PAUSES[strikes]
 
     def _tick(self) -> None:
         self.stop.check()
         self.ledger.flush_if_due()
 
-    def _reopen(self) -> list[Work]:
+    def _reopen(self) -> list[_Waiting]:
         """Waits for another scheduler; the work whose futures went with the old one."""
         self.tracker.warn("the scheduler was lost; waiting for it")
-        lost = list(self._flight.values())
+        lost = [_Waiting(work, 0.0) for work in self._flight.values()]
         self._flight.clear()
         self._connection.reopen()
         return lost
