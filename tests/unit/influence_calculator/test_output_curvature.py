@@ -28,6 +28,9 @@ RECOGNISED = {
     *("smoothed labels", "soft labels", "soft labels of tokens"),
     *("one per example", "masked tokens", "weighted tokens", "negative weights", "weighted squares"),
     *("weighted bits", "picked log-probabilities", "picked scores"),
+    *("weighted in place", "divided in place", "masked in place", "a part in place", "added up in place"),
+    *("selected by a mask", "selected by a mask before", "selected bits", "another call by the label"),
+    "weighted classes of tokens",
 }
 INDEFINITE = {
     "a negative class",
@@ -49,6 +52,45 @@ def _squares(f: Tensor, y: Tensor) -> Tensor:
     """Squared errors of some of the examples, `[n, 2, 3]`."""
     errors = F.mse_loss(f, torch.ones_like(f), reduction="none")
     return torch.where(y[:, None] > 2, errors, 0).view(-1, 2, 3)
+
+
+def _in_place(change: Callable[[Tensor, Tensor], object]) -> Loss:
+    """Cross-entropy of two tokens, changed by the labels before it is added up."""
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        losses = _of_tokens(f, y)
+        change(losses, y)
+        return losses.sum()
+
+    return loss
+
+
+def _where_above_one(losses: Tensor, y: Tensor) -> None:
+    losses[losses > 1] = 0
+
+
+def _some(y: Tensor) -> Tensor:
+    """Which tokens of an example count: none, one or both."""
+    return y[:, None] > torch.tensor([0, 2])
+
+
+def _added_up(f: Tensor, y: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=f.dtype)
+    total += F.cross_entropy(f, y)
+    return total
+
+
+def _twice_in_place(f: Tensor, y: Tensor) -> Tensor:
+    total = _added_up(f, y)
+    total += F.mse_loss(f, torch.zeros_like(f))
+    return total
+
+
+def _halved(f: Tensor, y: Tensor) -> Tensor:
+    """Outputs changed where they are: the loss of a copy, which the reference takes more than once."""
+    f = f.clone().view(-1, 3)
+    f /= 2
+    return F.cross_entropy(f.view(-1, 6), y)
 
 
 def _squared(loss: Tensor) -> Tensor:
@@ -103,6 +145,28 @@ LOSSES: dict[str, Loss] = {
     "weighted bits": lambda f, y: (
         -(-F.binary_cross_entropy_with_logits(f, torch.zeros_like(f), reduction="none")).mean(1) * y
     ).sum(),
+    "weighted in place": _in_place(lambda losses, y: losses.mul_(y[:, None] - 1)),
+    "divided in place": _in_place(lambda losses, y: losses.__itruediv__(2 + y[:, None])),
+    "masked in place": _in_place(lambda losses, y: losses.__setitem__(y[:, None] < torch.tensor([2, 4]), 0)),
+    "a part in place": _in_place(lambda losses, y: losses[:, 1].mul_(3 + y)),
+    "added up in place": _added_up,
+    "added up twice in place": _twice_in_place,
+    "squared in place": _in_place(lambda losses, y: losses.pow_(2)),
+    "large ones masked in place": _in_place(_where_above_one),
+    "outputs in place": _halved,
+    "selected by a mask": lambda f, y: _of_tokens(f, y)[_some(y)].sum() / 2,
+    "selected by a mask before": lambda f, y: F.cross_entropy(
+        f.view(-1, 2, 3)[_some(y)], torch.stack([y % 3, y % 2], 1)[_some(y)], reduction="sum"
+    ),
+    "selected bits": lambda f, y: (
+        F.binary_cross_entropy_with_logits(f, torch.zeros_like(f), reduction="none")
+        .masked_select(f.new_tensor([1, 0, 1, 1, 0, 0]) > 0)
+        .mean()
+    ),
+    "another call by the label": lambda f, y: (
+        F.cross_entropy(f, y) if y.max() > 1 else F.mse_loss(f, torch.zeros_like(f))
+    ),
+    "another loss by the label": lambda f, y: F.cross_entropy(f, y) if y.max() < 4 else f.exp().sum(),
     "picked log-probabilities": lambda f, y: F.nll_loss(f.log_softmax(1), y, reduction="none").sum(),
     "focal": lambda f, y: F.nll_loss((1 - f.softmax(1)) ** 2 * f.log_softmax(1), y),
     "score beside a normalisation": lambda f, y: f.logsumexp(1).sum() + F.nll_loss(f, y),
@@ -201,19 +265,41 @@ def _masked(f: Tensor, y: Tensor) -> Tensor:
     return (F.cross_entropy(f.mT, y, reduction="none") * mask).sum() / mask.sum()
 
 
-def test_a_masked_loss_of_tokens_is_the_one_that_ignores_them() -> None:
+def _masked_in_place(f: Tensor, y: Tensor) -> Tensor:
+    mask = y != 3
+    losses = F.cross_entropy(f.mT, y, reduction="none")
+    losses *= mask
+    losses /= mask.sum()
+    return losses.sum()
+
+
+def _selected(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f.mT, y, reduction="none")[y != 3].mean()
+
+
+def _selected_before(f: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(f[y != 3], y[y != 3])
+
+
+@pytest.mark.parametrize("loss", [_masked, _masked_in_place, _selected, _selected_before])
+def test_a_masked_loss_of_tokens_is_the_one_that_ignores_them(loss: Loss) -> None:
     """Over more outputs than have a second derivative that could be formed."""
     x = torch.randn(N, 3, 4, dtype=torch.float64)
     y = torch.tensor([[1, 3, 5], [3, 3, 7], [0, 1, 2], [3, 1998, 0], [4, 4, 3]])
     model = nn.Linear(4, 2000, bias=False).double()
-    V = torch.randn(1, 4 * 2000, dtype=torch.float64)
-    found = []
-    for loss in (_masked, lambda f, y: F.cross_entropy(f.mT, y, ignore_index=3)):
-        objective = xy_objective(model, loss)
+    outputs, V = model(x).detach(), torch.randn(1, 4 * 2000, dtype=torch.float64)
+    found, estimates = [], []
+    for own in (loss, lambda f, y: F.cross_entropy(f.mT, y, ignore_index=3)):
+        objective = xy_objective(model, own)
         layout = block_layout(objective, BlockMode.FULL)
-        made = OutputExpectation().pseudo_gradients(objective, model(x).detach(), IndexedBatch(0, (x, y)))
-        found.append((products(GAUSS_NEWTON, objective, layout, (x, y), {"": V})[""], made.at(0)[0]))
+        found.append(products(GAUSS_NEWTON, objective, layout, (x, y), {"": V})[""])
+        made = OutputExpectation().pseudo_gradients(objective, outputs, IndexedBatch(0, (x, y)))
+        estimates.append(made.at(0)[0])
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-14)
+    # Other positions have other signs, which squares do not show.
+    assert torch.equal(estimates[0] != 0, estimates[1] != 0)
+    if loss in (_masked, _masked_in_place):
+        torch.testing.assert_close(estimates[0], estimates[1], rtol=1e-9, atol=1e-14)
 
 
 def test_as_few_products_are_made_at_once_as_the_outputs_let(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,8 @@ def _of_root(
             assert found is not None
             return [v * scale for v in found]
 
-        return PseudoGradients(count(widths[0]), closed_form)
+        # An example that has fewer elements than another has no vector for the rest: 0.
+        return PseudoGradients(count(max(widths)), closed_form)
     root = _curvature_root(objective, outputs, indexed) * scale
 
     def by_matrix(k: int) -> list[Tensor]:

@@ -166,7 +166,8 @@ def _second_derivatives(objective: Objective, outputs: Any, flat: Tensor, batch:
     objective = continued(objective)
 
     def loss(values: Tensor, output: list[Tensor], example: Batch) -> Tensor:
-        return objective.one_loss(rebuilt(_with_floats(output, values)), example)
+        # A copy, which a loss may change in place.
+        return objective.one_loss(rebuilt(_with_floats(output, values.clone())), example)
 
     try:
         # Reverse over reverse: forward mode loads decompositions for seconds, and fewer losses have it.

@@ -5,8 +5,8 @@ A user's loss may select, reshape and cast before it calls torch's `cross_entrop
 the loss in a way of ours. It counts if what lies between the outputs f and the call's input u is linear: then
 `v_f = J_uᵀ v_u` has the covariance `∇²_f ℓ` if `v_u` has `∇²_u ℓ`. What the call returns, with
 `reduction="none"` an element per position, the loss may weigh and add up: a second run of it, in which the
-call returns a variable, tells the weights, of which negative ones are taken as 0. Anything else is left to
-the general way (`expectation`).
+call returns a variable, tells the weights, of which negative ones are taken as 0. It may do so in place.
+Anything else is left to the general way (`expectation`).
 
 `nll_loss` is linear in its input: a model that answers with log-probabilities has normalised them itself, and
 no curvature is left. What is taken is diag(p), as in `log_probabilities`, which together with the derivative
@@ -17,7 +17,8 @@ label y drawn from the prediction gives `p − e_y`, which has the same covarian
 rarely large where the model is sure. It takes several labels to come as near to the expectation as one
 draw of signs does.
 
-Shapes: n examples, one at a time under vmap; u the call's input, C classes, m elements.
+Shapes: n examples, one at a time under vmap, or one after another where the shapes depend on data, as those
+of what a mask selects; u the call's input, C classes, m elements.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.log_probabilities import are_log_probabilities, continued_function, counts_of
-from influence_calculator.maths.objective import Batch, Loss, Objective, only_tensors, slice_batch, unsqueezed
+from influence_calculator.maths.objective import (
+    Batch,
+    Loss,
+    Objective,
+    batch_size,
+    only_tensors,
+    slice_batch,
+    unsqueezed,
+)
 from influence_calculator.maths.vmapped_losses import class_dimension, labels_of
 
 Vector = Callable[[int], Tensor]
@@ -52,7 +61,7 @@ _LINEAR = {
 
 _ADDING = {
     *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "neg", "__neg__", "sum", "mean"),
-    "masked_fill",
+    *("masked_fill", "masked_select", "__setitem__"),
 }
 """Names of those that are linear in all of their tensors together, but for what is constant."""
 
@@ -61,6 +70,9 @@ _SCALING = {"mul", "multiply", "__mul__", "__rmul__", "matmul", "__matmul__", "d
 
 _DIVIDING = {"div", "divide", "true_divide", "__truediv__"}
 """Of those that are so in the first."""
+
+_IN_PLACE = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
+"""Operators that change their first tensor; names of other functions that do end with `_`."""
 
 _IN_THE_FORM_OF = {"expand_as", "reshape_as", "to", "type_as", "view_as"}
 """Names of those that take the numbers of their first argument alone."""
@@ -92,6 +104,8 @@ class _Vectors(NamedTuple):
     of_outputs: list[Tensor]
     are_weighed: bool
     """Whether the loss does anything with what the call returned."""
+    one_by_one: bool
+    """Whether examples had to be taken so, and each may call something else."""
 
 
 def _vectors(
@@ -108,14 +122,14 @@ def _vectors(
     def one(own: list[Tensor], example: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal are_weighed
         found = _weighed_call(_loss_of(objective, rebuilt, example), [leaf.unsqueeze(0) for leaf in own])
-        are_weighed = found.is_weighed
+        are_weighed = are_weighed or found.is_weighed
         weights = found.weights.reshape(-1)
         pseudo = found.call.closed_form(lambda m: vector(index, m), weights, **found.call.arguments)
         return pseudo, found.is_sound
 
     try:
         with torch.enable_grad():
-            pseudo, are_sound = vmap(one)(leaves, batch, indices)
+            (pseudo, are_sound), one_by_one = _of_each(one, leaves, batch, indices)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
@@ -124,7 +138,23 @@ def _vectors(
         return None
     floats = [leaf for leaf in leaves if leaf.is_floating_point()]
     v = torch.autograd.grad(pseudo.sum(), floats, allow_unused=True, materialize_grads=True)
-    return _Vectors(list(v), are_weighed)
+    return _Vectors(list(v), are_weighed, one_by_one)
+
+
+def _of_each(one: Callable[..., Any], *trees: Any) -> tuple[Any, bool]:
+    """`one` of every example, under vmap if that takes it, and whether it did not.
+
+    Raises:
+        _UnrecognisedError, RuntimeError, ValueError: as `one` does.
+    """
+    try:
+        return vmap(one)(*trees), False
+    except (torch.OutOfMemoryError, _UnrecognisedError):
+        raise
+    except (RuntimeError, ValueError):
+        # What a mask selects has a shape that depends on data, and so may what is called.
+        rows = [one(*pytree.tree_map(lambda leaf, i=i: leaf[i], trees)) for i in range(batch_size(trees))]
+        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *rows), True
 
 
 def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
@@ -132,8 +162,10 @@ def is_recognised(objective: Objective, outputs: Any, batch: Batch) -> bool:
     first = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1], outputs)
     index = torch.zeros(1, dtype=torch.int64, device=objective.device)
     found = _vectors(objective, first, slice_batch(batch, 0, 1), index, lambda at, m: at.new_ones(m))
-    # What the loss calls, and with which shapes, one example tells; what it adds or multiplies, all of them.
-    return found is not None and (not found.are_weighed or _are_sound(objective, outputs, batch))
+    if found is None:
+        return False
+    # What the loss calls under vmap, and with which shapes, one example tells; what it adds, all of them.
+    return not (found.are_weighed or found.one_by_one) or _are_sound(objective, outputs, batch)
 
 
 def _are_sound(objective: Objective, outputs: Any, batch: Batch) -> bool:
@@ -144,7 +176,13 @@ def _are_sound(objective: Objective, outputs: Any, batch: Batch) -> bool:
         loss = _loss_of(objective, rebuilt, example)
         return _weighed_call(loss, [leaf.unsqueeze(0) for leaf in own]).is_sound
 
-    return bool(vmap(one)([leaf.detach() for leaf in leaves], batch).all())
+    try:
+        are_sound, _ = _of_each(one, [leaf.detach() for leaf in leaves], batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError):
+        return False
+    return bool(are_sound.all())
 
 
 def of_positive_weights(objective: Objective) -> Objective:
@@ -182,7 +220,7 @@ def _weighed_call(loss: LossOf, outputs: list[Tensor]) -> _WeighedCall:
     if call is None:
         raise _UnrecognisedError
     if not watch.is_weighed:
-        if result is not call.result or result.numel() != 1:
+        if result is not watch.returned or result.numel() != 1:
             raise _UnrecognisedError
         sound = torch.ones((), dtype=torch.bool, device=result.device)
         return _WeighedCall(call, torch.ones_like(result), sound, False)
@@ -241,6 +279,8 @@ class _Watch(TorchFunctionMode):
         """The dimension of those that `log_softmax` has answered; they count for `nll_loss` alone."""
         self._variable = variable
         self.call: _Call | None = None
+        self.returned: Tensor | None = None
+        """What the loss took for the call's result, and may have changed in place."""
         self.weighed: dict[int, Tensor] = {}
         """What is linear in what the call returned."""
         self.is_weighed = False
@@ -250,7 +290,7 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         keywords = kwargs or {}
-        name = getattr(func, "__name__", "")
+        name = _plain(getattr(func, "__name__", ""))
         numbers = args[:1] if name in _IN_THE_FORM_OF else args[1:] if name in _NEW else args
         given_ids = {id(leaf) for leaf in pytree.tree_leaves((numbers, dict(keywords)))}
         closed_form = _CLOSED_FORMS.get(func)
@@ -294,8 +334,9 @@ class _Watch(TorchFunctionMode):
         self._refuse_other_normalisation(func, given.arguments["input"])
         result = continued_function(func)(*args, **keywords) if self._variable is None else self._variable
         self.call = _Call(closed_form, given.arguments, result)
-        self.weighed[id(result)] = result
-        return result
+        self.returned = result.clone()
+        self.weighed[id(self.returned)] = self.returned
+        return self.returned
 
     def _weighs(self, name: str, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
         """Whether a function of what the call returned is linear in it."""
@@ -312,6 +353,11 @@ class _Watch(TorchFunctionMode):
         dimension = self._normalised.get(id(input), classes)
         if dimension != classes or (id(input) in self._normalised and func is not F.nll_loss):
             raise _UnrecognisedError
+
+
+def _plain(name: str) -> str:
+    """The name of the function that computes the same elsewhere than in place."""
+    return _IN_PLACE.get(name, name if name.startswith("__") else name.removesuffix("_"))
 
 
 def _softmax_dimension(result: Tensor, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
@@ -343,7 +389,7 @@ def _cross_entropy(
         raise _UnrecognisedError
     logits = _by_position(input)
     p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    of_class = torch.ones_like(p[0]) if weight is None else weight.to(p.dtype)
+    of_class = p.new_ones(p.shape[1]) if weight is None else weight.to(p.dtype)
     if target.is_floating_point():
         counts = _by_position(target).to(p.dtype) @ of_class
         counted = torch.ones_like(counts)
