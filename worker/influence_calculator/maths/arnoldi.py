@@ -24,6 +24,7 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
+from influence_calculator.maths.flat import flat_note
 from influence_calculator.maths.footprints import block_widths, capture_bytes, joined_bytes, row_bytes
 from influence_calculator.maths.gradient_methods import BlockSolver, BlockwiseFitted
 from influence_calculator.maths.krylov import MOST_RESTARTS, Eigenpairs, Krylov
@@ -121,6 +122,7 @@ class Arnoldi(CurvatureMethod):
             spectra[block] = _spectrum(block, found, passes, λ, objective)
             if not found.converged:
                 notes.append(_not_converged(block, found, passes))
+        notes.extend(flat_note(spectrum.eigenvalues for spectrum in spectra.values()))
         if self.in_eigenspace:
             return EigenspaceFitted(layout, objective, spectra, tuple(notes))
         kind = InverseEverywhere if self.complement else InverseOnEigenspace

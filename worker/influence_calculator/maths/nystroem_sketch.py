@@ -24,6 +24,7 @@ from influence_calculator.maths.blocks import (
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import CurvaturePass, TracePass, fitted_regularization
+from influence_calculator.maths.flat import flat_note
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -94,13 +95,15 @@ class NystroemSketch(CurvatureMethod):
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
-        solvers, notes = {}, []
+        spectra, notes = {}, []
         for block, width in layout.widths.items():
             λ = fitted_regularization(self.regularization, state, block, width)
             smallest, bound = self._smallest_eigenvalue(state, block, width)
             if smallest < -λ:
                 notes.append(_indefinite(block, bound, λ))
-            solvers[block] = InverseEverywhere(self._spectrum(objective, state, block, width, λ, smallest))
+            spectra[block] = self._spectrum(objective, state, block, width, λ, smallest)
+        solvers = {block: InverseEverywhere(spectrum) for block, spectrum in spectra.items()}
+        notes.extend(flat_note(spectrum.eigenvalues for spectrum in spectra.values()))
         return BlockwiseFitted(layout, objective, solvers, tuple(notes))
 
     def _spectrum(
