@@ -14,11 +14,13 @@ import numpy as np
 
 from influence_job.errors import PermanentError, Reason
 from influence_job.storage import arrays
-from influence_job.storage.sinks import NO_EXAMPLE, Partial
-from influence_job.storage.store import Store
+from influence_job.storage.sinks import NO_EXAMPLE, Partial, partial_bytes
+from influence_job.storage.store import HELD, Store
 
 RANKED = ("most_helpful", "most_helpful_score", "most_harmful", "most_harmful_score")
 STATISTICS = ("score_mean", "score_std", "score_min", "score_max", "score_nonfinite")
+READ_BYTES = 64 << 20
+"""Of partial results that a merge holds, or of one that is larger."""
 
 
 def create_sink_arrays(
@@ -73,6 +75,7 @@ def merge_group(store: Store, group: int, chunks: int) -> str:
     merged = next(parts)
     for part in parts:
         merged = merged.merge(part)
+        del part  # before the next is read
     top, statistics = merged.top, merged.statistics
     some = statistics.count > 0
     rows: dict[str, np.ndarray[Any, Any]] = {
@@ -90,6 +93,16 @@ def merge_group(store: Store, group: int, chunks: int) -> str:
     return arrays.digest(np.frombuffer("".join(digests).encode(), dtype=np.uint8))
 
 
+def merging_bytes(rows: int, columns: int, train: int, k: int, itemsize: int) -> int:
+    """What `merge_group` holds of `rows` test examples and chunks of `columns` training examples: what is
+    merged, once more as the next part is added, and the parts that are read.
+    """
+    merged = partial_bytes(rows, min(k, train), itemsize)
+    part = partial_bytes(rows, min(k, columns), itemsize)
+    others = -(-train // columns) - 1
+    return 2 * merged + min(others, _held(part)) * part
+
+
 def delete_partials(store: Store, guard: Callable[[], None]) -> None:
     """Removes all partial results, once every group is merged; `guard` as `Store.delete_prefix` has it."""
     store.delete_prefix("partials/", guard, keep=lambda path: path == "partials/zarr.json")
@@ -101,16 +114,32 @@ def has_partial(store: Store, group: int, chunk: int) -> bool:
 
 
 def _partials(store: Store, group: int, chunks: int) -> Iterator[Partial]:
-    for path, data in store.get_many(_path(group, chunk) for chunk in range(chunks)):
-        try:
-            yield Partial.unpack(data or b"")
-        except (ValueError, KeyError, TypeError) as error:
-            raise PermanentError(
-                Reason.STORE_CORRUPT,
-                f"{store.url}/{path}: a region's partial result is "
-                f"{'missing' if data is None else f'corrupt ({error})'}; restore it, or start anew with "
-                f"output.onExisting: Overwrite",
-            ) from error
+    """In order. None is larger than the first, so that its size tells how many can be held."""
+    first = _path(group, 0)
+    data = store.get(first)
+    yield _unpacked(store, first, data)
+    held = _held(len(data or b""))
+    del data
+    for path, data in store.get_many((_path(group, chunk) for chunk in range(1, chunks)), held):
+        yield _unpacked(store, path, data)
+        del data
+
+
+def _held(size: int) -> int:
+    """How many parts of a size a merge holds: those being read, and the one being merged."""
+    return max(1, min(HELD, READ_BYTES // max(1, size)))
+
+
+def _unpacked(store: Store, path: str, data: bytes | None) -> Partial:
+    try:
+        return Partial.unpack(data or b"")
+    except (ValueError, KeyError, TypeError) as error:
+        raise PermanentError(
+            Reason.STORE_CORRUPT,
+            f"{store.url}/{path}: a region's partial result is "
+            f"{'missing' if data is None else f'corrupt ({error})'}; restore it, or start anew with "
+            f"output.onExisting: Overwrite",
+        ) from error
 
 
 def _path(group: int, chunk: int) -> str:

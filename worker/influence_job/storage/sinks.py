@@ -24,6 +24,10 @@ NO_EXAMPLE = -1
 """The index at ranks that no example holds, for NaN never ranks; the score there is NaN."""
 _ELEMENTS_AT_ONCE = 1 << 20
 """Float64 copies stay below 8 MiB."""
+_MERGED_AT_ONCE = 1 << 16
+"""Numbers of the rows that are merged at a time, or of one row: what sorting them takes stays below 4 MiB."""
+_LONGEST_HEADER = 512
+"""Of a packed partial result, in bytes."""
 
 
 def pair_values(block: Floats) -> Floats:
@@ -57,6 +61,20 @@ class Ranking:
 
     def merge(self, other: Ranking, k: int, sign: int) -> Ranking:
         """The k best of both."""
+        t, both = len(self.index), self.index.shape[1] + other.index.shape[1]
+        index = np.empty((t, min(k, both)), dtype=np.int64)
+        score = np.empty(index.shape, dtype=np.result_type(self.score, other.score))
+        rows = max(1, _MERGED_AT_ONCE // max(1, both))
+        for start in range(0, t, rows):
+            piece = slice(start, start + rows)
+            best = self._rows(piece)._merge_at_once(other._rows(piece), k, sign)
+            index[piece], score[piece] = best.index, best.score
+        return Ranking(index, score)
+
+    def _rows(self, rows: slice) -> Ranking:
+        return Ranking(self.index[rows], self.score[rows])
+
+    def _merge_at_once(self, other: Ranking, k: int, sign: int) -> Ranking:
         index = np.concatenate([self.index, other.index], axis=1)
         score = np.concatenate([self.score, other.score], axis=1)
         order = np.lexsort((index, -sign * score, index == NO_EXAMPLE), axis=1)[:, :k]
@@ -217,3 +235,25 @@ class Partial:
             Ranking(columns["harmful_index"], columns["harmful_score"]),
         )
         return cls(top, Statistics(**{name: columns[name] for name in Statistics.names()}))
+
+
+def row_bytes(ranks: int, itemsize: int) -> int:
+    """Of one test row of a partial result with so many ranks: both ends, and statistics."""
+    return 2 * ranks * (8 + itemsize) + 8 * len(Statistics.names())
+
+
+def partial_bytes(rows: int, ranks: int, itemsize: int) -> int:
+    """Of a partial result as `Partial.pack` gives it: at most its header more than it is."""
+    return rows * row_bytes(ranks, itemsize) + _LONGEST_HEADER
+
+
+def making_bytes(rows: int, columns: int, k: int, itemsize: int) -> int:
+    """What `Partial.of` and `Partial.pack` take beside a region of `rows × columns` scores.
+
+    Packing copies each array, all of them, and these with their checksum. Before that places and copies of
+    one row's numbers are sorted, and float64 copies of some rows summed.
+    """
+    made = partial_bytes(rows, min(k, columns), itemsize)
+    ranked = columns * (14 + 3 * itemsize)
+    summed = 25 * max(columns, min(rows * columns, _ELEMENTS_AT_ONCE))
+    return max(4 * made, made + max(ranked, summed))

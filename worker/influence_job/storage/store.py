@@ -25,6 +25,9 @@ from influence_job.storage.retry import Retry
 THREADS = 16
 """Requests in flight when many objects are read or deleted: their latency is what costs."""
 
+HELD = 2 * THREADS
+"""Results of such requests that are held at a time, unless their reader says less."""
+
 A_FEW = 100
 """More than there can be passing objects of killed processes where nothing else is."""
 
@@ -135,9 +138,12 @@ class Store:
         for _ in _in_order(self.delete, doomed):
             guard()
 
-    def get_many(self, paths: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Paths with their contents, in the order given; many requests at once, few contents held."""
-        return _in_order(lambda path: (path, self.get(path)), paths)
+    def get_many(self, paths: Iterable[str], held: int = HELD) -> Iterator[tuple[str, bytes | None]]:
+        """Paths with their contents, in the order given; many requests at once, `held` contents at most.
+
+        The one that was given last is among them: drop it before asking for the next.
+        """
+        return _in_order(lambda path: (path, self.get(path)), paths, held)
 
     def get_json(self, path: str) -> Any:
         """The parsed object, None if there is none.
@@ -193,13 +199,13 @@ def to_json(document: Any) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
-def _in_order(function: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
-    """Results in order; at most twice `THREADS` are held at any time."""
+def _in_order(function: Callable[[str], T], paths: Iterable[str], held: int = HELD) -> Iterator[T]:
+    """Results in order; at most `held` at any time."""
     with ThreadPoolExecutor(THREADS) as pool:
         window: deque[Future[T]] = deque()
         for path in paths:
             window.append(pool.submit(function, path))
-            if len(window) >= 2 * THREADS:
+            if len(window) >= held:
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+import tracemalloc
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from influence_job.errors import PermanentError, Reason
-from influence_job.storage import arrays, sink_arrays
-from influence_job.storage.sinks import NO_EXAMPLE, Partial, Statistics, TopK
+from influence_job.storage import arrays, sink_arrays, sinks
+from influence_job.storage.local_files import LocalFiles
+from influence_job.storage.sinks import NO_EXAMPLE, Partial, Statistics, TopK, making_bytes, partial_bytes
 from influence_job.storage.store import Store
 
 Block = np.ndarray[Any, Any]
@@ -140,6 +144,58 @@ def test_a_partial_result_survives_as_bytes_and_no_changed_byte_goes_unseen() ->
             Partial.unpack(bytes(changed))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data(), BLOCKS, st.integers(1, 6), st.integers(1, 30))
+def test_merging_a_few_rows_at_a_time_changes_no_bit(data: Any, block: Block, k: int, at_once: int) -> None:
+    parts = [Partial.of(block[:, a:b], a, k) for a, b in cuts(block.shape[1], data.draw)]
+    merged = []
+    for numbers in (1 << 30, at_once):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sinks, "_MERGED_AT_ONCE", numbers)
+            whole = parts[0]
+            for part in parts[1:]:
+                whole = whole.merge(part)
+            merged.append(whole.pack())
+    assert merged[0] == merged[1]
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(3, 5, 2), (3, 5, 9), (40, 1000, 10), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_size_of_a_partial_result_is_known_but_for_its_header(
+    rows: int, columns: int, k: int, dtype: str
+) -> None:
+    block = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
+    real = len(Partial.of(block, 10**9, k).pack())
+    assert 0 <= partial_bytes(rows, min(k, columns), block.itemsize) - real < 512
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Counts what Python and numpy allocate."""
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "k", "dtype"),
+    [
+        (300, 400, 400, "float32"),  # packing
+        (300, 400, 300, "float64"),
+        (300, 4000, 10, "float32"),  # statistics
+        (2, 1 << 20, 10, "float64"),  # places of a row's numbers
+    ],
+)
+@pytest.mark.usefixtures("traced")
+def test_making_a_partial_result_takes_what_is_planned(rows: int, columns: int, k: int, dtype: str) -> None:
+    block = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    Partial.of(block, 0, k).pack()
+    _, most = tracemalloc.get_traced_memory()
+    assert most - before == pytest.approx(making_bytes(rows, columns, k, block.itemsize), rel=0.2)
+
+
 T, N, ROWS, WIDTH, K = 5, 11, 2, 4, 3
 
 
@@ -187,6 +243,97 @@ def test_a_missing_or_corrupt_partial_result_is_named(store: Store) -> None:
     store.delete("partials/1/2")
     with pytest.raises(PermanentError, match="partials/1/2: a region's partial result is missing"):
         sink_arrays.merge_group(store, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "k", "chunks", "at_once"),
+    [
+        (300, 300, 300, 12, 16 << 20),
+        (300, 100, 600, 12, 1 << 20),  # the lists grow
+        (300, 300, 300, 12, 1),  # one after another
+        (300, 300, 300, 2, 16 << 20),
+    ],
+)
+@pytest.mark.usefixtures("traced")
+def test_merging_takes_what_is_planned(
+    store: Store, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, k: int, chunks: int, at_once: int
+) -> None:
+    monkeypatch.setattr(sink_arrays, "READ_BYTES", at_once)
+    train = columns * chunks
+    sink_arrays.create_sink_arrays(store, rows, train, rows, k, "float32")
+    for chunk in range(chunks):
+        block = np.random.default_rng(chunk).normal(size=(rows, columns)).astype(np.float32)
+        sink_arrays.put_partial(store, 0, chunk, Partial.of(block, chunk * columns, k))
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    sink_arrays.merge_group(store, 0, chunks)
+    _, most = tracemalloc.get_traced_memory()
+    planned = sink_arrays.merging_bytes(rows, columns, train, k, 4)
+    assert most - before == pytest.approx(planned, rel=0.1, abs=3 << 20)
+
+
+class Watched(LocalFiles):
+    """Knows how many contents of partial results are alive; reads end when `together` have begun."""
+
+    def __init__(self, root: Path, together: int) -> None:
+        super().__init__(root)
+        self.lock = threading.Lock()
+        self.all_begun = threading.Event()
+        self.together, self.begun, self.alive, self.most_alive = together, 0, 0, 0
+
+    def read(self, path: str) -> bytes | None:
+        data = super().read(path)
+        if data is None or not path.startswith("partials/"):
+            return data
+        self._begin(path)
+        with self.lock:
+            self.alive += 1
+            self.most_alive = max(self.most_alive, self.alive)
+        return Content(data, self)
+
+    def _begin(self, path: str) -> None:
+        if path == "partials/0/0":
+            return  # its size tells how many may begin
+        with self.lock:
+            self.begun += 1
+        if self.begun >= self.together:
+            self.all_begun.set()
+        assert self.all_begun.wait(20), f"{self.begun} reads in flight, expected {self.together}"
+
+
+class Content(bytes):
+    """An object's content that says when nobody holds it any more."""
+
+    backend: Watched
+
+    def __new__(cls, data: bytes, backend: Watched) -> Content:
+        content = super().__new__(cls, data)
+        content.backend = backend
+        return content
+
+    def __del__(self) -> None:
+        with self.backend.lock:
+            self.backend.alive -= 1
+
+
+@pytest.mark.parametrize(
+    ("room", "held", "in_flight"), [(1 << 20, 32, 16), (10, 10, 10), (3.5, 3, 3), (1, 1, 1), (0.1, 1, 1)]
+)
+def test_as_many_partial_results_are_held_as_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, held: int, in_flight: int
+) -> None:
+    """Beside the first, which the others are merged into."""
+    backend = Watched(tmp_path, in_flight)
+    store = Store(str(tmp_path), {}, backend)
+    partial = Partial.of(np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32), 0, 3)
+    chunks = 60
+    sink_arrays.create_sink_arrays(store, 2, 4 * chunks, 2, 3, "float32")
+    for chunk in range(chunks):
+        sink_arrays.put_partial(store, 0, chunk, partial)
+    monkeypatch.setattr(sink_arrays, "READ_BYTES", int(room * len(partial.pack())))
+    sink_arrays.merge_group(store, 0, chunks)
+    assert backend.alive == 0
+    assert backend.most_alive <= held + 1
 
 
 def test_partial_results_are_deleted_and_nothing_else(store: Store) -> None:
