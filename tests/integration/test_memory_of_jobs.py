@@ -32,6 +32,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "operation": "TrainingGradients",
         "chunks": {"test": None, "train": 128},
     },
+    "GradDot, long top lists": {
+        "task": {"entrypoint": "wide_task:task", "arguments": {"hidden": 8, "train": 8192, "test": 3000}},
+        "method": {"name": "GradDot", "regularization": None},
+        "chunks": {"test": 3000, "train": 512},
+        "output": {"dense": False, "topK": 512},
+    },
 }
 
 

@@ -21,8 +21,10 @@ from influence_calculator.maths.method import FitPass, FitState, Fitted, Footpri
 from influence_calculator.maths.objective import IndexedBatch, Objective, TrainingData
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
 from influence_job.errors import PermanentError, Reason
-from influence_job.plan import Plan, Sizes, cost, device_budget, make_plan
+from influence_job.plan import Plan, Sizes, StageMemory, cost, device_budget, make_plan
 from influence_job.spec import InfluenceJobSpec, Operation
+from influence_job.storage.sink_arrays import merging_bytes
+from influence_job.storage.sinks import Partial, making_bytes
 from manifests import spec
 
 MIB = 2**20
@@ -516,6 +518,75 @@ def test_what_is_written_is_counted_beside_what_stays_of_solving() -> None:
     assert stage.host == stage.device + 2 * 32 * 4000 + 32 * sizes().test_example_bytes
 
 
+def scores_of(k: int, device: str, chunk: int) -> StageMemory:
+    given = spec(device=device, output={"topK": k}, chunks={"test": 300, "train": chunk})
+    return make_plan(given, Linear(), sizes()).memory["Scores"]
+
+
+def test_top_lists_count_while_they_are_made_or_merged() -> None:
+    merging = merging_bytes(300, 100, 1400, 1400, 4)
+    assert scores_of(1400, "cuda", 100).host == merging
+    assert scores_of(1400, "cpu", 100).host == 4000 + 300 * 4000 + merging  # the model and the factors stay
+    making, others = making_bytes(300, 1400, 1400, 4), 2 * 1400 * (256 + 300 * 4)
+    assert scores_of(1400, "cuda", 1400).host == others + making
+    assert scores_of(1400, "cpu", 1400).host == scores_of(1, "cpu", 1400).device + others + making
+
+
+@pytest.mark.parametrize(("test", "train", "k"), [(20, 70, 5), (20, 70, 40), (7, 32, 1000)])
+def test_top_lists_of_all_regions_are_in_the_store_beside_the_result(test: int, train: int, k: int) -> None:
+    """And those of all examples, where the matrix is the result."""
+    dense, without = (
+        make_plan(
+            with_memory("64Mi", output={"topK": k, "dense": dense}, chunks={"test": 3, "train": 32}),
+            Linear(row=2 * MIB),
+            sizes(test, train),
+        )
+        for dense in (True, False)
+    )
+    real = 0
+    for group, chunk in itertools.product(range(dense.groups), range(dense.train_chunks)):
+        rows, columns = dense.group_range(group), dense.train_range(chunk)
+        block = np.zeros((rows[1] - rows[0], columns[1] - columns[0]), np.float32)
+        real += len(Partial.of(block, columns[0], k).pack())
+    scratch = without.memory["Scores"].scratch - without.memory["Factors"].scratch
+    assert 0 <= scratch - real < 512 * dense.regions
+    assert dense.memory["Scores"].scratch == without.memory["Scores"].scratch + without.result_bytes
+
+
+def test_groups_are_as_small_as_top_lists_need_them() -> None:
+    """Four copies of them take a quarter of the memory limit on a processor, half of it beside a GPU."""
+    large = sizes(test=20_000, train=10**5, parameters=10)
+    row = 2 * 10_000 * 12 + 48
+    for device, share in (("cpu", 4), ("cuda", 2)):
+        long = with_memory("2Gi", device=device, output={"topK": 10_000})
+        plan = make_plan(long, Linear(), large)
+        assert plan.groups == pytest.approx(20_000 * 4 * row / (2 * GIB // share), rel=0.2)
+        assert make_plan(with_memory("2Gi", device=device), Linear(), large).groups == 1
+        host = plan.memory["Scores"].host - plan.memory["Scores"].device
+        assert host <= 2 * GIB // share + 2 * 64 * MIB + 3 * 32 * MIB
+
+
+def test_top_lists_too_long_for_the_chunks_that_are_given_are_refused_with_what_would_fit() -> None:
+    def asked(k: int, rows: int, **changes: Any) -> InfluenceJobSpec:
+        return with_memory("1Gi", chunks={"test": rows}, output={"topK": k}, **changes)
+
+    measured = sizes(test=5000, train=10**5)
+    make_plan(asked(10_000, 3000, operation="InfluenceFactors"), Linear(), measured)  # has no such lists
+    with pytest.raises(PermanentError) as caught:
+        make_plan(asked(10_000, 3000), Linear(), measured)
+    assert caught.value.reason is Reason.PLAN_IMPOSSIBLE
+    assert caught.value.message == (
+        "spec.output.topK: expected at most 930 for 3000 test examples (chunks.test), got 10000: to make and "
+        "merge top lists takes 2.68 GiB of a worker's memory, but 256 MiB are for it; lower it, set "
+        "chunks.test to 279 or less, or raise workers.resources.limits.memory"
+    )
+    for fitting in (asked(930, 3000), asked(10_000, 279)):
+        make_plan(fitting, Linear(), measured)
+    for too_much in (asked(931, 3000), asked(10_000, 280)):
+        with pytest.raises(PermanentError, match=r"output\.topK"):
+            make_plan(too_much, Linear(), measured)
+
+
 def from_gradients(sizes_given: Sizes, **changes: Any) -> Plan:
     given = {"operation": "InfluencesFromGradients", "gradients": {"url": "x"}, **changes}
     return make_plan(spec(**given), Linear(), sizes_given)
@@ -528,7 +599,8 @@ def test_influences_from_gradients_run_no_fit_and_read_no_training_example() -> 
     assert plan.result_shape == (300, 1400)
     region, chunk, group = 300 * plan.train_chunk * 4, plan.train_chunk * 4000, 300 * 4000
     assert plan.memory["Scores"].device == 4000 + group + region
-    assert plan.memory["Scores"].host == plan.memory["Scores"].device + 2 * chunk + 2 * region + group
+    few = from_gradients(sizes(stored_chunk=100), output={"topK": 1}).memory["Scores"]
+    assert few.host == few.device + 2 * chunk + 2 * region + max(group, making_bytes(300, 100, 1, 4))
     on_gpu = from_gradients(sizes(stored_chunk=100), device="cuda").memory["Scores"]
     assert on_gpu.device == 4000 + 64 * MIB + group + region
 

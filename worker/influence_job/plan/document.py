@@ -37,6 +37,10 @@ class Sizes(SpecModel):
         None, ge=1, description="Training examples per chunk of the gradients that an earlier job stored."
     )
 
+    @property
+    def itemsize(self) -> int:
+        return 8 if self.dtype == "float64" else 4
+
 
 class ResultArray(SpecModel):
     """One array of the result, as the store holds it."""
@@ -283,6 +287,11 @@ class Plan(SpecModel):
         """What stays: the array, or without it the top k (indices and scores of both ends)."""
         if self.dense or not self.has_scores:
             return self.matrix_bytes
+        return self.ranked_bytes
+
+    @property
+    def ranked_bytes(self) -> int:
+        """Of the top k."""
         return self.test * 2 * min(self.top_k, self.train) * (8 + self.itemsize)
 
     @property

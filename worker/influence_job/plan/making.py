@@ -12,7 +12,7 @@ from influence_calculator.maths.by_token import product_bytes
 from influence_calculator.maths.footprints import joined_bytes
 from influence_calculator.maths.method import Method
 from influence_job.errors import PermanentError, Reason
-from influence_job.plan import memory
+from influence_job.plan import memory, top_lists
 from influence_job.plan.basis import Basis, stored_basis
 from influence_job.plan.document import Plan, Sizes
 from influence_job.plan.memory import MIB, StageMemory
@@ -75,13 +75,11 @@ def make_plan(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> Plan:
         memory={},
     )
     _refuse_large_result(spec, plan)
+    if plan.has_scores:
+        top_lists.refuse_long(spec, sizes, plan)
     plan = plan.model_copy(update={"memory": _stages(spec, method, sizes, plan)})
     _refuse_large_stage(spec, plan)
     return plan
-
-
-def _itemsize(sizes: Sizes) -> int:
-    return 8 if sizes.dtype == "float64" else 4
 
 
 def _resident(method: Method, sizes: Sizes) -> int:
@@ -91,18 +89,20 @@ def _resident(method: Method, sizes: Sizes) -> int:
 
 def _factor_row(spec: InfluenceJobSpec, method: Method, sizes: Sizes) -> int:
     footprint = method.footprint(sizes.shapes, 1, 1)
-    return max(1, memory.factor_row_bytes(spec, footprint, sizes.shapes, _itemsize(sizes)))
+    return max(1, memory.factor_row_bytes(spec, footprint, sizes.shapes, sizes.itemsize))
 
 
 def _column_rows(spec: InfluenceJobSpec, sizes: Sizes) -> int:
-    return max(1, COLUMN_BYTES[spec.mode] // _pair_bytes(spec, sizes))
+    """Rows of a group at most, whatever the device holds."""
+    rows = max(1, COLUMN_BYTES[spec.mode] // _pair_bytes(spec, sizes))
+    return min(rows, top_lists.most_rows(spec, sizes)) if spec.operation.has_scores else rows
 
 
 def _pair_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
     """Of what is stored for one test and one training example."""
     by_block = spec.operation is Operation.INFLUENCES_BY_BLOCK
     parts = len(sizes.blocks) if by_block else 1
-    return parts * math.prod(sizes.feature_shape) * _itemsize(sizes)
+    return parts * math.prod(sizes.feature_shape) * sizes.itemsize
 
 
 def _used(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
@@ -127,7 +127,7 @@ def _training_bytes(spec: InfluenceJobSpec, sizes: Sizes) -> int:
     """What scoring reads of one training example."""
     if spec.operation.reads_training:
         return sizes.shapes.example_bytes
-    return sum(sizes.blocks.values()) * _itemsize(sizes)
+    return sum(sizes.blocks.values()) * sizes.itemsize
 
 
 def _differentiated(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int, rows: int) -> int:
@@ -194,7 +194,7 @@ def _test_chunk(
     wanted = min(LARGEST_TEST_CHUNK, max(8, sizes.test // pieces), sizes.test, _column_rows(spec, sizes))
     if spec.operation is Operation.TRAINING_GRADIENTS:
         # A job that scores them reads whole chunks.
-        wanted = min(wanted, max(1, READ_BYTES // (sum(sizes.blocks.values()) * _itemsize(sizes))))
+        wanted = min(wanted, max(1, READ_BYTES // (sum(sizes.blocks.values()) * sizes.itemsize)))
         return _largest_power(1, min(wanted, most_rows), fits)
     if method.solves_by_passes and fits(wanted):
         return wanted
@@ -284,7 +284,11 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
         if not on_host and not spec.operation.reads_training:
             used = max(used, _resident(method, sizes) + reads // 2)
         device = used + group + region
-        stages["Scores"] = stage(device, reads + 2 * region + group)
+        scratch += top_lists.stored(plan) + (plan.ranked_bytes if plan.dense else 0)
+        scoring = reads + 2 * region + max(group, top_lists.making(plan))
+        # Merging begins when all regions are done: on a processor less of the device's part is left.
+        gone = device - _resident(method, sizes) - group if on_host else 0
+        stages["Scores"] = stage(device, max(scoring, top_lists.merging(plan) - gone))
     return stages
 
 

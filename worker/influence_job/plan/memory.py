@@ -40,6 +40,13 @@ def device_budget(spec: InfluenceJobSpec) -> int:
     return CPU_BUDGET if limit is None else limit.bytes // 2
 
 
+def top_lists_budget(spec: InfluenceJobSpec) -> int:
+    """Bytes that top lists may take of a worker's memory: half of what the device's budget leaves."""
+    limit = spec.worker_limits.get("memory")
+    memory = 2 * CPU_BUDGET if limit is None else limit.bytes
+    return (memory - (device_budget(spec) if spec.resolved_device is Device.CPU else 0)) // 2
+
+
 def budget_field(spec: InfluenceJobSpec) -> str:
     """The field that raises the budget."""
     if spec.resolved_device is Device.CUDA:
