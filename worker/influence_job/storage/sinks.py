@@ -77,8 +77,18 @@ class Ranking:
     def _merge_at_once(self, other: Ranking, k: int, sign: int) -> Ranking:
         index = np.concatenate([self.index, other.index], axis=1)
         score = np.concatenate([self.score, other.score], axis=1)
-        order = np.lexsort((index, -sign * score, index == NO_EXAMPLE), axis=1)[:, :k]
+        if _all_before(self.index, other.index):
+            # Stable keeps equal scores in order, puts NaN last, and merges two sorted runs in one go.
+            order = np.argsort(-sign * score, axis=1, kind="stable")[:, :k]
+        else:
+            order = np.lexsort((index, -sign * score, index == NO_EXAMPLE), axis=1)[:, :k]
         return Ranking(np.take_along_axis(index, order, axis=1), np.take_along_axis(score, order, axis=1))
+
+
+def _all_before(some: NDArray[np.int64], others: NDArray[np.int64]) -> bool:
+    """Whether all examples of the others come later."""
+    later = np.iinfo(np.int64).max
+    return bool(some.max(initial=NO_EXAMPLE) < others.min(initial=later, where=others != NO_EXAMPLE))
 
 
 def _best(values: Floats, k: int) -> NDArray[np.int64]:

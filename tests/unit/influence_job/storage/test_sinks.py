@@ -144,6 +144,17 @@ def test_a_partial_result_survives_as_bytes_and_no_changed_byte_goes_unseen() ->
             Partial.unpack(bytes(changed))
 
 
+@settings(max_examples=200, deadline=None)
+@given(BLOCKS, st.integers(1, 6), st.integers(0, 24))
+def test_the_top_k_does_not_depend_on_which_part_merges_the_other(block: Block, k: int, cut: int) -> None:
+    """In order they merge by another way, which knows that equal scores are in order already."""
+    first, second = (TopK.of(part, start, k) for part, start in ((block[:, :cut], 0), (block[:, cut:], cut)))
+    forth, back = first.merge(second), second.merge(first)
+    for one, other in ((forth.most_helpful, back.most_helpful), (forth.most_harmful, back.most_harmful)):
+        np.testing.assert_array_equal(one.index, other.index)
+        assert one.score.tobytes() == other.score.tobytes()
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data(), BLOCKS, st.integers(1, 6), st.integers(1, 30))
 def test_merging_a_few_rows_at_a_time_changes_no_bit(data: Any, block: Block, k: int, at_once: int) -> None:
