@@ -21,6 +21,8 @@ from dask_processes import DaskProcesses, free_port
 from drives import Drive, Drives
 from influence_job.errors import Reason
 from influence_job.exit_codes import ExitCode
+from influence_job.storage.claim import inspect
+from influence_job.storage.ledger import Ledger, Row
 from jobs import Jobs, Run
 from resuming import count
 
@@ -61,6 +63,16 @@ def region_writes(dask: DaskProcesses, path: Path) -> Counter[str]:
     return Counter({name: n for name, n in written.items() if name.startswith("influences/c/")})
 
 
+def ledger_rows(path: Path) -> list[Row]:
+    """All that the ledger holds."""
+    store = stored.open_store(path)
+    epoch = inspect(store).latest()
+    assert epoch is not None
+    ledger = Ledger(store, epoch)
+    ledger.load()
+    return [row for kind in ledger.kinds() for row in ledger.rows(kind)]
+
+
 def kill(*processes: Any) -> None:
     for process in processes:
         process.kill()
@@ -71,6 +83,23 @@ def finished(run: Run, path: Path, undisturbed: Any) -> None:
     run.wait()
     assert run.code == 0, run.stderr
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
+
+
+def test_a_worker_on_another_processor_is_refused(
+    drives: Drives, dask: DaskProcesses, path: Path
+) -> None:
+    """At once: what it computes would keep every later attempt from resuming."""
+    dask.scheduler()
+    dask.worker()
+    dask.environment["ATEN_CPU_CAPABILITY"] = "default"
+    dask.worker()
+    refused = start(drives, path)
+    refused.wait()
+    assert refused.code == 64, refused.stderr
+    for word in ("StoreMismatch", "cpu DEFAULT", "output.allowMixedHardware: true"):
+        assert word in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert len({row.environment for row in ledger_rows(path)}) == 1
 
 
 def test_a_killed_worker_costs_the_regions_it_had_in_flight(

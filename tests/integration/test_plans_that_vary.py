@@ -150,7 +150,7 @@ def _held(path: Path) -> int:
 def _mark_a_region_as_made_by(environment: str, path: Path) -> None:
     """As if another machine had computed one region of the store."""
     store = stored.open_store(path)
-    ledger = Ledger(store, claim(store, Claim("elsewhere", 0, "elsewhere", "Resume")))
+    ledger = Ledger(store, claim(store, Claim("elsewhere", 0, "elsewhere", "Resume")), mixes=True)
     ledger.load()
     row = next(ledger.rows("region"))
     ledger.add([replace(row, environment=environment)])

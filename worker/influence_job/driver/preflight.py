@@ -57,7 +57,7 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
     if existing.effective(identity.uid, on_existing) != OVERWRITE:
         _refuse_other(spec, store, _record(existing), fingerprint)
     epoch = claim(store, Claim(identity.uid, identity.attempt, identity.pod, on_existing))
-    ledger, record = Ledger(store, epoch), {}
+    ledger, record = Ledger(store, epoch, spec.output.allow_mixed_hardware), {}
     if not epoch.must_delete:
         # Only now: whoever held the store before may have begun it, or gone on, until it was ours.
         record = _record(inspect(store))

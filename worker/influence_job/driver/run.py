@@ -15,7 +15,7 @@ from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.stages import Stages
 from influence_job.driver.stop import Stop
 from influence_job.driver.submission import Submitter
-from influence_job.errors import JobError, PermanentError, Reason, ended_with
+from influence_job.errors import JobError, ended_with
 from influence_job.identity import JobIdentity
 from influence_job.methods import method_of
 from influence_job.plan import Plan, make_plan
@@ -101,7 +101,7 @@ def _compute(
     fingerprint = fingerprints.with_model(opened.fingerprint, loaded)
     fingerprints.refuse_differences(opened.store.url, opened.record.get("fingerprint"), fingerprint, [])
     earlier_job.refuse_other(job.spec, opened.earlier, fingerprint)
-    _refuse_other_hardware(job, opened, loaded)
+    opened.ledger.refuse_other(loaded.environment)
     plan = _plan(job, opened, loaded)
     if opened.begun:
         model_state.take_over(opened.store, identity)
@@ -123,15 +123,3 @@ def _plan(job: InfluenceJob, opened: Opened, loaded: Loaded) -> Plan:
     if stored is not None:
         return Plan.from_json(stored)
     return make_plan(job.spec, method_of(job.spec), loaded.sizes)
-
-
-def _refuse_other_hardware(job: InfluenceJob, opened: Opened, loaded: Loaded) -> None:
-    """Rows of another numerical environment and new ones do not mix, unless the spec says so."""
-    others = set(opened.ledger.environments()) - {loaded.environment}
-    if others and not job.spec.output.allow_mixed_hardware:
-        raise PermanentError(
-            Reason.STORE_MISMATCH,
-            f"output.url: {opened.store.url} was begun on {sorted(others)}, this worker is "
-            f"{loaded.environment!r}: the results would not be equal bit for bit; use the same "
-            f"hardware and image, or set output.allowMixedHardware: true",
-        )

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,7 +131,8 @@ class Submitter:
 
     def _on_event(self, event: tuple[float, Any]) -> None:
         _, rows = event
-        self._record([Row(*row) for row in rows])
+        with suppress(PermanentError):  # its task's result brings the rows again, where that ends the job
+            self._record([Row(*row) for row in rows])
 
     def _record(self, rows: list[Row]) -> None:
         """Adds what is new: a row comes by event first and with its task's result again."""

@@ -165,7 +165,7 @@ class OutputSpec(SpecModel):
         Quantity("1Ti"), description="The plan refuses a larger result. Bytes; default 1Ti."
     )
     allow_mixed_hardware: Flag = Field(
-        False, description="Resume on another CPU or GPU model: results then agree, but not bit for bit."
+        False, description="Compute on several CPU or GPU models: results then agree, but not bit for bit."
     )
     storage_options: Annotated[OpenObject, WithoutNull] = Field(
         default_factory=dict, description="Keyword arguments of the fsspec filesystem. No secrets here."

@@ -31,8 +31,10 @@ __all__ = ["FLUSH_ROWS", "FLUSH_SECONDS", "Ledger", "Row", "indices_since"]
 class Ledger:
     """The rows of one store that count for one epoch. `add` and `flush` may be called from any thread."""
 
-    def __init__(self, store: Store, epoch: Epoch) -> None:
+    def __init__(self, store: Store, epoch: Epoch, mixes: bool = False) -> None:
+        """`mixes`: rows of several numerical environments may come together."""
         self._store = store
+        self._mixes = mixes
         self._epoch = epoch
         self.guard = Guard(store, epoch)
         """Proves that this driver is still the writer."""
@@ -90,9 +92,20 @@ class Ledger:
         """The kinds of which any is done."""
         return self._table.kinds()
 
-    def environments(self) -> list[str]:
-        """The numerical environments that rows were computed in."""
-        return self._table.environments()
+    def refuse_other(self, *environments: str) -> None:
+        """Keeps rows of several numerical environments apart, unless they may mix.
+
+        Raises:
+            PermanentError: together with those of the rows there are several.
+        """
+        known = self._table.environments() or list(environments[:1])
+        if environments and not self._mixes and len({*known, *environments}) > 1:
+            raise PermanentError(
+                Reason.STORE_MISMATCH,
+                f"output.url: {self._store.url} was begun on {sorted(known)}, this worker is "
+                f"{environments[-1]!r}: the results would not be equal bit for bit; use the same hardware "
+                f"and image (workers.nodeSelector), or set output.allowMixedHardware: true",
+            )
 
     @property
     def next_segment(self) -> int:
@@ -105,9 +118,14 @@ class Ledger:
         return len(self._pending)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Records what is done; the next flush makes it last."""
+        """Records what is done; the next flush makes it last.
+
+        Raises:
+            PermanentError: as `refuse_other`; nothing is recorded.
+        """
         rows = list(rows)
         with self._rows_lock:
+            self.refuse_other(*dict.fromkeys(row.environment for row in rows))
             self._table.insert(rows)
             self._pending.extend(rows)
 

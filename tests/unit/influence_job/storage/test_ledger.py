@@ -22,8 +22,10 @@ def store(tmp_path: Path) -> Store:
     return Store.open(str(tmp_path / "x.zarr"))
 
 
-def next_ledger(store: Store, uid: str = "uid", on_existing: str = "Resume") -> Ledger:
-    ledger = Ledger(store, claim(store, Claim(uid, 1, "pod", on_existing)))
+def next_ledger(
+    store: Store, uid: str = "uid", on_existing: str = "Resume", *, mixes: bool = False
+) -> Ledger:
+    ledger = Ledger(store, claim(store, Claim(uid, 1, "pod", on_existing)), mixes)
     ledger.load()
     return ledger
 
@@ -71,16 +73,15 @@ def test_rows_come_back_as_they_were_whatever_their_strings(store: Store) -> Non
         Row("region", 2, "not a digest", "g" * 32, "cpu"),
         Row("region", 5000, "", "ab" * 15 + " a", ""),
     ]
-    first = next_ledger(store)
+    first = next_ledger(store, mixes=True)
     first.add(rows)
     first.flush()
     second = next_ledger(store)
     assert list(first.rows("region")) == list(second.rows("region")) == rows
-    assert set(second.environments()) == {"cpu", "H100 ü", ""}
 
 
 def test_a_row_that_comes_again_replaces_the_earlier_one(store: Store) -> None:
-    first = next_ledger(store)
+    first = next_ledger(store, mixes=True)
     first.add([Row("region", 3, "odd", "odd", "cpu")])
     first.flush()
     first.add([row(3, environment="gpu")])
@@ -88,6 +89,24 @@ def test_a_row_that_comes_again_replaces_the_earlier_one(store: Store) -> None:
     for ledger in (first, next_ledger(store)):
         assert list(ledger.rows("region")) == [row(3, environment="gpu")]
         assert ledger.count("region") == 1
+
+
+def test_rows_of_two_environments_mix_only_if_they_may(store: Store) -> None:
+    ledger = next_ledger(store)
+    for rows in ([row(0), row(1, environment="gpu")], [row(0), row(1)], [row(2, environment="gpu")]):
+        before = ledger.count("region")
+        if {r.environment for r in rows} == {"cpu"}:
+            ledger.add(rows)
+            continue
+        with pytest.raises(PermanentError, match=r"begun on \['cpu'\], this worker is 'gpu'") as raised:
+            ledger.add(rows)
+        assert raised.value.reason is Reason.STORE_MISMATCH
+        assert ledger.count("region") == before
+    ledger.flush()
+    with pytest.raises(PermanentError, match="allowMixedHardware: true"):
+        next_ledger(store).refuse_other("gpu")
+    next_ledger(store).refuse_other("cpu")
+    next_ledger(store, mixes=True).add([row(2, environment="gpu")])
 
 
 def test_every_flush_is_a_new_object_and_none_is_written_twice(store: Store) -> None:
@@ -200,7 +219,7 @@ def test_compacting_leaves_one_segment_with_all_rows(store: Store) -> None:
     for index in range(5):
         first.add([row(index), row(index, "factors")])
         first.flush()
-    second = next_ledger(store)
+    second = next_ledger(store, mixes=True)
     second.add([row(9, environment="gpu")])
     second.compact()
     assert len(segments(store)) == 1
