@@ -1,8 +1,9 @@
 """A store in a folder of this machine's file systems.
 
 Every object is written under a passing name in its own folder and then renamed, so that a process
-killed at any moment leaves the old content or the new. `create` does not go through fsspec, which
-checks and then writes.
+killed at any moment leaves the old content or the new. File and folder are on the disk before a write
+returns: what the ledger calls done is there when a machine comes back that lost its power. `create` does
+not go through fsspec, which checks and then writes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from influence_job.storage.backend import OWN_PREFIX, Backend, Page
 
+_WITHOUT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""File systems that know no such request, for a folder or at all: they do what they can."""
 _WITHOUT_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -36,6 +39,7 @@ class LocalFiles(Backend):
         passing = _write_passing(target, data)
         try:
             passing.replace(target)
+            _sync_folder(target.parent)
         except OSError:
             passing.unlink(missing_ok=True)
             raise
@@ -51,6 +55,7 @@ class LocalFiles(Backend):
             _write_new(target, data)
         finally:
             passing.unlink(missing_ok=True)
+        _sync_folder(target.parent)
 
     def page(
         self,
@@ -82,7 +87,7 @@ def _write_passing(target: Path, data: bytes) -> Path:
     try:
         _write_new(passing, data)
     except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         _write_new(passing, data)
     except OSError:
         passing.unlink(missing_ok=True)
@@ -95,6 +100,36 @@ def _write_new(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
+        file.flush()
+        _sync(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, each on the disk before anything is in it."""
+    if not folder.parent.is_dir():
+        _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the names in a folder on the disk."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # deleted meanwhile, with all that was in it
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _WITHOUT_SYNC:
+            raise
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +28,34 @@ class TestMemory(StoreContract):
     @pytest.fixture
     def store(self) -> Store:
         return Store.open(f"memory://{uuid.uuid4().hex}/x.zarr")
+
+
+@pytest.mark.parametrize("way", ["put", "create"])
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_write_returns(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power keeps what the ledger calls done."""
+    done: list[str] = []
+
+    def note(owner: Any, name: str, place: Callable[..., str | Path]) -> None:
+        real = getattr(owner, name)
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            done.append(f"{name} {Path(place(*arguments)).relative_to(tmp_path)}")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(os, "fsync", lambda descriptor: Path(f"/proc/self/fd/{descriptor}").readlink())
+    note(Path, "mkdir", lambda folder: folder)
+    note(Path, "replace", lambda _, target: target)
+    note(os, "link", lambda _, target: target)
+    getattr(Store.open(str(tmp_path / "x.zarr")), way)("a/b/0", b"data")
+    assert done[:2] == ["mkdir x.zarr", "fsync ."]
+    assert done[2:6] == ["mkdir x.zarr/a", "fsync x.zarr", "mkdir x.zarr/a/b", "fsync x.zarr/a"]
+    file, *name = done[6:]
+    assert file.startswith("fsync x.zarr/a/b/.influence-")
+    assert name == [f"{'replace' if way == 'put' else 'link'} x.zarr/a/b/0", "fsync x.zarr/a/b"]
 
 
 @pytest.mark.parametrize(
