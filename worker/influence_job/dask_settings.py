@@ -36,3 +36,6 @@ THREAD_SETTINGS = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 """Environment variables that must stand before torch is imported; set for every worker process."""
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+"""What CUDA shows a process, from its first call on: of several, each worker of one machine keeps one."""

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import dask
 from distributed import Client, LocalCluster
 
-from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS
+from influence_job.dask_settings import SETTINGS, THREAD_SETTINGS, VISIBLE_GPUS
 from influence_job.driver.reporting import ProgressTracker
 from influence_job.driver.run import run
 from influence_job.driver.stop import stopped_by_signals
@@ -53,23 +53,29 @@ def run_local(
     gc.freeze()  # half of the time that the interpreter takes to exit goes into visiting torch
     identity = JobIdentity.local()
     tracker = ProgressTracker(identity, on_progress)
-    count = workers or _default_workers(job)
+    gpus = _gpus() if job.spec.resolved_device is Device.CUDA else []
+    count = workers or len(gpus) or len(os.sched_getaffinity(0))
     with (
         serving(tracker.snapshot, "127.0.0.1", progress_port, metrics_port),
         stopped_by_signals() as stop,
-        _cluster(count) as connect,
+        local_cluster(count, gpus) as connect,
     ):
         return run(job, identity, connect, tracker, stop)
 
 
 @contextmanager
-def _cluster(workers: int) -> Iterator[Callable[[], Client]]:
-    """A function that connects to a local cluster, which is started when first needed."""
+def local_cluster(workers: int, gpus: Sequence[str]) -> Iterator[Callable[[], Client]]:
+    """A function that connects to a local cluster, which is started when first needed.
+
+    Args:
+        workers: processes of one thread.
+        gpus: as `CUDA_VISIBLE_DEVICES` names them; each worker sees one of them, in turn.
+    """
     started: list[LocalCluster] = []
 
     def connect() -> Client:
         if not started:
-            started.append(_start(workers))
+            started.append(_start(workers, gpus))
         return Client(started[0], set_as_default=False)
 
     try:
@@ -82,7 +88,8 @@ def _cluster(workers: int) -> Iterator[Callable[[], Client]]:
                 cluster.close(timeout=10)
 
 
-def _start(workers: int) -> LocalCluster:
+def _start(workers: int, gpus: Sequence[str]) -> LocalCluster:
+    visible = {VISIBLE_GPUS: ",".join(gpus)} if gpus else {}
     path = os.pathsep.join(entry for entry in sys.path if entry)
     # Workers say as much as this process's own Dask does.
     level = logging.getLevelName(logging.getLogger("distributed").getEffectiveLevel()).lower()
@@ -94,7 +101,7 @@ def _start(workers: int) -> LocalCluster:
             processes=True,
             memory_limit=0,
             dashboard_address="127.0.0.1:0",  # None means 8787, which another cluster may hold
-            env={**THREAD_SETTINGS, "PYTHONPATH": path},
+            env={**THREAD_SETTINGS, "PYTHONPATH": path, **visible},
         )
 
 
@@ -112,9 +119,10 @@ def _ctrl_c_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _default_workers(job: InfluenceJob) -> int:
-    if job.spec.resolved_device is Device.CUDA:
-        import torch
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    if (named := os.environ.get(VISIBLE_GPUS)) is not None:
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+    import torch
 
-        return max(1, torch.cuda.device_count())
-    return len(os.sched_getaffinity(0))
+    return [str(index) for index in range(torch.cuda.device_count())]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from distributed import Worker
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths import perturbation
@@ -16,6 +18,7 @@ from influence_calculator.maths.capture import measure
 from influence_calculator.maths.errors import BlocksError, CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import Batch, Seen, batch_size, slice_batch
 from influence_calculator.maths.probe import PROBED, probe
+from influence_job.dask_settings import VISIBLE_GPUS
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
@@ -30,6 +33,16 @@ from influence_job.worker.session import Session, WorkerContext, build, session
 from influence_job.worker.training_gradients import gradient_path
 
 KIND = "load"
+
+
+def dask_setup(worker: Worker) -> None:
+    """Leaves a worker of this machine, which Dask names by its number, one of the machine's GPUs.
+
+    Dask calls it of a module that workers preload, before any task, and so before CUDA looks.
+    """
+    gpus = os.environ.get(VISIBLE_GPUS, "").split(",")
+    if isinstance(worker.name, int) and len(gpus) > 1:
+        os.environ[VISIBLE_GPUS] = gpus[worker.name % len(gpus)]
 
 
 @dataclass(frozen=True)
