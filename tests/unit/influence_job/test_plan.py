@@ -580,6 +580,7 @@ def test_top_lists_too_long_for_the_chunks_that_are_given_are_refused_with_what_
         "merge top lists takes 2.68 GiB of a worker's memory, but 256 MiB are for it; lower it, set "
         "chunks.test to 279 or less, or raise workers.resources.limits.memory"
     )
+    make_plan(with_memory("1Mi", output={"topK": 10_000}, chunks={"test": 60}), Linear(row=10), measured)
     for fitting in (asked(930, 3000), asked(10_000, 279)):
         make_plan(fitting, Linear(), measured)
     for too_much in (asked(931, 3000), asked(10_000, 280)):

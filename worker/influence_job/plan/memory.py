@@ -21,6 +21,8 @@ CPU_BUDGET = 2 * 2**30
 """Without a memory limit; half of the 4 GiB that a worker gets by default in a cluster."""
 LARGEST_MICRO_BATCH = {Device.CUDA: 1024, Device.CPU: 256}
 """More gains nothing: a GPU is busy, and a core's cache is exceeded."""
+TOP_LISTS_BUDGET = 64 * MIB
+"""At least, for a merge of top lists reads as much at once."""
 
 
 class StageMemory(SpecModel):
@@ -44,7 +46,8 @@ def top_lists_budget(spec: InfluenceJobSpec) -> int:
     """Bytes that top lists may take of a worker's memory: half of what the device's budget leaves."""
     limit = spec.worker_limits.get("memory")
     memory = 2 * CPU_BUDGET if limit is None else limit.bytes
-    return (memory - (device_budget(spec) if spec.resolved_device is Device.CPU else 0)) // 2
+    left = memory - (device_budget(spec) if spec.resolved_device is Device.CPU else 0)
+    return max(TOP_LISTS_BUDGET, left // 2)
 
 
 def budget_field(spec: InfluenceJobSpec) -> str:
