@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracle
-from influence_calculator import Checkpoint, GradDotInfluence, InfluenceMode, TracInInfluence
+from influence_calculator import BlockMode, Checkpoint, GradDotInfluence, InfluenceMode, TracInInfluence
 from influence_calculator.maths import region
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.checkpoints import load_checkpoints
@@ -272,3 +272,55 @@ def test_a_learning_rate_is_a_finite_number_above_zero(rate: float) -> None:
 def test_tracin_without_checkpoints_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match="TracIn sums over states of the model"):
         TracIn().layout(xy_objective(MLP.model(), MLP.loss))
+
+
+@pytest.mark.parametrize("mode", list(InfluenceMode))
+def test_grad_dot_has_the_parts_of_blocks(mode: InfluenceMode) -> None:
+    case, (x, y) = MLP, MLP.train()
+    model = GradDotInfluence(case.model(), case.loss, BlockMode.LAYER_WISE).fit([(x, y)])
+    test, train = gradients(case)
+    parts = model.influences_by_block(*case.test(), x, y, mode)
+    assert list(parts) == model.block_names == ["0", "2", "4"]
+    factors = model.influence_factors_by_block(*case.test())
+    for block, part in parts.items():
+        own = oracle.columns_of(case.model(), tuple(slot.name for slot in model.layout.slots_of(block)))
+        oracle.assert_close(factors[block], test[:, own], 1e-10)
+        alone = torch.zeros_like(test)
+        alone[:, own] = test[:, own]
+        perturbed = mode is InfluenceMode.Perturbation
+        expected = (
+            oracle.perturbations(case.model(), case.loss, alone, x, y) if perturbed else alone @ train.T
+        )
+        oracle.assert_close(part, expected, 1e-9)
+    from_factors = model.influences_from_factors_by_block(factors, x, y, mode)
+    assert all(torch.equal(from_factors[block], part) for block, part in parts.items())
+    oracle.assert_close(
+        torch.stack(list(parts.values())).sum(0), model.influences(*case.test(), x, y, mode), 1e-9
+    )
+
+
+def test_blocks_of_grad_dot_that_leave_parameters_out_score_the_others() -> None:
+    blocks = {"ends": ("0.bias", "4.weight")}
+    model = GradDotInfluence(MLP.model(), MLP.loss, blocks).fit([MLP.train()])
+    own = oracle.columns_of(MLP.model(), blocks["ends"])
+    test, train = (rows[:, own] for rows in gradients(MLP))
+    oracle.assert_close(model.influences(*MLP.test(), *MLP.train()), test @ train.T, 1e-10)
+    assert model.n_parameters == len(own)
+
+
+def test_tracin_has_the_parts_of_checkpoints() -> None:
+    case = MLP
+    model = TracInInfluence(case.model(), case.loss, checkpoints(case)).fit([case.train()])
+    parts = model.influences_by_block(*case.test(), *case.train())
+    assert list(parts) == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
+    for part, state, rate in zip(parts.values(), states(case), RATES, strict=True):
+        test, train = gradients(case, state)
+        oracle.assert_close(part, rate * test @ train.T, 1e-10)
+    factors = model.influence_factors_by_block(*case.test())
+    again = model.influences_from_factors_by_block(factors, *case.train())
+    assert all(torch.equal(again[block], part) for block, part in parts.items())
+    x, y = (part[:5] for part in case.train())
+    moved = model.influences_by_block(*case.test(), x, y, InfluenceMode.Perturbation)
+    for part, state, rate in zip(moved.values(), states(case), RATES, strict=True):
+        z = rate * gradients(case, state)[0]
+        oracle.assert_close(part, oracle.perturbations(in_state(case, state), case.loss, z, x, y), 1e-9)

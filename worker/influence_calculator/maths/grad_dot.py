@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from influence_calculator.maths.blocks import BlockMode, block_layout
-from influence_calculator.maths.footprints import capture_bytes, gathered_bytes, row_bytes
+from influence_calculator.maths.blocks import BlockMode, BlockStructure, block_layout
+from influence_calculator.maths.footprints import block_widths, capture_bytes, gathered_bytes, row_bytes
 from influence_calculator.maths.gradient_methods import BlockwiseFitted
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, SolverReport
@@ -23,11 +23,14 @@ from influence_calculator.maths.shapes import ModelShapes
 class GradDot(Method):
     """`(H + λI)^-1` taken for the identity: influence factors are the gradients."""
 
+    blocks: BlockStructure = BlockMode.FULL
+    """Whose parts may be told apart; no number depends on it, but of parameters that no block names."""
+
     needs_data = False
 
     @override
     def layout(self, objective: Objective) -> Layout:
-        return block_layout(objective, BlockMode.FULL)
+        return block_layout(objective, self.blocks)
 
     @override
     def passes(self) -> tuple[FitPass, ...]:
@@ -40,11 +43,12 @@ class GradDot(Method):
 
     @override
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
-        row, capture = row_bytes(shapes, shapes.width), capture_bytes(shapes, micro_batch)
+        width = sum(block_widths(shapes, self.blocks))
+        row, capture = row_bytes(shapes, width), capture_bytes(shapes, micro_batch)
         return Footprint(
             fit=0,
             # The gradients, and the factors, which with a learning rate are others.
-            factors=max(gathered_bytes(shapes, micro_batch, rows, shapes.width), 2 * rows * row),
+            factors=max(gathered_bytes(shapes, micro_batch, rows, width), 2 * rows * row),
             capture=capture,
             factor_row=row,
             resident=0,

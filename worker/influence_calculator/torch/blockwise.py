@@ -25,40 +25,13 @@ from influence_calculator.torch.base import TorchInfluenceFunctionModel, regular
 from influence_calculator.types import InfluenceMode, as_mode
 
 
-class TorchBlockwiseInfluence(TorchInfluenceFunctionModel, ComposableInfluence[Tensor, Iterable[Any]], ABC):
-    """A method of the maths that treats blocks of parameters one by one, with a λ that may be changed."""
+class TorchInfluenceByBlock(TorchInfluenceFunctionModel, ABC):
+    """A method of the maths whose influences are a sum over blocks of parameters, or of checkpoints."""
 
     @property
     def block_names(self) -> list[str]:
         """The blocks, in order; the full block structure has the one block `""`."""
         return list(self.layout.blocks)
-
-    @abstractmethod
-    def _regularized(self, regularization: Regularization) -> Method:
-        """The method with another λ."""
-
-    def with_regularization(self, regularization: Regularization | Mapping[str, float | None]) -> Self:
-        """Changes λ (one number, one per block, or `Relative`) without a new fit, and returns this model.
-
-        Raises:
-            ValueError: a negative λ, or a mapping that does not name every block and nothing else.
-        """
-        method = self._regularized(regularization_of(regularization))
-        method.layout(self.objective)
-        before, self.method = self.method, method
-        try:
-            self._refresh()
-        except Exception:
-            self.method = before
-            raise
-        self._tell_notes()
-        return self
-
-    def _fitted_at(self, regularization: float) -> Fitted:
-        """What solves with another λ, from the same fit."""
-        self._require_fitted()
-        method = self._regularized(regularization)
-        return method.fitted(self.objective, self._state or {}, self._data)
 
     def influence_factors_by_block(self, x: Tensor, y: Tensor) -> OrderedDict[str, Tensor]:
         """Block -> factors `[t, P_b]`."""
@@ -112,3 +85,34 @@ class TorchBlockwiseInfluence(TorchInfluenceFunctionModel, ComposableInfluence[T
             found = perturbations_by_block(fitted, self.objective, rows, batch, pieces)
             parts = [pytree.tree_map_only(Tensor, itemgetter(b), found) for b in range(len(self.block_names))]
         return OrderedDict(zip(fitted.layout.blocks, parts, strict=True))
+
+
+class TorchBlockwiseInfluence(TorchInfluenceByBlock, ComposableInfluence[Tensor, Iterable[Any]], ABC):
+    """A method of the maths that treats blocks of parameters one by one, with a λ that may be changed."""
+
+    @abstractmethod
+    def _regularized(self, regularization: Regularization) -> Method:
+        """The method with another λ."""
+
+    def with_regularization(self, regularization: Regularization | Mapping[str, float | None]) -> Self:
+        """Changes λ (one number, one per block, or `Relative`) without a new fit, and returns this model.
+
+        Raises:
+            ValueError: a negative λ, or a mapping that does not name every block and nothing else.
+        """
+        method = self._regularized(regularization_of(regularization))
+        method.layout(self.objective)
+        before, self.method = self.method, method
+        try:
+            self._refresh()
+        except Exception:
+            self.method = before
+            raise
+        self._tell_notes()
+        return self
+
+    def _fitted_at(self, regularization: float) -> Fitted:
+        """What solves with another λ, from the same fit."""
+        self._require_fitted()
+        method = self._regularized(regularization)
+        return method.fitted(self.objective, self._state or {}, self._data)

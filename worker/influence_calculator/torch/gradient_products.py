@@ -10,11 +10,12 @@ from influence_calculator.maths.checkpoints import Checkpoint as Checkpoint
 from influence_calculator.maths.checkpoints import load_checkpoints
 from influence_calculator.maths.grad_dot import GradDot
 from influence_calculator.maths.tracin import TracIn
-from influence_calculator.torch.base import TorchInfluenceFunctionModel
-from influence_calculator.torch.util import LossType
+from influence_calculator.torch.base import GivenBlocks
+from influence_calculator.torch.blockwise import TorchInfluenceByBlock
+from influence_calculator.torch.util import BlockMode, LossType
 
 
-class GradDotInfluence(TorchInfluenceFunctionModel):
+class GradDotInfluence(TorchInfluenceByBlock):
     """Scores `g_test · g_train`: the curvature taken for the identity.
 
     Cheap, and what other methods are compared with. `fit` computes nothing; it checks on a few examples that
@@ -23,17 +24,20 @@ class GradDotInfluence(TorchInfluenceFunctionModel):
     Args:
         model: in eval mode; parameters that do not require grad are not tracked.
         loss: `loss(model(x), y)`; its reduction over a batch does not matter.
+        block_structure: the blocks of parameters whose parts `influences_by_block` tells apart.
     """
 
-    def __init__(self, model: nn.Module, loss: LossType) -> None:
-        super().__init__(model, loss, GradDot())
+    def __init__(
+        self, model: nn.Module, loss: LossType, block_structure: GivenBlocks = BlockMode.FULL
+    ) -> None:
+        super().__init__(model, loss, GradDot(block_structure))
 
 
-class TracInInfluence(TorchInfluenceFunctionModel):
+class TracInInfluence(TorchInfluenceByBlock):
     """Scores `Σ_c η_c g_c(test) · g_c(train)` over checkpoints c with learning rates η (TracInCP).
 
-    Factors hold a block of columns per checkpoint: `[t, C·P]`. The training data is read once for all
-    checkpoints and differentiated at each.
+    Factors hold a block of columns per checkpoint: `[t, C·P]`; checkpoints are this model's blocks. The training
+    data is read once for all of them and differentiated at each.
 
     Args:
         model: in eval mode; its parameters' values do not matter. To count it give its own state too.
