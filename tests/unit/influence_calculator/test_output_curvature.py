@@ -25,7 +25,8 @@ GAUSS_NEWTON = SecondOrderMode.GENERALIZED_GAUSS_NEWTON
 
 RECOGNISED = {
     *("cross-entropy", "of tokens, some ignored", "squared error", "binary", "weighted classes", "scaled"),
-    *("smoothed labels", "soft labels", "soft labels of tokens"),
+    *("smoothed labels", "soft labels", "soft labels of tokens", "soft labels of any sign"),
+    *("soft labels of tokens of any sign", "negated soft labels"),
     *("one per example", "masked tokens", "weighted tokens", "negative weights", "weighted squares"),
     *("weighted bits", "picked log-probabilities", "picked scores"),
     *("weighted in place", "divided in place", "masked in place", "a part in place", "added up in place"),
@@ -133,6 +134,11 @@ LOSSES: dict[str, Loss] = {
     "soft labels of tokens": lambda f, y: F.cross_entropy(
         f.unflatten(1, (3, 2)), (y[:, None, None] * torch.arange(1.0, 7).to(f).view(1, 3, 2)).cos() + 1
     ),
+    "soft labels of any sign": lambda f, y: F.cross_entropy(f, (y[:, None] - torch.arange(6)).to(f)),
+    "soft labels of tokens of any sign": lambda f, y: F.cross_entropy(
+        f.unflatten(1, (3, 2)), (y[:, None, None] * torch.arange(1.0, 7).to(f).view(1, 3, 2)).cos()
+    ),
+    "negated soft labels": lambda f, y: -2 * F.cross_entropy(f, (y[:, None] - torch.arange(6)).to(f)),
     "weighted by the outputs": lambda f, y: F.cross_entropy(f, F.one_hot(y, 6).to(f), f[0]),
     "scaled": lambda f, y: 3 * F.cross_entropy(f, y) / len(f) - 1,
     "one per example": lambda f, y: F.cross_entropy(f, y, reduction="none"),
@@ -258,6 +264,24 @@ def test_a_gauss_newton_product_takes_as_many_outputs_as_a_language_model_has() 
         pushed = V @ row
         expected += torch.outer(p * pushed - p * (p @ pushed), row)
     torch.testing.assert_close(found.view_as(V), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_probabilities_have_the_second_derivative_at_their_labels() -> None:
+    """That of the loss by what the model answers, which is positive; by the logit before it is `(p − y)²`."""
+    x, y = _data()
+    target = (y % 2).double()[:, None]
+    bits = nn.Linear(4, 1, bias=False).double()
+    p = bits(x).sigmoid().detach()
+    V = torch.randn(Q, 4, dtype=torch.float64)
+    of_bits = {
+        F.binary_cross_entropy: (nn.Sequential(bits, nn.Sigmoid()), (p - target) ** 2),
+        F.binary_cross_entropy_with_logits: (bits, p * (1 - p)),
+    }
+    for loss, (model, curvature) in of_bits.items():
+        objective = xy_objective(model, loss)
+        layout = block_layout(objective, BlockMode.FULL)
+        found = products(GAUSS_NEWTON, objective, layout, (x, target), {"": V})[""]
+        torch.testing.assert_close(found, V @ (x.T @ (curvature * x)), rtol=1e-9, atol=1e-12)
 
 
 def _masked(f: Tensor, y: Tensor) -> Tensor:

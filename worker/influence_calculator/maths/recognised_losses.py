@@ -187,7 +187,7 @@ def _are_sound(objective: Objective, outputs: Any, batch: Batch) -> bool:
 
 def of_positive_weights(objective: Objective) -> Objective:
     """The objective with a recognised loss by its positive weights alone: `∇²_f ℓ` with its negative
-    eigenvalues taken as 0, unless they come from soft labels that are negative.
+    eigenvalues taken as 0. Soft labels weigh too: their sum may be negative.
     """
     return objective.with_loss(_PositiveWeights(objective.loss))
 
@@ -199,6 +199,11 @@ class _PositiveWeights:
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
         tensors, rebuilt = only_tensors(outputs)
         found = _weighed_call(lambda given: self.loss(rebuilt(given), batch), tensors)
+        call = found.call
+        if call.closed_form is _cross_entropy and call.arguments["target"].is_floating_point():
+            logits, c = _counted_logits(found.weights.reshape(-1), **call.arguments)
+            # What the labels pick is linear.
+            return (c * logits.logsumexp(-1)).sum()
         return (found.weights.clamp(min=0) * found.call.result).sum()
 
 
@@ -368,8 +373,16 @@ def _softmax_dimension(result: Tensor, args: tuple[Any, ...], keywords: Mapping[
     return dimension % result.dim()
 
 
-def _cross_entropy(
-    vector: Vector,
+def _cross_entropy(vector: Vector, weights: Tensor, **arguments: Any) -> Tensor:
+    """`v = (√p ε − p ⟨√p, ε⟩) √c` at every position, c as `_counted_logits` gives it."""
+    logits, c = _counted_logits(weights, **arguments)
+    p = logits.detach().to(c.dtype).softmax(-1)
+    scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
+    v = (scaled - p * scaled.sum(-1, keepdim=True)) * c.sqrt().unsqueeze(-1)
+    return (v.to(logits.dtype) * logits).sum()
+
+
+def _counted_logits(
     weights: Tensor,
     *,
     input: Tensor,
@@ -379,31 +392,29 @@ def _cross_entropy(
     reduction: str,
     label_smoothing: float,
     **deprecated: Any,
-) -> Tensor:
-    """`v = (√p ε − p ⟨√p, ε⟩) √c` at every position, c what the log-probabilities there count together.
+) -> tuple[Tensor, Tensor]:
+    """Logits of every position, `[positions, C]`, and c, what the log-probabilities there count together, 0
+    where that is negative: `∇²_u ℓ` is `c (diag p − p pᵀ)`.
 
-    That is 1, or 0 at an ignored position, where nothing is weighted; for a mean over what torch divides by.
+    c is 1, or 0 at an ignored position, where nothing is weighted; for a mean over what torch divides by.
     `weights` are those of what is returned, one or one per position, in the loss.
     """
     if any(value is not None for value in deprecated.values()):
         raise _UnrecognisedError
     logits = _by_position(input)
-    p = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    of_class = p.new_ones(p.shape[1]) if weight is None else weight.to(p.dtype)
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    of_class = wide.new_ones(wide.shape[1]) if weight is None else weight.to(wide.dtype)
     if target.is_floating_point():
-        counts = _by_position(target).to(p.dtype) @ of_class
+        counts = _by_position(target).to(wide.dtype) @ of_class
         counted = torch.ones_like(counts)
         total = counted.sum()
     else:
         labels = labels_of(input, target).reshape(-1)
-        counted = (labels != ignore_index).to(p.dtype)
-        counts = counts_of(p, labels, weight, ignore_index)
+        counted = (labels != ignore_index).to(wide.dtype)
+        counts = counts_of(wide, labels, weight, ignore_index)
         total = counts.sum()
     c = ((1 - label_smoothing) * counts + label_smoothing * counted * of_class.mean()) * weights
-    c = _averaged(c, total, reduction)
-    scaled = p.sqrt() * vector(p.numel()).reshape(p.shape)
-    v = (scaled - p * scaled.sum(-1, keepdim=True)) * c.clamp(min=0).sqrt().unsqueeze(-1)
-    return (v.to(logits.dtype) * logits).sum()
+    return logits, _averaged(c, total, reduction).clamp(min=0)
 
 
 def _negative_log_likelihood(

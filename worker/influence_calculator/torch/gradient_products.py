@@ -36,8 +36,8 @@ class GradDotInfluence(TorchInfluenceByBlock):
 class TracInInfluence(TorchInfluenceByBlock):
     """Scores `Σ_c η_c g_c(test) · g_c(train)` over checkpoints c with learning rates η (TracInCP).
 
-    Factors hold a block of columns per checkpoint: `[t, C·P]`; checkpoints are this model's blocks. The training
-    data is read once for all of them and differentiated at each.
+    Factors hold a block of columns per checkpoint: `[t, C·P]`; checkpoints are this model's blocks. The
+    training data is read once for all of them and differentiated at each.
 
     Args:
         model: in eval mode; its parameters' values do not matter. To count it give its own state too.
