@@ -14,6 +14,7 @@ import xarray
 from torch import Tensor
 
 import checkpoints_task
+import stored
 import traced_task
 from influence_calculator import (
     ArnoldiInfluence,
@@ -22,7 +23,7 @@ from influence_calculator import (
     SecondOrderMode,
     TracInInfluence,
 )
-from jobs import INFLUENCE, Jobs
+from jobs import INFLUENCE, Barrier, Jobs, times_written
 from resuming import kill_and_resume
 
 TRAIN = 90
@@ -94,6 +95,33 @@ def test_a_killed_job_computes_what_was_in_flight_and_nothing_else(jobs: Jobs, t
     found = [(ranked["train"], ranked["score"]) for ranked in document["selfInfluences"]]
     assert found == [(int(i), float(values[i])) for i in np.argsort(-values, kind="stable")[:3]]
     assert document["scores"]["maximum"] == values.max()
+
+
+@pytest.mark.parametrize("products", ["Local", "Distributed"])
+def test_chunks_that_rot_before_they_are_verified_are_computed_again(
+    products: str, jobs: Jobs, tmp_path: Path
+) -> None:
+    """Also where passes solved them, of which nothing is left."""
+    method = {"name": "Cg", "rtol": 1e-2, **CURVATURE, "products": products}
+    manifest = jobs.manifest({**JOB, "method": method, "output": {"verify": "All"}})
+    path, whole = tmp_path / "result.zarr", tmp_path / "whole.zarr"
+    jobs.finish(manifest, output=whole)
+    run = jobs.start(manifest, "--json", output=path, barrier=Barrier("enter", "before", "Verifying"))
+    run.wait_for_barrier()
+    flipped, lost = (path / "self_influences" / "c" / chunk for chunk in ("1", "4"))
+    data = bytearray(flipped.read_bytes())
+    data[3] ^= 1
+    flipped.write_bytes(data)
+    lost.unlink()
+    run.open_barrier()
+    assert run.wait().code == 0, run.stderr
+    written = {n: times for n, times in times_written(run, path).items() if n.startswith("self_influences/c")}
+    assert {name for name, times in written.items() if times > 1} == {
+        "self_influences/c/1",
+        "self_influences/c/4",
+    }
+    assert any("2 chunks of self-influences" in said for said in json.loads(run.stdout)["warnings"])
+    assert stored.differing(*(stored.result(stored.open_store(place)) for place in (path, whole))) == []
 
 
 def test_the_plan_has_chunks_of_training_examples_and_no_test_side(jobs: Jobs) -> None:

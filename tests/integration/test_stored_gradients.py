@@ -127,6 +127,26 @@ def test_in_float64_gradients_and_scores_are_those_of_explicit_projections(
     oracle.assert_close(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("operation", "array"), [("TrainingGradients", "gradients"), ("InfluenceFactors", "factors")]
+)
+def test_chunks_that_rot_before_they_are_verified_are_computed_again(
+    operation: str, array: str, jobs: Jobs, tmp_path: Path
+) -> None:
+    """Of gradients and factors, which other jobs take weeks later."""
+    chunks = STORING["chunks"] if array == "gradients" else {"test": 4, "train": 16}
+    changes = {**STORING, "operation": operation, "chunks": chunks, "output": {"verify": "All"}}
+    manifest, path, whole = jobs.manifest(changes), tmp_path / "result.zarr", tmp_path / "whole.zarr"
+    jobs.finish(manifest, output=whole)
+    run = jobs.start(manifest, "--json", output=path, barrier=Barrier("enter", "before", "Verifying"))
+    run.wait_for_barrier()
+    (path / array / "1" / "c" / "1" / "0").unlink()
+    run.open_barrier()
+    assert run.wait().code == 0, run.stderr
+    assert any(f"1 chunks of {array}" in said for said in json.loads(run.stdout)["warnings"])
+    assert stored.differing(*(stored.result(stored.open_store(place)) for place in (path, whole))) == []
+
+
 def test_a_killed_job_that_stores_gradients_computes_the_rest_alone(jobs: Jobs, tmp_path: Path) -> None:
     kill_and_resume(jobs, tmp_path, STORING, "gradients", "^gradients/0/c/", 6)
 

@@ -116,7 +116,7 @@ def _create_vector(store: Store, name: str, length: int, chunk: int, dtype: np.d
     arrays.create_array(store, name, (length,), (min(chunk, length),), dtype, (dim,), fill_value=fill)
 
 
-def _result_rows(plan: Plan) -> tuple[str, int]:
+def result_rows(plan: Plan) -> tuple[str, int]:
     """The kind of ledger row that the result is made of, and how many."""
     if plan.has_scores:
         return scores.KIND, plan.regions
@@ -129,7 +129,7 @@ def _result_rows(plan: Plan) -> tuple[str, int]:
 
 def complete(store: Store, ledger: Ledger, plan: Plan) -> dict[str, object]:
     """Compacts the ledger, notes the result at the root, and returns that note."""
-    kind, total = _result_rows(plan)
+    kind, total = result_rows(plan)
     state = hashlib.blake2b(digest_size=16)
     for index in range(total):
         state.update(ledger.row(kind, index).digest.encode())

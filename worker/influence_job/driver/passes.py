@@ -6,7 +6,7 @@ the ledger lacks; objects that nobody needs any more are deleted on the way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,13 @@ class Passes:
             self._check_solved(kind, chunk)
             self._delete(pass_prefix(solving_series(chunk)))
         self._delete_of_solved(kind)
+
+    def forget(self, chunks: Iterable[int]) -> None:
+        """Has chunks solved from the beginning, of which all passes are deleted; nothing if none solve."""
+        for chunk in chunks if self.plan.solves_by_passes else ():
+            begun = solving_step(chunk, 0)
+            for kind in (range_kind(begun), unit_kind(begun), settled_kind(begun)):
+                self.ledger.forget(kind, [row.index for row in self.ledger.rows(kind)])
 
     def range_inputs(self, index: int) -> Iterator[str]:
         """Digests of what the fit, and the passes that solved, read of a range; all passes of a series read

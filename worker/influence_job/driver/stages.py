@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from influence_job.driver import layout
 from influence_job.driver.passes import Passes
 from influence_job.driver.preflight import Opened
 from influence_job.driver.reporting import ProgressTracker
@@ -27,6 +28,13 @@ from influence_job.worker.session import WorkerContext, data_changed
 RUN_REGIONS = 64
 """Most regions in one Dask task: long enough that scheduling costs nothing, short enough to spread."""
 VERIFY_ROUNDS = 3
+PARTS = {
+    scores.KIND: "regions",
+    self_influences.KIND: "chunks of self-influences",
+    training_gradients.KIND: "chunks of gradients",
+    factors.KIND: "chunks of factors",
+}
+"""What rows stand for, for the kinds that a result is made of."""
 SOLVER_STATUS = ("CONVERGED", "MAX_ITERATIONS", "INDEFINITE", "NOT_FINITE")
 """By the number that the store holds."""
 
@@ -99,32 +107,42 @@ class Stages:
         self.submitter.run(merges, on_row=lambda: self.tracker.count(self._scored()))
 
     def verify(self) -> None:
-        """Reads regions back; those that differ from the ledger's digests are computed again.
+        """Reads rows of the result back; those that differ from the ledger's digests are computed again.
 
         Raises:
-            PermanentError: STORE_CORRUPT when regions still differ after being computed again.
+            PermanentError: STORE_CORRUPT when rows still differ after being computed again.
         """
         self._enter(Stage.VERIFYING)
         if self.opened.finished:
             return
-        sample = self._sample()
+        kind, total = layout.result_rows(self.plan)
+        sample = self._sample(total)
         for _ in range(VERIFY_ROUNDS):
-            bad = self._differing(sample)
+            bad = self._differing(kind, sample)
             if not bad:
                 return
             self.tracker.warn(
-                f"{len(bad)} regions differed from their digests and are computed again: {bad[:10]}"
+                f"{len(bad)} {PARTS[kind]} differed from their digests and are computed again: {bad[:10]}"
             )
-            self.opened.ledger.forget(scores.KIND, bad)
-            self.opened.ledger.forget(closing.MERGE_KIND, sorted({self.plan.unravel(i)[0] for i in bad}))
-            self.scores()
+            self._compute_again(kind, bad)
             self._enter(Stage.VERIFYING)
             sample = np.asarray(bad)
         raise PermanentError(
             Reason.STORE_CORRUPT,
-            f"output.url: regions {bad[:10]} of {self.opened.store.url} read back other than they were "
+            f"output.url: {PARTS[kind]} {bad[:10]} of {self.opened.store.url} read back other than they were "
             f"written, {VERIFY_ROUNDS} times; the storage does not keep what it is given",
         )
+
+    def _compute_again(self, kind: str, indices: list[int]) -> None:
+        self.opened.ledger.forget(kind, indices)
+        if self.plan.has_scores:
+            groups = {self.plan.unravel(index)[0] for index in indices}
+            self.opened.ledger.forget(closing.MERGE_KIND, sorted(groups))
+            return self.scores()
+        if self.plan.gradients_only:
+            return self.gradients()
+        self.passes.forget(indices)
+        return self.self_influences() if self.plan.on_itself else self.factors()
 
     # -- what is left ---------------------------------------------------------------------------
 
@@ -215,9 +233,8 @@ class Stages:
         if warning := unsolved(counts, self.spec.method):
             self.tracker.warn(warning)
 
-    def _sample(self) -> np.ndarray:
-        """The regions that are read back: all, or evenly spaced ones."""
-        total = self.plan.regions
+    def _sample(self, total: int) -> np.ndarray:
+        """Those of `total` rows that are read back: all, or evenly spaced ones."""
         if self.spec.output.verify is Verify.NONE:
             return np.empty(0, int)
         if self.spec.output.verify is Verify.ALL:
@@ -228,7 +245,7 @@ class Stages:
             else np.empty(0, int)
         )
 
-    def _differing(self, sample: np.ndarray) -> list[int]:
+    def _differing(self, kind: str, sample: np.ndarray) -> list[int]:
         bad: list[int] = []
         ledger = self.opened.ledger
         batches = [
@@ -240,7 +257,7 @@ class Stages:
                 closing.VERIFY_KIND,
                 tuple(batch),
                 closing.verify,
-                lambda left: (self.context, list(left), [ledger.row(scores.KIND, i).digest for i in left]),
+                lambda left: (self.context, kind, list(left), [ledger.row(kind, i).digest for i in left]),
                 "verifying",
             )
             for batch in batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ from influence_job.worker.session import Session, WorkerContext, session
 
 KIND = "factors"
 
+_REPORT = {
+    "solver_status": "status",
+    "solver_iterations": "iterations",
+    "solver_residual": "residual",
+}
+"""Array -> what it holds of a solver's report."""
 TURNED_ELEMENTS = 1 << 24
 """Of a group's rows, turned at once: 64 MiB in float32."""
 
@@ -159,39 +166,53 @@ def _require_finite(gradients: Left, side: str, start: int) -> None:
             raise not_finite(side, index)
 
 
+def stored_digest(own: Session, index: int) -> str:
+    """What the ledger's digest of a chunk would be, as the chunk reads now."""
+    rows = (stored_rows(own, factor_path(number), index) for number in range(len(own.plan.blocks)))
+    return joined((*rows, *(_stored(own, name, (index,)) for name in _REPORT)))
+
+
 def _store(own: Session, index: int, solved: Solved) -> str:
     """Writes the factor chunks and the solver's report; the digest covers all of them."""
-    state = hashlib.blake2b(digest_size=16)
+    digests = []
     for number, block in enumerate(own.layout.blocks):
         rows = _as_stored(own, block, solved.left[block])
-        state.update(write_rows(own, factor_path(number), number, index, rows).encode())
-    state.update(store_report(own, index, solved.report).encode())
-    return state.hexdigest()
+        digests += write_rows(own, factor_path(number), number, index, rows)
+    return joined((*digests, *store_report(own, index, solved.report)))
 
 
-def write_rows(own: Session, path: str, number: int, index: int, rows: Tensor) -> str:
+def joined(digests: Iterable[str]) -> str:
+    """One digest of several."""
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def write_rows(own: Session, path: str, number: int, index: int, rows: Tensor) -> list[str]:
     """Writes chunk `index` of one array of factors or gradients, that of block `number`; the digests of its
     pieces.
     """
     values, width = as_array(rows), own.plan.factor_columns(number)
-    return "".join(
+    return [
         arrays.write_chunk(own.store, path, (index, column), values[:, first : first + width])
         for column, first in enumerate(range(0, values.shape[1], width))
-    )
+    ]
 
 
-def store_report(own: Session, index: int, report: SolverReport) -> str:
-    """Writes how the solves of chunk `index` ended; the digest of it."""
-    state = hashlib.blake2b(digest_size=16)
-    columns = {
-        "solver_status": report.status,
-        "solver_iterations": report.iterations,
-        "solver_residual": report.residual,
-    }
-    for name, values_of_rows in columns.items():
-        digest = arrays.write_chunk(own.store, name, (index,), as_array(values_of_rows))
-        state.update(digest.encode())
-    return state.hexdigest()
+def stored_rows(own: Session, path: str, index: int) -> str:
+    """The digests of `write_rows`, one after the other, as the pieces read now."""
+    columns = range(arrays.array_info(own.store, path).grid[1])
+    return "".join(_stored(own, path, (index, column)) for column in columns)
+
+
+def store_report(own: Session, index: int, report: SolverReport) -> list[str]:
+    """Writes how the solves of chunk `index` ended; the digests."""
+    return [
+        arrays.write_chunk(own.store, name, (index,), as_array(getattr(report, column)))
+        for name, column in _REPORT.items()
+    ]
+
+
+def _stored(own: Session, path: str, index: tuple[int, ...]) -> str:
+    return arrays.digest(arrays.read_chunk(own.store, path, index))
 
 
 def _as_stored(own: Session, block: str, left: Tensor) -> Tensor:

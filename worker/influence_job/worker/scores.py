@@ -169,3 +169,11 @@ def _store(own: Session, group: int, chunk: int, values: np.ndarray, whole: np.n
     if own.plan.dense:
         digest = arrays.write_chunk(own.store, INFLUENCES, own.plan.result_index(group, chunk), values)
     return digest
+
+
+def stored_digest(own: Session, index: int) -> str:
+    """What the ledger's digest of a region would be, as the region reads now; empty if it is gone."""
+    group, chunk = own.plan.unravel(index)
+    if not own.plan.dense:
+        return sink_arrays.partial_digest(own.store, group, chunk)
+    return arrays.digest(arrays.read_chunk(own.store, INFLUENCES, own.plan.result_index(group, chunk)))

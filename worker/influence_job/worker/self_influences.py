@@ -7,7 +7,7 @@ from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
 from influence_job.worker.factors import as_array, differentiated, solve, store_report
 from influence_job.worker.outcome import Outcome
-from influence_job.worker.session import WorkerContext, session
+from influence_job.worker.session import Session, WorkerContext, session
 
 KIND = "self"
 SELF_INFLUENCES = "self_influences"
@@ -33,3 +33,8 @@ def compute_self_influences(context: WorkerContext, ended: str | None, index: in
 
     outcome.attempt(KIND, index, f"self-influences of training chunk {index}", work)
     return outcome
+
+
+def stored_digest(own: Session, index: int) -> str:
+    """What the ledger's digest of a chunk would be, as the chunk reads now."""
+    return arrays.digest(arrays.read_chunk(own.store, SELF_INFLUENCES, (index,)))
