@@ -85,9 +85,7 @@ def finished(run: Run, path: Path, undisturbed: Any) -> None:
     assert stored.differing(stored.result(stored.open_store(path)), undisturbed.result) == []
 
 
-def test_a_worker_on_another_processor_is_refused(
-    drives: Drives, dask: DaskProcesses, path: Path
-) -> None:
+def test_a_worker_on_another_processor_is_refused(drives: Drives, dask: DaskProcesses, path: Path) -> None:
     """At once: what it computes would keep every later attempt from resuming."""
     dask.scheduler()
     dask.worker()
