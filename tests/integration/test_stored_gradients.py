@@ -212,6 +212,22 @@ def test_a_store_that_holds_other_gradients_now_does_not_finish_what_it_began(
     assert "\n  gradients: the store was made with" in run.stderr
 
 
+def test_a_store_that_is_filled_anew_while_it_is_scored_is_noticed(jobs: Jobs, tmp_path: Path) -> None:
+    """Also where each of its chunks is read once."""
+    store, path = tmp_path / "gradients.zarr", tmp_path / "result.zarr"
+    jobs.finish(jobs.manifest(STORING), output=store)
+    scoring = jobs.start(
+        jobs.manifest(asking(store)), output=path, barrier=Barrier("enter", "before", "Scores")
+    )
+    scoring.wait_for_barrier()
+    again = {**STORING, "output": {"onExisting": "Overwrite"}}
+    jobs.finish(jobs.manifest(again), output=store, env={"TRACED_DATA_SHIFT": "0.5"})
+    scoring.open_barrier()
+    assert scoring.wait().code == 64
+    assert f"spec.gradients.url: the gradients in {store} changed while they were scored" in scoring.stderr
+    assert "finished" not in stored.open_store(path).get_json("zarr.json")["attributes"]["influence_operator"]
+
+
 def test_gradients_that_change_between_two_groups_are_refused(jobs: Jobs, tmp_path: Path) -> None:
     """Whoever changes them: the rows of the result would be of two training sets."""
     store, path = tmp_path / "gradients.zarr", tmp_path / "result.zarr"

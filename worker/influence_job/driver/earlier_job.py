@@ -5,6 +5,7 @@ It must be complete, and of the same model and method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +93,28 @@ def digests(spec: InfluenceJobSpec, record: dict[str, Any] | None) -> dict[str, 
     return found
 
 
-def copy_coordinates(spec: InfluenceJobSpec, record: dict[str, Any] | None, store: Store) -> tuple[str, ...]:
+def refuse_changed(spec: InfluenceJobSpec, record: dict[str, Any] | None) -> None:
+    """Refuses a result that was made while somebody filled the earlier job's store anew.
+
+    Raises:
+        PermanentError: STORE_MISMATCH, or as `read_record` where it is not complete.
+    """
+    wanted = taken(spec)
+    if wanted is None or digests(spec, read_record(spec)) == digests(spec, record):
+        return
+    raise PermanentError(
+        Reason.STORE_MISMATCH,
+        f"{wanted.field}: the {wanted.what} in {wanted.url} changed while they were scored; let the job that "
+        "writes there end, then run this one with output.onExisting: Overwrite",
+    )
+
+
+def copy_coordinates(
+    spec: InfluenceJobSpec, record: dict[str, Any] | None, store: Store, guard: Callable[[], None]
+) -> tuple[str, ...]:
     """Copies what the earlier job noted of its examples, `test_<name>` or `train_<name>`; the names.
+
+    `guard` is called between chunks, of which there may be thousands: it ends the copy by raising.
 
     Raises:
         PermanentError: a byte of them was changed.
@@ -104,24 +125,8 @@ def copy_coordinates(spec: InfluenceJobSpec, record: dict[str, Any] | None, stor
     names = tuple(name for name in record.get("annotations", []) if name.startswith(f"{wanted.side}_"))
     with Store.open(wanted.url, spec.output.storage_options) as source:
         for name in names:
-            _copy(source, store, name)
+            arrays.copy_array(source, store, name, guard)
     return names
-
-
-def _copy(source: Store, store: Store, name: str) -> None:
-    info = arrays.array_info(source, name)
-    arrays.create_array(
-        store,
-        name,
-        info.shape,
-        info.chunks,
-        info.dtype,
-        info.dims,
-        info.attributes,
-        info.fill_value,
-    )
-    for index in info.indices():
-        arrays.write_chunk(store, name, index, arrays.read_chunk(source, name, index))
 
 
 def refuse_other(spec: InfluenceJobSpec, record: dict[str, Any] | None, fingerprint: dict[str, Any]) -> None:

@@ -94,7 +94,8 @@ def _attempt(
 def _compute(
     job: InfluenceJob, identity: JobIdentity, opened: Opened, submitter: Submitter, tracker: ProgressTracker
 ) -> None:
-    opened.ledger.guard.check()
+    guard = opened.ledger.guard
+    guard.check()
     tracker.enter(Stage.LOADING)
     context = WorkerContext(job.spec, identity, opened.epoch.number)
     loaded: Loaded = submitter.call(load, context)
@@ -109,11 +110,12 @@ def _compute(
         delete_previous(opened.store, opened.epoch)
         # Any worker may be the one that stores its model, and each may have trained another.
         fingerprint["model"] = submitter.call(save_model, context)
-        copied = earlier_job.copy_coordinates(job.spec, opened.earlier, opened.store)
-        opened.ledger.guard.check()
+        copied = earlier_job.copy_coordinates(job.spec, opened.earlier, opened.store, guard.check_if_due)
+        guard.check()
         layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, copied)
     context = replace(context, plan=plan, seen=loaded.seen)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
+    earlier_job.refuse_changed(job.spec, opened.earlier)
     tracker.finish(layout.complete(opened.store, opened.ledger, plan))
 
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -186,6 +186,29 @@ def read_array(store: Store, path: str) -> np.ndarray[Any, Any]:
             corner = zip(index, info.chunks, block.shape, strict=True)
             result[tuple(slice(i * chunk, i * chunk + length) for i, chunk, length in corner)] = block
     return result
+
+
+def copy_array(source: Store, store: Store, path: str, guard: Callable[[], None]) -> None:
+    """Copies an array to another store, many chunks at once; `guard` is called between chunks.
+
+    Raises:
+        PermanentError: a chunk is missing, or a byte of one was changed.
+    """
+    info = array_info(source, path)
+    create_array(
+        store, path, info.shape, info.chunks, info.dtype, info.dims, info.attributes, info.fill_value
+    )
+
+    def chunks() -> Iterator[tuple[str, bytes]]:
+        paths = [_chunk_path(path, index) for index in info.indices()]
+        for index, (name, data) in zip(info.indices(), source.get_many(paths), strict=True):
+            guard()
+            if data is None:
+                raise _corrupt(source, name, "expected a chunk, found no object")
+            _decode(source, path, info, index, data)
+            yield name, data
+
+    store.put_many(chunks())
 
 
 def write_array(

@@ -31,6 +31,7 @@ HELD = 2 * THREADS
 A_FEW = 100
 """More than there can be passing objects of killed processes where nothing else is."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -145,6 +146,11 @@ class Store:
         """
         return _in_order(lambda path: (path, self.get(path)), paths, held)
 
+    def put_many(self, objects: Iterable[tuple[str, bytes]]) -> None:
+        """Writes or replaces objects, paths with their contents; many requests at once, few contents held."""
+        for _ in _in_order(lambda named: self.put(*named), objects):
+            pass
+
     def get_json(self, path: str) -> Any:
         """The parsed object, None if there is none.
 
@@ -199,12 +205,12 @@ def to_json(document: Any) -> bytes:
     return json.dumps(document, indent=1).encode()
 
 
-def _in_order(function: Callable[[str], T], paths: Iterable[str], held: int = HELD) -> Iterator[T]:
+def _in_order(function: Callable[[S], T], items: Iterable[S], held: int = HELD) -> Iterator[T]:
     """Results in order; at most `held` at any time."""
     with ThreadPoolExecutor(THREADS) as pool:
         window: deque[Future[T]] = deque()
-        for path in paths:
-            window.append(pool.submit(function, path))
+        for item in items:
+            window.append(pool.submit(function, item))
             if len(window) >= held:
                 yield window.popleft().result()
         while window:
