@@ -25,6 +25,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "chunks": {"test": 12, "train": 128},
         "task": {"entrypoint": "wide_task:task", "arguments": {"test": 12}},
     },
+    "Ekfac, a large buffer": {
+        "method": {"name": "Ekfac"},
+        "task": {"entrypoint": "wide_task:task", "arguments": {"hidden": 200, "buffer": 150_000_000}},
+    },
     "GradDot": {"method": {"name": "GradDot", "regularization": None}},
     "GradDot, gradients": {
         "task": {"entrypoint": "wide_task:task", "arguments": {"train": 128}},

@@ -8,6 +8,7 @@ may be thousands: those of a chunk share their ledger kinds, and their rows foll
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -98,7 +99,7 @@ def read_tensors(store: Store, path: str, device: torch.device) -> dict[str, Ten
             Reason.STORE_CORRUPT,
             f"{store.url}: {path} is missing although the ledger holds it; set output.onExisting: Overwrite",
         )
-    return {name: t.to(device) for name, t in tensor_file.unpack(data, f"{store.url}/{path}").items()}
+    return {name: tensor.to(device) for name, tensor in tensor_file.unpack(data, f"{store.url}/{path}")}
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,9 @@ class FitReader:
 
 def store_partials(
     store: Store, step: FitPass, index: int, sums: Sums, units: tuple[str, ...]
-) -> list[bytes]:
-    """Writes the partial sums of one range, one object per unit; returns what was written."""
-    written = []
+) -> Iterator[bytes]:
+    """Writes the partial sums of one range, one object per unit; what was written, one after the other."""
     for number, unit in enumerate(units):
         data = tensor_file.pack(sums[unit])
         store.put(partial_path(step.name, index, number), data)
-        written.append(data)
-    return written
+        yield data

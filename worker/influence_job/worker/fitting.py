@@ -46,7 +46,8 @@ def fit_range(context: WorkerContext, step_name: str, first: int, row: int) -> O
         if not _is_finite(sums):
             _refuse(own, step, start, stop)
         written = store_partials(own.store, step, index, sums, step.units(own.objective))
-        outcome.report(Row(kind, row, _digest(written), inputs.hexdigest(), own.environment))
+        digest = _digest(written)
+        outcome.report(Row(kind, row, digest, inputs.hexdigest(), own.environment))
 
     outcome.attempt(kind, row, f"pass {step_name}, range {index}", work)
     return outcome

@@ -79,25 +79,24 @@ def stored_digest(store: Store) -> str | None:
     return None if owner is None else str(owner["digest"])
 
 
-def adopt(store: Store, model: nn.Module, identity: JobIdentity) -> None:
-    """Puts the stored tensors into `model` if they are this job's.
+def adopt(store: Store, model: nn.Module, identity: JobIdentity) -> str:
+    """Puts the stored tensors into `model` if they are this job's, and others; its digest afterwards.
 
     Another job's are left alone: its digest is compared with the fingerprint, which refuses or accepts it.
 
     Raises:
         PermanentError: names, shapes or dtypes differ, or the stored model is damaged.
     """
-    owner = store.get_json(OWNER_PATH)
-    if owner is None or owner["uid"] != identity.uid:
-        return
+    owner, present = store.get_json(OWNER_PATH), digest(model)
+    if owner is None or owner["uid"] != identity.uid or owner["digest"] == present:
+        return present
     data = store.get(PATH)
     if data is None:
         raise PermanentError(Reason.STORE_CORRUPT, f"{store.url}: {PATH} is missing beside {OWNER_PATH}")
-    stored = tensor_file.unpack(data, f"{store.url}/{PATH}")
-    own = named_tensors(model)
-    problems = list(own.keys() ^ stored.keys())
-    problems += [n for n in own.keys() & stored.keys() if _kind(own[n]) != _kind(stored[n])]
-    if problems:
+    own = {name: _kind(tensor) for name, tensor in named_tensors(model).items()}
+    stored = {name: _kind(tensor) for name, tensor in tensor_file.unpack(data, f"{store.url}/{PATH}")}
+    if own != stored:
+        problems = [name for name in own.keys() | stored.keys() if own.get(name) != stored.get(name)]
         raise PermanentError(
             Reason.INVALID_TASK,
             f"spec.task.entrypoint: the model differs from the one this job stored in names, shapes or "
@@ -105,8 +104,10 @@ def adopt(store: Store, model: nn.Module, identity: JobIdentity) -> None:
             f"at every call",
         )
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+        tensors = named_tensors(model)
+        for name, tensor in tensor_file.unpack(data, f"{store.url}/{PATH}"):
+            tensors[name].copy_(tensor)
+    return str(owner["digest"])
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:

@@ -238,10 +238,11 @@ def session(context: WorkerContext) -> Session:
     return found
 
 
-def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda _: None) -> Session:
+def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], str] = model_state.digest) -> Session:
     """A session from the entry point's own call.
 
-    `prepare` sees the model, with the checkpoints that the method sums over, as it will compute.
+    `prepare` gets the model, with the checkpoints that the method sums over, as it will compute, and returns
+    its digest.
     """
     keep_freed_memory()
     device = _device(spec)
@@ -255,7 +256,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
     if method.sums_checkpoints:
         objective = entrypoint.with_checkpoints(objective, task)
     states = model_state.states_of(objective)
-    prepare(states)
+    model_digest = prepare(states)
     # What is imported and loaded stays to the end: no collection, the one at exit included, need visit it.
     gc.freeze()
     return Session(
@@ -265,7 +266,7 @@ def build(spec: InfluenceJobSpec, prepare: Callable[[nn.Module], None] = lambda 
         tracked=objective,
         method=method,
         environment=environment.describe(device),
-        model_digest=model_state.digest(states),
+        model_digest=model_digest,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -18,36 +19,42 @@ from influence_job.errors import PermanentError, Reason
 _DTYPES = "__dtypes__"
 
 
-def pack(tensors: dict[str, Tensor]) -> bytes:
-    """The tensors as bytes, in order."""
-    arrays: dict[str, np.ndarray] = {}
-    dtypes = []
-    for index, (name, tensor) in enumerate(tensors.items()):
-        own = tensor.detach().cpu().contiguous()
-        dtypes.append([name, str(own.dtype).removeprefix("torch.")])
-        # numpy has no bfloat16: what it cannot name travels as integers of the same width.
-        arrays[str(index)] = (own.view(torch.int16) if own.dtype is torch.bfloat16 else own).numpy()
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """The tensors as bytes, in order; besides those, one at a time is on the host."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{_DTYPES: np.frombuffer(json.dumps(dtypes).encode(), np.uint8)}, **arrays)  # type: ignore[arg-type]
+    dtypes = [[name, str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()]
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        _write(archive, _DTYPES, np.frombuffer(json.dumps(dtypes).encode(), np.uint8))
+        for index, tensor in enumerate(tensors.values()):
+            _write(archive, str(index), _as_array(tensor))
     return buffer.getvalue()
 
 
-def unpack(data: bytes, what: str) -> dict[str, Tensor]:
-    """The tensors, in memory that torch owns.
+def unpack(data: bytes, what: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name, each in memory that torch owns, one at a time.
 
     Raises:
         PermanentError: STORE_CORRUPT if a checksum does not match.
     """
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            dtypes = json.loads(archive[_DTYPES].tobytes())
-            tensors = {}
-            for index, (name, dtype) in enumerate(dtypes):
+            for index, (name, dtype) in enumerate(json.loads(archive[_DTYPES].tobytes())):
                 value = torch.from_numpy(archive[str(index)]).clone()
-                tensors[name] = value.view(torch.bfloat16) if dtype == "bfloat16" else value
-            return tensors
+                yield name, value.view(torch.bfloat16) if dtype == "bfloat16" else value
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise PermanentError(
             Reason.STORE_CORRUPT,
             f"{what}: expected an intact tensor file, got {error}; restore it, or delete the store",
         ) from error
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    # numpy has no bfloat16: what it cannot name travels as integers of the same width.
+    own = tensor.detach().cpu().contiguous()
+    return (own.view(torch.int16) if own.dtype is torch.bfloat16 else own).numpy()
+
+
+def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """One entry, as numpy.savez writes it."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)

@@ -110,7 +110,7 @@ def test_tensors_without_the_note_of_whose_they_are_are_not_taken(
 def test_a_tensor_file_keeps_every_bit_of_every_dtype(dtype: torch.dtype) -> None:
     tensors = {"a/b.weight": torch.randn(3, 4).to(dtype), "scalar": torch.ones((), dtype=dtype)}
     data = tensor_file.pack(tensors)
-    found = tensor_file.unpack(data, "there")
+    found = dict(tensor_file.unpack(data, "there"))
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype is dtype
@@ -125,10 +125,10 @@ def test_a_tensor_file_with_a_changed_byte_of_data_is_named() -> None:
         changed = bytearray(data)
         changed[position] ^= 1
         with pytest.raises(PermanentError, match=r"fit/model: expected an intact tensor file") as caught:
-            tensor_file.unpack(bytes(changed), "fit/model")
+            dict(tensor_file.unpack(bytes(changed), "fit/model"))
         assert caught.value.reason is Reason.STORE_CORRUPT
     with pytest.raises(PermanentError, match="fit/model"):
-        tensor_file.unpack(data[: len(data) // 2], "fit/model")
+        dict(tensor_file.unpack(data[: len(data) // 2], "fit/model"))
 
 
 def test_checkpoints_and_their_learning_rates_are_kept_with_the_model(store: Store) -> None:
