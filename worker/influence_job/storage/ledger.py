@@ -23,6 +23,9 @@ FLUSH_SECONDS = 1.0
 FLUSH_ROWS = 256
 """A kill loses what was done since the last flush: a second's work, or so many rows."""
 
+MOST_SEGMENTS = 1000
+"""So many are made one: whoever resumes a job of days reads few, and its end has few to delete."""
+
 _SEGMENT = re.compile(r"ledger/(\d+)-(\d+)")
 
 __all__ = ["FLUSH_ROWS", "FLUSH_SECONDS", "Ledger", "Row", "indices_since"]
@@ -41,6 +44,7 @@ class Ledger:
         self._table = Table()
         self._pending: list[Row] = []
         self._next_segment = 0
+        self._segments_there = 0
         self._last_flush = time.monotonic()
         self._rows_lock = threading.Lock()
         self._flush_lock = threading.Lock()
@@ -51,18 +55,24 @@ class Ledger:
         Raises:
             PermanentError: one is corrupt; it is named.
         """
-        for path, data in self._store.get_many(self._segments()):
-            if data is None:
-                continue  # deleted since it was listed: what it alone held is computed again
-            try:
-                with self._rows_lock:
-                    self._table.insert_segment(data)
-            except (ValueError, KeyError, IndexError) as error:
-                raise PermanentError(
-                    Reason.STORE_CORRUPT,
-                    f"{self._store.url}/{path}: a segment of the ledger cannot be read: {error}; restore it, "
-                    f"or delete it: what it listed is then computed again",
-                ) from error
+        read: set[str] = set()
+        while unread := [path for path in self._segments() if path not in read]:
+            for path, data in self._store.get_many(unread):
+                read.add(path)
+                if data is not None:  # else made one with others since it was listed, or deleted by hand
+                    self._insert(path, data)
+        self._segments_there = len(read)
+
+    def _insert(self, path: str, data: bytes) -> None:
+        try:
+            with self._rows_lock:
+                self._table.insert_segment(data)
+        except (ValueError, KeyError, IndexError) as error:
+            raise PermanentError(
+                Reason.STORE_CORRUPT,
+                f"{self._store.url}/{path}: a segment of the ledger cannot be read: {error}; restore it, "
+                f"or delete it: what it listed is then computed again",
+            ) from error
 
     def has(self, kind: str, index: int) -> bool:
         """Whether it is done."""
@@ -153,9 +163,11 @@ class Ledger:
             if rows:
                 segment = Table()
                 segment.insert(rows)
-                self._write_segment(segment)
+                self._write_segment(segment.pack())
                 with self._rows_lock:
                     del self._pending[: len(rows)]
+            if self._segments_there > MOST_SEGMENTS:
+                self._merge_segments()
             self._last_flush = time.monotonic()
 
     def flush_if_due(self) -> None:
@@ -167,13 +179,18 @@ class Ledger:
         """Merges all segments into one and deletes the others; a kill in between leaves rows twice."""
         self.flush()
         with self._flush_lock:
-            old = self._segments()
-            if len(old) <= 1:
-                return
-            with self._rows_lock:
-                self._write_segment(self._table)
-            for path in old:
-                self._store.delete(path)
+            self._merge_segments()
+
+    def _merge_segments(self) -> None:
+        old = self._segments()
+        if len(old) <= 1:
+            return
+        self.guard.check()
+        with self._rows_lock:
+            merged = self._table.pack()
+        self._write_segment(merged)
+        self._store.delete_many(old, self.guard.check_if_due)
+        self._segments_there = 1
 
     def _segments(self) -> list[str]:
         """Paths of the segments that count, in the order they were written."""
@@ -181,9 +198,10 @@ class Ledger:
         numbered = [((int(m[1]), int(m[2])), path) for path, m in found if m is not None]
         return [path for (epoch, _), path in sorted(numbered) if epoch >= self._epoch.counts_from]
 
-    def _write_segment(self, table: Table) -> None:
-        self._store.put(f"ledger/{self._epoch.number}-{self._next_segment}", table.pack())
+    def _write_segment(self, data: bytes) -> None:
+        self._store.put(f"ledger/{self._epoch.number}-{self._next_segment}", data)
         self._next_segment += 1
+        self._segments_there += 1
 
 
 def indices_since(store: Store, epoch: int, segment: int, kind: str) -> set[int]:

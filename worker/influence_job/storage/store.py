@@ -135,8 +135,11 @@ class Store:
 
         `guard` is called between deletions, of which there may be millions: it ends them by raising.
         """
-        doomed = (path for path in self.list(prefix) if not keep(path))
-        for _ in _in_order(self.delete, doomed):
+        self.delete_many((path for path in self.list(prefix) if not keep(path)), guard)
+
+    def delete_many(self, paths: Iterable[str], guard: Callable[[], None]) -> None:
+        """Removes objects, many requests at once; `guard` as `delete_prefix` has it."""
+        for _ in _in_order(self.delete, paths):
             guard()
 
     def get_many(self, paths: Iterable[str], held: int = HELD) -> Iterator[tuple[str, bytes | None]]:

@@ -11,7 +11,7 @@ import pytest
 
 from influence_job.errors import InfrastructureError, PermanentError, Reason
 from influence_job.storage import ledger as ledger_module
-from influence_job.storage.claim import Claim, claim
+from influence_job.storage.claim import Claim, claim, inspect
 from influence_job.storage.ledger import Ledger, Row, indices_since
 from influence_job.storage.rows import Table
 from influence_job.storage.store import Store
@@ -212,6 +212,66 @@ def test_a_segment_that_was_cut_short_is_found(store: Store, length: int) -> Non
     store.put("ledger/1-0", (store.get("ledger/1-0") or b"")[:length])
     with pytest.raises(PermanentError, match="ledger/1-0"):
         next_ledger(store)
+
+
+def test_a_long_job_leaves_few_segments(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush each second makes 86400 a day: hours to read and to delete in a bucket."""
+    monkeypatch.setattr("influence_job.storage.ledger.MOST_SEGMENTS", 5)
+    ledger, most = next_ledger(store), 0
+    for index in range(23):
+        ledger.add([row(index)])
+        ledger.flush()
+        most = max(most, len(segments(store)))
+        assert next_ledger_of(store, ledger).count("region") == index + 1
+    assert most == 5
+    second = next_ledger(store)
+    second.add([row(23)])
+    second.flush()
+    second.add([row(24)])
+    second.flush()
+    assert second.missing("region", 25).tolist() == []
+    assert indices_since(store, 2, 0, "region") >= {23, 24}, "what a worker finds of the present epoch"
+    assert next_ledger(store).missing("region", 25).tolist() == []
+
+
+def test_segments_that_are_made_one_while_they_are_read_are_all_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver that is replaced may be at it."""
+    first = next_ledger(store)
+    for index in range(4):
+        first.add([row(index)])
+        first.flush()
+    epoch = claim(store, Claim("uid", 1, "pod", "Resume"))
+    monkeypatch.setattr(first, "guard", Unguarded())  # it checked just before
+    listed = store.list
+
+    def list_and_merge(prefix: str) -> list[str]:
+        found = listed(prefix)
+        monkeypatch.setattr(store, "list", listed)
+        first.compact()
+        return found
+
+    monkeypatch.setattr(store, "list", list_and_merge)
+    second = Ledger(store, epoch)
+    second.load()
+    assert second.missing("region", 4).tolist() == []
+
+
+class Unguarded:
+    def check(self) -> None:
+        """Passes."""
+
+    check_if_due = check
+
+
+def next_ledger_of(store: Store, ledger: Ledger) -> Ledger:
+    """What one who only reads finds."""
+    epoch = inspect(store).latest()
+    assert epoch is not None
+    reader = Ledger(store, epoch)
+    reader.load()
+    return reader
 
 
 def test_compacting_leaves_one_segment_with_all_rows(store: Store) -> None:
