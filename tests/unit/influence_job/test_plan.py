@@ -576,14 +576,14 @@ def test_top_lists_too_long_for_the_chunks_that_are_given_are_refused_with_what_
         make_plan(asked(10_000, 3000), Linear(), measured)
     assert caught.value.reason is Reason.PLAN_IMPOSSIBLE
     assert caught.value.message == (
-        "spec.output.topK: expected at most 930 for 3000 test examples (chunks.test), got 10000: to make and "
-        "merge top lists takes 2.68 GiB of a worker's memory, but 256 MiB are for it; lower it, set "
-        "chunks.test to 279 or less, or raise workers.resources.limits.memory"
+        "spec.output.topK: expected at most 1240 for 3000 test examples (chunks.test), got 10000: to make "
+        "and merge top lists takes 2.01 GiB of a worker's memory, but 256 MiB are for it; lower it, set "
+        "chunks.test to 372 or less, or raise workers.resources.limits.memory"
     )
     make_plan(with_memory("1Mi", output={"topK": 10_000}, chunks={"test": 60}), Linear(row=10), measured)
-    for fitting in (asked(930, 3000), asked(10_000, 279)):
+    for fitting in (asked(1240, 3000), asked(10_000, 372)):
         make_plan(fitting, Linear(), measured)
-    for too_much in (asked(931, 3000), asked(10_000, 280)):
+    for too_much in (asked(1241, 3000), asked(10_000, 373)):
         with pytest.raises(PermanentError, match=r"output\.topK"):
             make_plan(too_much, Linear(), measured)
 

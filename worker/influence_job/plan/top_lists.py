@@ -14,8 +14,8 @@ from influence_job.storage.sink_arrays import merging_bytes
 from influence_job.storage.sinks import making_bytes, partial_bytes, row_bytes
 from influence_job.units import in_words
 
-COPIES = 4
-"""Of the top lists of a group: as they are packed; fewer while they are merged."""
+COPIES = 3
+"""Of the top lists of a group: two while they are merged, and a part that may be as large; fewer before."""
 
 
 def most_rows(spec: InfluenceJobSpec, sizes: Sizes) -> int:

@@ -247,9 +247,9 @@ def digest(block: np.ndarray[Any, Any]) -> str:
     return hashlib.blake2b(_bytes(np.ascontiguousarray(block)), digest_size=16).hexdigest()
 
 
-def with_checksum(data: bytes | memoryview) -> bytes:
-    """The data followed by its crc32c, as zarr's codec stores it."""
-    return b"".join((data, _crc32c(data)))
+def with_checksum(*data: bytes | memoryview) -> bytes:
+    """The data, in pieces, followed by its crc32c, as zarr's codec stores it."""
+    return b"".join((*data, _crc32c(*data)))
 
 
 def without_checksum(data: bytes) -> memoryview | None:
@@ -258,9 +258,12 @@ def without_checksum(data: bytes) -> memoryview | None:
     return body if len(data) >= 4 and _crc32c(body) == data[-4:] else None
 
 
-def _crc32c(data: bytes | memoryview) -> bytes:
-    # google_crc32c takes no memoryview, but arrays without a copy.
-    return google_crc32c.value(np.frombuffer(data, dtype=np.uint8)).to_bytes(4, "little")
+def _crc32c(*data: bytes | memoryview) -> bytes:
+    checksum = 0
+    for piece in data:
+        # google_crc32c takes no memoryview, but arrays without a copy.
+        checksum = google_crc32c.extend(checksum, np.frombuffer(piece, dtype=np.uint8))
+    return checksum.to_bytes(4, "little")
 
 
 def read_attributes(store: Store) -> dict[str, Any]:

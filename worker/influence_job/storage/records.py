@@ -19,14 +19,15 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
-    """Header and arrays as one object."""
-    parts, described = [], []
-    for name, array in arrays.items():
-        little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-        described.append([name, little.dtype.str, list(array.shape)])
-        parts.append(little.tobytes())
+    """Header and arrays as one object; arrays of that layout are copied once."""
+    little = {
+        name: np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+        for name, array in arrays.items()
+    }
+    described = [[name, array.dtype.str, list(arrays[name].shape)] for name, array in little.items()]
     text = json.dumps({"arrays": described, **header}).encode()
-    return with_checksum(b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, *parts]))
+    head = b"".join([_MAGIC, len(text).to_bytes(8, "little"), text])
+    return with_checksum(head, *(array.reshape(-1).view(np.uint8).data for array in little.values()))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:

@@ -260,10 +260,10 @@ def partial_bytes(rows: int, ranks: int, itemsize: int) -> int:
 def making_bytes(rows: int, columns: int, k: int, itemsize: int) -> int:
     """What `Partial.of` and `Partial.pack` take beside a region of `rows × columns` scores.
 
-    Packing copies each array, all of them, and these with their checksum. Before that places and copies of
-    one row's numbers are sorted, and float64 copies of some rows summed.
+    Packing copies all arrays once. Before that places and copies of one row's numbers are sorted, and float64
+    copies of some rows summed.
     """
     made = partial_bytes(rows, min(k, columns), itemsize)
     ranked = columns * (14 + 3 * itemsize)
     summed = 25 * max(columns, min(rows * columns, _ELEMENTS_AT_ONCE))
-    return max(4 * made, made + max(ranked, summed))
+    return made + max(made, ranked, summed)
