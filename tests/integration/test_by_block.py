@@ -20,6 +20,7 @@ from influence_calculator import (
     ArnoldiInfluence,
     BlockMode,
     EkfacInfluence,
+    GradDotInfluence,
     InfluenceMode,
     LograInfluence,
     SecondOrderMode,
@@ -65,6 +66,12 @@ def logra(data: Data) -> dict[str, Tensor]:
     return LograInfluence(model, loss, 0.05, 3, 2).fit([data[2:]]).influences_by_block(*data)
 
 
+def grad_dot(data: Data) -> dict[str, Tensor]:
+    model = traced_task.task(train=TRAIN, test=TEST).model
+    influence = GradDotInfluence(model, loss, {"last": ["2.bias", "2.weight"], "first": ["0.weight"]})
+    return influence.fit([data[2:]]).influences_by_block(*data)
+
+
 def tracin(data: Data) -> dict[str, Tensor]:
     """Every checkpoint as if there were no other."""
     task = checkpoints_task.task(train=TRAIN, test=TEST)
@@ -77,6 +84,17 @@ def tracin(data: Data) -> dict[str, Tensor]:
 METHODS: dict[str, tuple[dict[str, Any], Callable[[Data], dict[str, Tensor]]]] = {
     "Arnoldi by coordinates": ({"method": SPECTRAL}, arnoldi),
     "Logra": ({"method": {"name": "Logra", "rank": 3, "seed": 2, "regularization": 0.05}}, logra),
+    "GradDot": (
+        {
+            "method": {
+                "name": "GradDot",
+                "regularization": None,
+                "blocks": "Custom",
+                "customBlocks": {"last": ["2.bias", "2.weight"], "first": ["0.weight"]},
+            }
+        },
+        grad_dot,
+    ),
     "TracIn": (
         {
             "method": {"name": "TracIn", "regularization": None},

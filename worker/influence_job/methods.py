@@ -26,6 +26,7 @@ from influence_calculator.maths.tracin import TracIn
 from influence_calculator.maths.trak import Trak
 from influence_job.spec import (
     ArnoldiSpec,
+    BlocksSpec,
     CgSpec,
     DirectSpec,
     EkfacSpec,
@@ -155,8 +156,8 @@ def _ekfac(spec: EkfacSpec) -> Method:
 
 
 @build.register
-def _grad_dot(_: GradDotSpec) -> Method:
-    return GradDot()
+def _grad_dot(spec: GradDotSpec) -> Method:
+    return GradDot(_blocks(spec))
 
 
 @build.register
@@ -181,7 +182,7 @@ def _regularization(spec: SolverSpec | InverseHarmonicMeanSpec) -> Regularizatio
     return Relative(spec.regularization) if spec.relative else spec.regularization
 
 
-def _blocks(spec: SolverSpec | InverseHarmonicMeanSpec) -> BlockStructure:
+def _blocks(spec: BlocksSpec) -> BlockStructure:
     if spec.custom_blocks is not None:
         return {block: tuple(names) for block, names in spec.custom_blocks.items()}
     return BlockMode(_snake(spec.blocks))

@@ -199,7 +199,7 @@ def test_a_union_is_one_object_whose_rules_tell_what_belongs_to_which_name() -> 
     ]
     of = {rule["fieldPath"]: rule for rule in rules_of(method) if rule["message"].startswith("only for name")}
     assert of[".rtol"]["rule"] == "!has(self.rtol) || self.name in ['Cg', 'Lissa']"
-    solvers = "Arnoldi | Cg | Direct | InverseHarmonicMean | Lissa | NystroemSketch"
+    solvers = "Arnoldi | Cg | Direct | GradDot | InverseHarmonicMean | Lissa | NystroemSketch"
     assert of[".blocks"]["message"] == f"only for name: {solvers}; remove it or change name"
     assert of[".regularization"]["message"] == (
         "only for name: Arnoldi | Cg | Direct | Ekfac | InverseHarmonicMean | Lissa | Logra | "

@@ -4,6 +4,7 @@ The CRD's schema is made from it, the driver and the local run read it, and the 
 so that it needs pydantic and the standard library only. `influence_job.job_file` reads it from YAML.
 """
 
+from influence_job.spec.blocks import BlocksSpec, BlockStructure
 from influence_job.spec.ekfac import EkfacSpec, Expectation, Unsupported
 from influence_job.spec.fields import Quantity, SpecModel
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
@@ -29,7 +30,6 @@ from influence_job.spec.job import (
 )
 from influence_job.spec.methods import (
     ArnoldiSpec,
-    BlockStructure,
     CgSpec,
     DirectSpec,
     InverseHarmonicMeanSpec,
@@ -58,6 +58,7 @@ __all__ = [
     "KIND",
     "ArnoldiSpec",
     "BlockStructure",
+    "BlocksSpec",
     "CgSpec",
     "ChunksSpec",
     "CleanupPolicy",

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from influence_job.spec.blocks import BlocksSpec
 from influence_job.spec.fields import Flag, Integer, Number, SpecModel
 
 
-class GradDotSpec(SpecModel):
+class GradDotSpec(BlocksSpec):
     """g_test · g_train, without a curvature: cheap, and what other methods are compared with."""
 
     name: Literal["GradDot"]

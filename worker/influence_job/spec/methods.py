@@ -5,29 +5,16 @@ The values become those of `influence_calculator.maths` unchanged; this module k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from influence_job.spec.blocks import BLOCK_RULES, BlocksSpec
 from influence_job.spec.ekfac import EkfacSpec
-from influence_job.spec.fields import Flag, Integer, Number, ShortString, SpecModel, refuse
+from influence_job.spec.fields import Flag, Integer, Number, SpecModel, refuse
 from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
 from influence_job.spec.rules import POSITIVE_REGULARIZATION, Refusal, rule, rules
-
-
-class BlockStructure(StrEnum):
-    """How the tracked parameters are divided; the curvature between two blocks counts as zero."""
-
-    FULL = "Full"
-    """One block of all parameters."""
-    LAYER_WISE = "LayerWise"
-    """One block per direct child of the model."""
-    PARAMETER_WISE = "ParameterWise"
-    """One block per parameter."""
-    CUSTOM = "Custom"
-    """The blocks of `customBlocks`."""
 
 
 class SecondOrder(StrEnum):
@@ -49,13 +36,6 @@ class Products(StrEnum):
     """All workers, each over ranges of the training examples."""
 
 
-CustomBlocks = Annotated[
-    dict[
-        Annotated[str, Field(max_length=253)],
-        Annotated[list[ShortString], Field(min_length=1, max_length=4096)],
-    ],
-    Field(min_length=1, max_length=1024),
-]
 RegularizationByBlock = Annotated[
     dict[Annotated[str, Field(max_length=253)], Annotated[Number, Field(ge=0)]],
     Field(min_length=1, max_length=1024),
@@ -82,18 +62,7 @@ PreconditionerSpec = Annotated[JacobiSpec | NystroemSpec, Field(discriminator="n
 
 
 _SOLVER_RULES = (
-    rule(
-        "!(has(self.blocks) && self.blocks == 'Custom') || has(self.customBlocks)",
-        "expected block names with parameter names, for blocks is Custom",
-        "customBlocks",
-        Refusal.REQUIRED,
-    ),
-    rule(
-        "!has(self.customBlocks) || (has(self.blocks) && self.blocks == 'Custom')",
-        "only for blocks: Custom; set it or remove this",
-        "customBlocks",
-        Refusal.FORBIDDEN,
-    ),
+    *BLOCK_RULES,
     rule(
         "!(has(self.relative) && self.relative) || !has(self.regularizationByBlock)",
         "not together with regularizationByBlock; remove one of them",
@@ -103,7 +72,7 @@ _SOLVER_RULES = (
 )
 
 
-class _BlockwiseSpec(SpecModel):
+class _BlockwiseSpec(BlocksSpec):
     """What methods that solve block by block share."""
 
     model_config = ConfigDict(json_schema_extra=rules(*_SOLVER_RULES))
@@ -117,42 +86,12 @@ class _BlockwiseSpec(SpecModel):
     regularization_by_block: RegularizationByBlock | None = Field(
         None, description="λ per block name; must cover every block and then replaces `regularization`."
     )
-    blocks: BlockStructure = Field(
-        BlockStructure.FULL,
-        description="Full | LayerWise | ParameterWise | Custom: partition of the parameters. Default Full.",
-    )
-    custom_blocks: CustomBlocks | None = Field(
-        None,
-        description="Block name -> parameter names, for blocks: Custom. Parameters left out contribute 0.",
-    )
 
     @model_validator(mode="after")
-    def _blocks_fit_together(self) -> _BlockwiseSpec:
-        custom = self.blocks is BlockStructure.CUSTOM
-        if custom and self.custom_blocks is None:
-            raise refuse("customBlocks", "expected block names with parameter names, for blocks is Custom")
-        if not custom and self.custom_blocks is not None:
-            raise refuse(
-                "customBlocks", f"only for blocks: Custom, but blocks is {self.blocks}; set it or remove this"
-            )
-        _refuse_overlap(self.custom_blocks or {})
+    def _one_regularization(self) -> _BlockwiseSpec:
         if self.relative and self.regularization_by_block is not None:
             raise refuse("relative", "not together with regularizationByBlock; remove one of them")
         return self
-
-
-def _refuse_overlap(blocks: Mapping[str, Sequence[str]]) -> None:
-    owner: dict[str, str] = {}
-    for block, names in blocks.items():
-        for name in names:
-            if name in owner:
-                where = (
-                    f"twice in {block!r}" if owner[name] == block else f"in {owner[name]!r} and in {block!r}"
-                )
-                raise refuse(
-                    "customBlocks", f"parameter {name!r} stands {where}; blocks are disjoint, name it once"
-                )
-            owner[name] = block
 
 
 class _SolverSpec(_BlockwiseSpec):

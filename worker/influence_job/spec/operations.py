@@ -9,10 +9,11 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from influence_job.spec.blocks import BlockStructure
 from influence_job.spec.ekfac import EkfacSpec
 from influence_job.spec.fields import refuse
-from influence_job.spec.gradient_methods import GradDotSpec, LograSpec, TracInSpec, TrakSpec
-from influence_job.spec.methods import BlockStructure, MethodSpec
+from influence_job.spec.gradient_methods import LograSpec, TracInSpec, TrakSpec
+from influence_job.spec.methods import MethodSpec
 from influence_job.spec.rules import Refusal, rule
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _divides(method: MethodSpec) -> bool:
     match method:
         case EkfacSpec() | LograSpec() | TracInSpec():
             return True
-        case GradDotSpec() | TrakSpec():
+        case TrakSpec():
             return False
         case _:
             return method.blocks is not BlockStructure.FULL
