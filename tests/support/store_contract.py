@@ -119,9 +119,8 @@ class StoreContract:
         arrays.update_attributes(store, {"spec": {}})
         store.put("influences/c/0/0", b"old")
         epoch = claim.claim(store, claim.Claim("uid-2", 1, "pod", "Overwrite"))
-        claim.delete_previous(store, epoch)
-        left = [path for path in store.list() if not path.startswith("ledger/epoch-")]
-        assert left == ["ledger/deleted-before-2", "ledger/overwrites-2"]
+        claim.begin(store, epoch)
+        assert [p for p in store.list() if not p.startswith("ledger/epoch-")] == ["ledger/deleted-before-3"]
         assert claim.inspect(store).attributes == {}
 
     def test_what_is_not_ours_is_refused_and_not_touched(self, store: Store) -> None:

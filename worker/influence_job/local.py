@@ -53,8 +53,10 @@ def run_local(
     gc.freeze()  # half of the time that the interpreter takes to exit goes into visiting torch
     identity = JobIdentity.local()
     tracker = ProgressTracker(identity, on_progress)
-    gpus = _gpus() if job.spec.resolved_device is Device.CUDA else []
-    count = workers or len(gpus) or len(os.sched_getaffinity(0))
+    on_gpus = job.spec.resolved_device is Device.CUDA
+    gpus = _gpus() if on_gpus else []
+    # Without a GPU to see one worker says so.
+    count = workers or (max(1, len(gpus)) if on_gpus else len(os.sched_getaffinity(0)))
     with (
         serving(tracker.snapshot, "127.0.0.1", progress_port, metrics_port),
         stopped_by_signals() as stop,

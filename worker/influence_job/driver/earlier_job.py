@@ -114,7 +114,7 @@ def copy_coordinates(
 ) -> tuple[str, ...]:
     """Copies what the earlier job noted of its examples, `test_<name>` or `train_<name>`; the names.
 
-    `guard` is called between chunks, of which there may be thousands: it ends the copy by raising.
+    `guard` is called before each chunk, of which there may be thousands: it ends the copy by raising.
 
     Raises:
         PermanentError: a byte of them was changed.

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from influence_job.errors import JobError
 from influence_job.plan import Plan
 from influence_job.plan.basis import Basis, stored_basis
 from influence_job.spec import InfluenceJob
 from influence_job.storage import arrays, sink_arrays
-from influence_job.storage.claim import Epoch, check_epoch
+from influence_job.storage.claim import Epoch, Guard
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.provenance import provenance
 from influence_job.storage.store import Store
 from influence_job.worker import factors, scores, self_influences, training_gradients
 from influence_job.worker.loading import Loaded
+
+log = logging.getLogger(__name__)
 
 SOLVER_ARRAYS = {"solver_status": "int8", "solver_iterations": "int32", "solver_residual": "float64"}
 NOT_YET = -1
@@ -27,6 +31,7 @@ NOT_YET = -1
 def create(
     store: Store,
     epoch: Epoch,
+    guard: Guard,
     job: InfluenceJob,
     plan: Plan,
     loaded: Loaded,
@@ -37,6 +42,7 @@ def create(
 
     `copied` names the coordinates that are there already: they came with an earlier job's results.
     """
+    guard.check()
     for name, dtype in loaded.annotations.items():
         side = name.split("_", 1)[0]
         length, chunk = (plan.test, plan.test_chunk) if side == "test" else (plan.train, plan.train_chunk)
@@ -73,7 +79,7 @@ def create(
         if plan.by_block:
             arrays.write_names(store, "block", plan.blocks)
         sink_arrays.create_sink_arrays(store, plan.test, plan.train, plan.group_rows, plan.top_k, plan.dtype)
-    check_epoch(store, epoch)
+    guard.check()
     arrays.update_attributes(
         store,
         {
@@ -143,6 +149,15 @@ def complete(store: Store, ledger: Ledger, plan: Plan) -> dict[str, object]:
     ledger.compact()
     ledger.guard.check()
     arrays.update_attributes(store, {arrays.OURS: {"finished": True, "result": result}})
-    # Only now: of a job without a matrix they are what regions are read back from.
-    sink_arrays.delete_partials(store, ledger.guard.check_if_due)
+    tidy(store, ledger.guard)
     return result
+
+
+def tidy(store: Store, guard: Guard) -> None:
+    """Deletes what a finished job needs no more: partial results, which of a job without a matrix are what
+    regions are read back from. Whoever claims the store next does it again: what goes wrong ends no job.
+    """
+    try:
+        sink_arrays.delete_partials(store, guard.check_if_due)
+    except JobError as error:
+        log.warning("partial results are left in %s: %s", store.url, error)

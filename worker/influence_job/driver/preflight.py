@@ -10,7 +10,7 @@ from influence_job.driver import earlier_job, fingerprints
 from influence_job.identity import JobIdentity
 from influence_job.spec import InfluenceJobSpec
 from influence_job.storage.arrays import OURS
-from influence_job.storage.claim import OVERWRITE, Claim, Epoch, Existing, claim, inspect
+from influence_job.storage.claim import OVERWRITE, Claim, Epoch, Existing, begin, claim, inspect
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.store import Store
 
@@ -28,6 +28,11 @@ class Opened:
     """What an earlier job noted at the root (fingerprint, plan, ...), as far as it still counts."""
     earlier: dict[str, Any] | None
     """What the job noted whose factors or gradients are taken, at the root of its store."""
+
+    def begin(self) -> None:
+        """What is to be deleted is deleted, and nothing that was there counts."""
+        self.epoch = begin(self.store, self.epoch)
+        self.ledger.go_on_as(self.epoch)
 
     @property
     def begun(self) -> bool:
@@ -58,7 +63,7 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
         _refuse_other(spec, store, _record(existing), fingerprint)
     epoch = claim(store, Claim(identity.uid, identity.attempt, identity.pod, on_existing))
     ledger, record = Ledger(store, epoch, spec.output.allow_mixed_hardware), {}
-    if not epoch.must_delete:
+    if not epoch.starts_anew:
         # Only now: whoever held the store before may have begun it, or gone on, until it was ours.
         record = _record(inspect(store))
         _refuse_other(spec, store, record, fingerprint)

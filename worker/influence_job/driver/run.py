@@ -21,8 +21,6 @@ from influence_job.methods import method_of
 from influence_job.plan import Plan, make_plan
 from influence_job.progress import Progress, Stage
 from influence_job.spec import InfluenceJob
-from influence_job.storage import sink_arrays
-from influence_job.storage.claim import delete_previous
 from influence_job.worker import model_state
 from influence_job.worker.loading import Loaded, load, save_model
 from influence_job.worker.session import WorkerContext
@@ -70,8 +68,7 @@ def _attempt(
     try:
         if opened.finished and trust_finished:
             tracker.warn("the store is finished; compared without loading the model")
-            # Whoever finished it may have died before he did.
-            sink_arrays.delete_partials(opened.store, opened.ledger.guard.check_if_due)
+            layout.tidy(opened.store, opened.ledger.guard)  # whoever finished it may have died before he did
             tracker.finish(opened.record["result"])
             return
         tracker.update(workers_needed=True)
@@ -94,8 +91,7 @@ def _attempt(
 def _compute(
     job: InfluenceJob, identity: JobIdentity, opened: Opened, submitter: Submitter, tracker: ProgressTracker
 ) -> None:
-    guard = opened.ledger.guard
-    guard.check()
+    opened.ledger.guard.check()
     tracker.enter(Stage.LOADING)
     context = WorkerContext(job.spec, identity, opened.epoch.number)
     loaded: Loaded = submitter.call(load, context)
@@ -107,13 +103,13 @@ def _compute(
     if opened.begun:
         model_state.take_over(opened.store, identity)
     else:
-        delete_previous(opened.store, opened.epoch)
+        opened.begin()
         # Any worker may be the one that stores its model, and each may have trained another.
         fingerprint["model"] = submitter.call(save_model, context)
+        guard = opened.ledger.guard
         copied = earlier_job.copy_coordinates(job.spec, opened.earlier, opened.store, guard.check_if_due)
-        guard.check()
-        layout.create(opened.store, opened.epoch, job, plan, loaded, fingerprint, copied)
-    context = replace(context, plan=plan, seen=loaded.seen)
+        layout.create(opened.store, opened.epoch, guard, job, plan, loaded, fingerprint, copied)
+    context = replace(context, epoch=opened.epoch.number, plan=plan, seen=loaded.seen)
     Stages(job.spec, plan, context, opened, loaded, submitter, tracker).run()
     earlier_job.refuse_changed(job.spec, opened.earlier)
     tracker.finish(layout.complete(opened.store, opened.ledger, plan))

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +67,8 @@ class Submitter:
     _flight: dict[Future[Any], Work] = field(default_factory=dict)
     _connection: Connection = field(init=False)
     _workers: int = 0
+    _refused: PermanentError | None = None
+    """Why rows that a worker reported are not recorded."""
 
     def __post_init__(self) -> None:
         self._connection = Connection(self.connect, self._on_event, self._tick)
@@ -131,8 +132,10 @@ class Submitter:
 
     def _on_event(self, event: tuple[float, Any]) -> None:
         _, rows = event
-        with suppress(PermanentError):  # its task's result brings the rows again, where that ends the job
+        try:
             self._record([Row(*row) for row in rows])
+        except PermanentError as error:  # of another thread than the one that it is to end
+            self._refused = error
 
     def _record(self, rows: list[Row]) -> None:
         """Adds what is new: a row comes by event first and with its task's result again."""
@@ -233,6 +236,8 @@ class Submitter:
 
     def _tick(self) -> None:
         self.stop.check()
+        if self._refused is not None:
+            raise self._refused
         self.ledger.flush_if_due()
 
     def _reopen(self) -> list[_Waiting]:

@@ -189,7 +189,7 @@ def read_array(store: Store, path: str) -> np.ndarray[Any, Any]:
 
 
 def copy_array(source: Store, store: Store, path: str, guard: Callable[[], None]) -> None:
-    """Copies an array to another store, many chunks at once; `guard` is called between chunks.
+    """Copies an array to another store, many chunks at once; `guard` is called before each.
 
     Raises:
         PermanentError: a chunk is missing, or a byte of one was changed.

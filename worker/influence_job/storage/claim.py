@@ -2,13 +2,13 @@
 
 A driver claims a store by creating `ledger/epoch-<n>`, which nothing ever replaces or deletes; whoever
 holds the highest epoch is the writer. An older driver finds the higher epoch before its next flush and
-stops. A claim that overwrites takes effect with `ledger/overwrites-<n>`, once its job is sure to start: from
-then on segments of earlier epochs never count, even while their objects still exist. A job that fails before
-leaves what is there as it was.
+stops. A job that overwrites claims twice: first as any other, and, once it is sure to start, with a claim
+after which segments of earlier epochs never count, even while their objects still exist. One that fails
+before leaves what is there as it was.
 
     inspect   what is there, before anything is written
     claim     become the writer
-    delete_previous   the deletion that an overwriting claim asks for, once the job is sure to start
+    begin     what an Overwrite deletes, once the job is sure to start
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,8 +33,6 @@ CHECK_SECONDS = 1.0
 """So long a driver may go on without knowing that another took its store."""
 
 _EPOCH = re.compile(r"ledger/epoch-(\d+)")
-_KEPT = re.compile(r"ledger/(epoch|overwrites)-\d+")
-"""What no deletion takes away."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Claim:
     on_existing: str
     """`Resume`, `Overwrite` or `Fail`: what the job asks for; it decides in a UID's first claim only."""
     overwrites: bool = False
-    """Set by `claim`: nothing that earlier epochs did is to count any more."""
+    """Set by `begin`: nothing that earlier epochs did counts any more."""
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     nonce: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Makes the content unique, so that a claim whose answer was lost is recognized as our own."""
@@ -60,8 +58,6 @@ class Existing:
 
     claims: Mapping[int, Claim]
     """By epoch."""
-    counts_from: int
-    """Segments of the ledger count from this epoch on; 0 if none ever overwrote."""
     attributes: Mapping[str, Any]
     """Root attributes; empty if there are none, or if they no longer count."""
     must_delete: bool
@@ -77,6 +73,11 @@ class Existing:
         """The driver that completed the store has said so."""
         return self.attributes.get(OURS, {}).get("finished") is True
 
+    @property
+    def counts_from(self) -> int:
+        """Segments of the ledger count from this epoch on; 0 if none ever overwrote."""
+        return _counts_from(self.claims)
+
     def latest(self) -> Epoch | None:
         """The claim that holds now, for those who only read; None if nobody ever claimed the store."""
         if not self.claims:
@@ -88,6 +89,7 @@ class Existing:
             resumes=True,
             previous={n: made for n, made in self.claims.items() if n != number},
             counts_from=self.counts_from,
+            overwrites=False,
             must_delete=self.must_delete,
         )
 
@@ -95,11 +97,11 @@ class Existing:
         """What `onExisting` means for this UID now: after its first claim every attempt resumes, but that it
         overwrites as long as none of them got so far.
         """
-        own = {number: made for number, made in self.claims.items() if made.job_uid == job_uid}
+        own = [made for _, made in sorted(self.claims.items()) if made.job_uid == job_uid]
         if not own:
             return on_existing
-        overwriting = [number for number, made in own.items() if made.overwrites]
-        return OVERWRITE if overwriting and self.counts_from < min(overwriting) else RESUME
+        is_to = own[0].on_existing == OVERWRITE and not any(made.overwrites for made in own)
+        return OVERWRITE if is_to else RESUME
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,16 @@ class Epoch:
     previous: Mapping[int, Claim]
     """Earlier claims by epoch."""
     counts_from: int
-    """Segments of the ledger count from this epoch on, for this one; 0 if none ever overwrote."""
+    """Segments of the ledger count from this epoch on; 0 if none ever overwrote."""
+    overwrites: bool
+    """`begin` will overwrite what is there."""
     must_delete: bool
-    """`delete_previous` is still to be done, after Loading and before anything is written: nothing that is
-    there counts."""
+    """An earlier Overwrite has begun and its deletion has not ended; `begin` ends it."""
+
+    @property
+    def starts_anew(self) -> bool:
+        """Nothing that is there counts for this driver."""
+        return self.overwrites or self.must_delete
 
 
 def inspect(store: Store) -> Existing:
@@ -132,9 +140,9 @@ def inspect(store: Store) -> Existing:
         claims = _claims(store)  # what was found may be a claim that was made meanwhile
         if found is not None and not claims:
             raise _not_ours(store, found)
-    counts_from = _counts_from(store, claims)
+    counts_from = _counts_from(claims)
     must_delete = counts_from > 0 and store.get(_deleted_path(counts_from)) is None
-    return Existing(claims, counts_from, {} if must_delete else attributes, must_delete)
+    return Existing(claims, {} if must_delete else attributes, must_delete)
 
 
 def claim(store: Store, wanted: Claim) -> Epoch:
@@ -155,15 +163,15 @@ def claim(store: Store, wanted: Claim) -> Epoch:
                 f"Resume or Overwrite",
             )
         number = max(existing.claims, default=0) + 1
-        made = Claim(**asdict(wanted) | {"overwrites": mode == OVERWRITE})
-        if store.create_json(_epoch_path(number), asdict(made)):
+        if store.create_json(_epoch_path(number), asdict(wanted)):
             return Epoch(
                 number=number,
-                claim=made,
-                resumes=any(c.job_uid == made.job_uid for c in existing.claims.values()),
+                claim=wanted,
+                resumes=any(c.job_uid == wanted.job_uid for c in existing.claims.values()),
                 previous=existing.claims,
-                counts_from=number if made.overwrites else existing.counts_from,
-                must_delete=made.overwrites or existing.must_delete,
+                counts_from=existing.counts_from,
+                overwrites=mode == OVERWRITE,
+                must_delete=existing.must_delete,
             )
 
 
@@ -213,18 +221,32 @@ class Guard:
             self.check()
 
 
-def delete_previous(store: Store, epoch: Epoch) -> None:
-    """Deletes all that is there but the claims, if an overwriting claim asked for it and it is not done."""
-    if not epoch.must_delete:
-        return
-    guard = Guard(store, epoch)
-    guard.check()
-    store.put(_overwrites_path(epoch.counts_from), b"")
-    guard.check()  # who came before that was noted may go on with what is there
-    store.delete_prefix("", guard.check_if_due, keep=lambda path: _KEPT.fullmatch(path) is not None)
-    forget(store)
-    guard.check()
-    store.put(_deleted_path(epoch.counts_from), b"")
+def begin(store: Store, epoch: Epoch) -> Epoch:
+    """Deletes all that is there but the claims, if this job overwrites it or an earlier Overwrite did not
+    end; the epoch to go on with.
+
+    Raises:
+        InfrastructureError, PermanentError: as `check_epoch`; what is there is then another's.
+    """
+    if epoch.overwrites:
+        epoch = _overwriting(store, epoch)
+    if epoch.must_delete:
+        guard = Guard(store, epoch)
+        guard.check()
+        store.delete_prefix("", guard.check_if_due, keep=lambda path: _EPOCH.fullmatch(path) is not None)
+        forget(store)
+        guard.check()
+        store.put(_deleted_path(epoch.counts_from), b"")
+    return replace(epoch, must_delete=False)
+
+
+def _overwriting(store: Store, epoch: Epoch) -> Epoch:
+    """The claim that takes effect, right after the one that held the store until now."""
+    number, made = epoch.number + 1, replace(epoch.claim, overwrites=True, nonce=uuid.uuid4().hex)
+    while not store.create_json(_epoch_path(number), asdict(made)):
+        check_epoch(store, epoch)
+    previous = {**epoch.previous, epoch.number: epoch.claim}
+    return Epoch(number, made, epoch.resumes, previous, number, overwrites=False, must_delete=True)
 
 
 def _claims(store: Store) -> dict[int, Claim]:
@@ -240,10 +262,8 @@ def _parse(data: bytes) -> Claim:
         return Claim("", 0, "", RESUME, time="an unknown time", nonce="")
 
 
-def _counts_from(store: Store, claims: Mapping[int, Claim]) -> int:
-    """The last overwriting claim that took effect; 0 if none did."""
-    overwriting = sorted((number for number, made in claims.items() if made.overwrites), reverse=True)
-    return next((number for number in overwriting if store.get(_overwrites_path(number)) is not None), 0)
+def _counts_from(claims: Mapping[int, Claim]) -> int:
+    return max((number for number, made in claims.items() if made.overwrites), default=0)
 
 
 def _not_ours(store: Store, found: str) -> PermanentError:
@@ -256,10 +276,6 @@ def _not_ours(store: Store, found: str) -> PermanentError:
 
 def _epoch_path(number: int) -> str:
     return f"ledger/epoch-{number}"
-
-
-def _overwrites_path(number: int) -> str:
-    return f"ledger/overwrites-{number}"
 
 
 def _deleted_path(number: int) -> str:

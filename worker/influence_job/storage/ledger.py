@@ -74,6 +74,10 @@ class Ledger:
                 f"or delete it: what it listed is then computed again",
             ) from error
 
+    def go_on_as(self, epoch: Epoch) -> None:
+        """From now on writes what `epoch` does; before anything is recorded."""
+        self._epoch, self.guard = epoch, Guard(self._store, epoch)
+
     def has(self, kind: str, index: int) -> bool:
         """Whether it is done."""
         return self._table.has(kind, index)
@@ -114,7 +118,8 @@ class Ledger:
                 Reason.STORE_MISMATCH,
                 f"output.url: {self._store.url} was begun on {sorted(known)}, this worker is "
                 f"{environments[-1]!r}: the results would not be equal bit for bit; use the same hardware "
-                f"and image (workers.nodeSelector), or set output.allowMixedHardware: true",
+                f"and image (workers.nodeSelector; on one machine CUDA_VISIBLE_DEVICES), or set "
+                f"output.allowMixedHardware: true",
             )
 
     @property

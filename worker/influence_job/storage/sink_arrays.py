@@ -60,9 +60,8 @@ def put_partial(store: Store, group: int, chunk: int, partial: Partial) -> str:
 
 
 def partial_digest(store: Store, group: int, chunk: int) -> str:
-    """Digest of a region's partial result as it is stored; empty if it is gone."""
-    data = store.get(_path(group, chunk))
-    return "" if data is None else arrays.digest(np.frombuffer(data, np.uint8))
+    """Digest of a region's partial result as it is stored; of nothing if it is gone."""
+    return arrays.digest(np.frombuffer(store.get(_path(group, chunk)) or b"", np.uint8))
 
 
 def merge_group(store: Store, group: int, chunks: int) -> str:

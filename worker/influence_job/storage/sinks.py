@@ -10,6 +10,7 @@ Shapes: t test rows, n training examples, F... features, k ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -34,7 +35,11 @@ def pair_values(block: Floats) -> Floats:
     """`[t, n]` of a block `[t, n, F...]`: the score itself, or the L2 norm over the features."""
     if block.ndim == 2:
         return block
-    return np.linalg.norm(block.reshape(*block.shape[:2], -1), axis=2)
+    features = block.reshape(*block.shape[:2], -1)
+    rows = max(1, _ELEMENTS_AT_ONCE // max(1, math.prod(features.shape[1:])))
+    # A norm takes a copy of what it is of.
+    pieces = [np.linalg.norm(features[i : i + rows], axis=2) for i in range(0, len(features), rows)]
+    return np.concatenate(pieces) if pieces else np.linalg.norm(features, axis=2)
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,8 @@ class Partial:
     @classmethod
     def of(cls, block: Floats, first_train_index: int, k: int) -> Self:
         """Of one region's block `[t, n, F...]`, whose first column is example `first_train_index`."""
-        return cls(TopK.of(block, first_train_index, k), Statistics.of(block))
+        values = pair_values(block)
+        return cls(TopK.of(values, first_train_index, k), Statistics.of(values))
 
     def merge(self, other: Partial) -> Partial:
         """Of both; `other` covers later training examples."""

@@ -133,14 +133,20 @@ class Store:
     ) -> None:
         """Removes all objects whose paths start with `prefix`, but those that `keep` names.
 
-        `guard` is called between deletions, of which there may be millions: it ends them by raising.
+        `guard` is called before each, and there may be millions: it ends the rest by raising.
         """
         self.delete_many((path for path in self.list(prefix) if not keep(path)), guard)
 
     def delete_many(self, paths: Iterable[str], guard: Callable[[], None]) -> None:
         """Removes objects, many requests at once; `guard` as `delete_prefix` has it."""
-        for _ in _in_order(self.delete, paths):
-            guard()
+
+        def guarded() -> Iterator[str]:
+            for path in paths:
+                guard()
+                yield path
+
+        for _ in _in_order(self.delete, guarded()):
+            pass
 
     def get_many(self, paths: Iterable[str], held: int = HELD) -> Iterator[tuple[str, bytes | None]]:
         """Paths with their contents, in the order given; many requests at once, `held` contents at most.
@@ -209,8 +215,9 @@ def to_json(document: Any) -> bytes:
 
 
 def _in_order(function: Callable[[S], T], items: Iterable[S], held: int = HELD) -> Iterator[T]:
-    """Results in order; at most `held` at any time."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    """Results in order; at most `held` at any time. What has not begun when one fails is left."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         window: deque[Future[T]] = deque()
         for item in items:
             window.append(pool.submit(function, item))
@@ -218,3 +225,5 @@ def _in_order(function: Callable[[S], T], items: Iterable[S], held: int = HELD) 
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -172,7 +172,7 @@ def _store(own: Session, group: int, chunk: int, values: np.ndarray, whole: np.n
 
 
 def stored_digest(own: Session, index: int) -> str:
-    """What the ledger's digest of a region would be, as the region reads now; empty if it is gone."""
+    """What the ledger's digest of a region would be, as the region reads now."""
     group, chunk = own.plan.unravel(index)
     if not own.plan.dense:
         return sink_arrays.partial_digest(own.store, group, chunk)

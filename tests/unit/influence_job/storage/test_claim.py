@@ -16,9 +16,9 @@ from influence_job.storage import arrays
 from influence_job.storage.claim import (
     Claim,
     Epoch,
+    begin,
     check_epoch,
     claim,
-    delete_previous,
     inspect,
 )
 from influence_job.storage.store import Store
@@ -130,14 +130,13 @@ def test_fail_is_refused_where_a_store_is_and_only_there(store: Store) -> None:
 
 @pytest.mark.parametrize("on_existing", ["Resume", "Overwrite", "Fail"])
 def test_after_its_first_claim_every_attempt_of_a_uid_resumes(store: Store, on_existing: str) -> None:
-    first = attempt(store, "a", 1, on_existing)
-    delete_previous(store, first)
+    begin(store, attempt(store, "a", 1, on_existing))
     store.put("influences/c/0/0", b"computed")
     second = attempt(store, "a", 2, on_existing)
     assert inspect(store).effective("a", on_existing) == "Resume"
     assert second.resumes
-    assert not second.claim.overwrites
-    delete_previous(store, second)
+    assert not second.starts_anew
+    assert begin(store, second) == second
     assert store.get("influences/c/0/0") == b"computed"
 
 
@@ -147,33 +146,43 @@ def test_an_overwrite_deletes_everything_but_claims(store: Store) -> None:
     store.put("ledger/1-0", b"segment")
     epoch = attempt(store, "b", on_existing="Overwrite")
     assert store.get("ledger/1-0") == b"segment", "nothing is deleted by claiming"
-    delete_previous(store, epoch)
-    left = ["ledger/deleted-before-2", "ledger/epoch-1", "ledger/epoch-2", "ledger/overwrites-2"]
-    assert store.list() == left
+    begun = begin(store, epoch)
+    assert (begun.number, begun.counts_from, begun.starts_anew) == (3, 3, False)
+    assert begun.previous == {1: epoch.previous[1], 2: epoch.claim}
+    claims = [f"ledger/epoch-{number}" for number in (1, 2, 3)]
+    assert store.list() == ["ledger/deleted-before-3", *claims]
+    check_epoch(store, begun)
 
 
 def test_an_overwrite_that_did_not_get_so_far_leaves_what_is_there_to_others(store: Store) -> None:
     attempt(store, "a")
     arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
-    assert attempt(store, "b", on_existing="Overwrite").must_delete  # and failed while it loaded
+    assert attempt(store, "b", on_existing="Overwrite").starts_anew  # and failed while it loaded
     existing = inspect(store)
     assert existing.finished
     assert existing.counts_from == 0
     later = attempt(store, "c")
-    assert (later.counts_from, later.must_delete) == (0, False)
+    assert (later.counts_from, later.starts_anew) == (0, False)
 
 
-def test_an_overwrite_that_did_not_get_so_far_is_taken_up_by_its_own_next_attempt(store: Store) -> None:
+@pytest.mark.parametrize("between", [None, "Resume", "Overwrite"])
+def test_an_overwrite_that_did_not_get_so_far_is_taken_up_by_its_own_next_attempt(
+    store: Store, between: str | None
+) -> None:
+    """Whatever another job did in between."""
     attempt(store, "a")
     arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
     attempt(store, "b", 1, "Overwrite")
+    if between is not None:
+        begin(store, attempt(store, "c", 1, between))
+        arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
     assert inspect(store).effective("b", "Overwrite") == "Overwrite"
     second = attempt(store, "b", 2, "Overwrite")
-    assert (second.counts_from, second.must_delete, second.resumes) == (3, True, True)
-    delete_previous(store, second)
+    assert (second.starts_anew, second.resumes) == (True, True)
+    begun = begin(store, second)
     assert not inspect(store).finished
     third = attempt(store, "b", 3, "Overwrite")
-    assert (third.counts_from, third.must_delete) == (3, False)
+    assert (third.counts_from, third.starts_anew) == (begun.number, False)
 
 
 def test_an_overwrite_counts_when_it_begins_and_its_deletion_is_finished_by_whoever_comes_next(
@@ -185,7 +194,7 @@ def test_an_overwrite_counts_when_it_begins_and_its_deletion_is_finished_by_whoe
     epoch = attempt(store, "b", on_existing="Overwrite")
     monkeypatch.setattr(store, "delete", _killed)
     with pytest.raises(KeyboardInterrupt):
-        delete_previous(store, epoch)
+        begin(store, epoch)
     monkeypatch.undo()
 
     existing = inspect(store)
@@ -193,8 +202,8 @@ def test_an_overwrite_counts_when_it_begins_and_its_deletion_is_finished_by_whoe
     assert existing.empty
     assert not existing.finished
     later = attempt(store, "b", 2, "Overwrite")
-    assert (later.counts_from, later.must_delete, later.resumes) == (2, True, True)
-    delete_previous(store, later)
+    assert (later.counts_from, later.overwrites, later.must_delete, later.resumes) == (3, False, True, True)
+    assert begin(store, later).number == later.number
     assert store.get("influences/c/0/0") is None
     assert not inspect(store).must_delete
 
@@ -204,14 +213,39 @@ def _killed(_: str) -> None:
 
 
 def test_a_driver_that_was_fenced_deletes_nothing(store: Store) -> None:
+    """What is there is of whoever came, who found it to be as it was."""
     attempt(store, "a")
+    arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
     store.put("influences/c/0/0", b"computed")
     epoch = attempt(store, "b", on_existing="Overwrite")
     attempt(store, "c")
-    with pytest.raises(PermanentError):
-        delete_previous(store, epoch)
+    with pytest.raises(PermanentError) as raised:
+        begin(store, epoch)
+    assert raised.value.reason is Reason.STORE_CLAIMED
     assert store.get("influences/c/0/0") == b"computed"
-    assert inspect(store).counts_from == 0
+    assert inspect(store).finished
+
+
+def test_of_one_who_overwrites_and_one_who_claims_at_once_one_goes_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both create the next epoch: there is no moment in which each believes to hold what the other has."""
+    attempt(store, "a")
+    arrays.update_attributes(store, {arrays.OURS: {"finished": True}})
+    epoch = attempt(store, "b", on_existing="Overwrite")
+    create, others = store.create_json, []
+
+    def while_another_looked(path: str, document: object) -> bool:
+        monkeypatch.setattr(store, "create_json", create)
+        if not others:
+            begin(store, epoch)
+            others.append(path)
+        return create(path, document)
+
+    monkeypatch.setattr(store, "create_json", while_another_looked)
+    late = attempt(store, "c")
+    assert (late.number, late.counts_from) == (4, 3), "it looked again"
+    assert not inspect(store).finished
 
 
 def test_a_driver_that_is_fenced_while_it_deletes_leaves_the_rest(
@@ -232,7 +266,7 @@ def test_a_driver_that_is_fenced_while_it_deletes_leaves_the_rest(
 
     monkeypatch.setattr(store, "delete", taken_over)
     with pytest.raises(PermanentError) as raised:
-        delete_previous(store, epoch)
+        begin(store, epoch)
     assert raised.value.reason is Reason.STORE_CLAIMED
     assert len(store.list("influences/")) > 100
     assert inspect(store).must_delete, "whoever came ends it"
@@ -261,11 +295,14 @@ def test_a_finished_store_says_so(store: Store) -> None:
 def test_a_reader_sees_the_epoch_that_holds(store: Store) -> None:
     assert inspect(store).latest() is None
     attempt(store, "a")
-    store.put("ledger/overwrites-2", b"")
-    attempt(store, "b", on_existing="Overwrite")
+    begin(store, attempt(store, "b", on_existing="Overwrite"))
     latest = inspect(store).latest()
     assert latest is not None
-    assert (latest.number, latest.claim.job_uid, latest.counts_from, latest.must_delete) == (2, "b", 2, True)
+    assert (latest.number, latest.claim.job_uid, latest.counts_from) == (3, "b", 3)
+    store.delete("ledger/deleted-before-3")
+    latest = inspect(store).latest()
+    assert latest is not None
+    assert latest.must_delete
 
 
 def test_what_a_killed_probe_left_does_not_make_the_store_foreign(store: Store) -> None:
