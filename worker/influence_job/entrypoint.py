@@ -20,7 +20,7 @@ from torch import nn
 
 from influence_calculator.maths.checkpoints import load_checkpoints
 from influence_calculator.maths.errors import UnsupportedModelError
-from influence_calculator.maths.objective import Objective, undisturbed
+from influence_calculator.maths.objective import Objective
 from influence_calculator.maths.probe import refuse_meta
 from influence_job.data import check_source
 from influence_job.document import SOURCE_DIRECTORY
@@ -163,7 +163,7 @@ def objective_of(task: InfluenceTask) -> Objective:
             Reason.INVALID_TASK,
             "InfluenceTask.model: no parameter requires grad, so there is nothing to trace",
         )
-    return Objective(task.model, undisturbed(task.loss), task.forward or _first_element, names)
+    return Objective(task.model, task.loss, task.forward or _first_element, names)
 
 
 def with_checkpoints(objective: Objective, task: InfluenceTask) -> Objective:

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import traced_task
 from influence_job import entrypoint
@@ -92,24 +90,3 @@ def test_a_model_on_the_meta_device_is_refused_with_the_cure() -> None:
     ) as refused:
         entrypoint.check_task(task, "traced_task:task")
     assert refused.value.reason is Reason.INVALID_TASK
-
-
-class Averaging(nn.Module):
-    """A loss that weighs by what it saw before."""
-
-    total: Tensor | float = 0.0
-
-    def forward(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = F.cross_entropy(outputs, batch[1])
-        self.total = self.total + loss
-        return self.total
-
-
-def test_a_loss_that_is_a_module_keeps_nothing_of_a_call() -> None:
-    """Or the order of the calls would be in the numbers, and derivatives that are over in the next ones."""
-    task = replace(traced_task.task(), loss=Averaging())
-    objective, few = entrypoint.objective_of(task), task.train.read(0, 4)
-    expected = entrypoint.objective_of(traced_task.task()).losses_at(objective.parameters(), few)
-    for _ in range(2):
-        torch.testing.assert_close(objective.losses_at(objective.parameters(), few), expected)
-    assert "total" not in vars(task.loss)

@@ -9,7 +9,7 @@ Shapes: n examples in a batch, P tracked parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -278,7 +278,7 @@ def xy_objective(
     """The objective of pyDVL's convention: batches are `(x, y)`, the loss is `loss(model(x), y)`."""
     if names is None:
         names = tuple(n for n, p in model.named_parameters() if p.requires_grad)
-    return Objective(model, _XYLoss(undisturbed(loss)), _forward_x, names)
+    return Objective(model, _XYLoss(loss), _forward_x, names)
 
 
 def _forward_x(model: nn.Module, batch: Batch) -> Any:
@@ -292,30 +292,24 @@ class _XYLoss:
     loss: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        return self.loss(outputs, batch[1])
+        with _as_it_was(self.loss):
+            return self.loss(outputs, batch[1])
 
 
-def undisturbed(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss that is a module and keeps something of a call (`self.last = ...`, a buffer that counts), as one
-    that afterwards keeps what it kept before: it may belong to a derivative, and is of no use outside of it.
+@contextmanager
+def _as_it_was(loss: Callable[..., Tensor]) -> Iterator[None]:
+    """What a loss that is a module keeps of a call (`self.last = ...`, a buffer that counts) may belong to a
+    derivative, and is of no use outside of it: afterwards the module keeps what it kept before.
     """
-    return _Undisturbed(loss) if isinstance(loss, nn.Module) else loss
-
-
-@dataclass(frozen=True)
-class _Undisturbed:
-    loss: nn.Module
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        kept = [(module, dict(vars(module)), dict(module._buffers)) for module in self.loss.modules()]
-        for module, _, buffers in kept:
-            module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-        try:
-            loss: Tensor = self.loss(*arguments)
-            return loss
-        finally:
-            for module, attributes, buffers in kept:
-                vars(module).clear()
-                vars(module).update(attributes)
-                module._buffers.clear()
-                module._buffers.update(buffers)
+    modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
+    for module, _, buffers in kept:
+        module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -21,14 +21,7 @@ from influence_calculator.heap import keep_freed_memory
 from influence_calculator.maths.by_hand import at_work
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Method, PassesFitted
-from influence_calculator.maths.objective import (
-    Batch,
-    IndexedBatch,
-    Objective,
-    Seen,
-    micro_batches,
-    undisturbed,
-)
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, Seen, micro_batches
 from influence_calculator.maths.probe import PROBED
 from influence_job import entrypoint
 from influence_job.data import read_batch
@@ -108,7 +101,7 @@ class Session:
     def side_of(self, objective: Objective, side: str) -> Objective:
         """An objective as the side "train" or "test" has it: for tests with the task's measurement."""
         measurement = self.task.measurement if side == "test" else None
-        return objective if measurement is None else objective.with_loss(undisturbed(measurement))
+        return objective if measurement is None else objective.with_loss(measurement)
 
     @property
     def result_dtype(self) -> torch.dtype:
