@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from influence_calculator import CgInfluence
 from influence_calculator.maths import training_batches
-from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import add_sums
 from influence_calculator.maths.objective import (
@@ -155,54 +152,3 @@ def test_sums_of_ranges_add_up_in_place() -> None:
     first = total["u"]["s"]
     assert torch.equal(add_sums(total, {"u": {"s": torch.tensor([2.0])}})["u"]["s"], torch.tensor([3.0]))
     assert total["u"]["s"] is first
-
-
-KEPT: dict[str, Callable[[Keeping, Tensor], Tensor]] = {
-    "the last": lambda own, loss: own.keep(loss),
-    "the last, used": lambda own, loss: own.keep(loss + 0 * own.last.detach()),
-    "a sum": lambda own, loss: (own.keep(own.last.detach() + loss), loss)[1],
-    "a count": lambda own, loss: (own.calls.add_(1), loss)[1],
-    "a sum in a buffer": lambda own, loss: (own.calls.add_(loss.detach()), loss)[1],
-    "another buffer": lambda own, loss: own.count(own.calls + loss.detach(), loss),
-}
-
-
-class Keeping(nn.Module):
-    """A loss that keeps something of a call."""
-
-    calls: Tensor
-
-    def __init__(self, then: Callable[[Keeping, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.then, self.last = then, torch.zeros((), dtype=torch.float64)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
-
-    def keep(self, loss: Tensor) -> Tensor:
-        self.last = loss
-        return loss
-
-    def count(self, calls: Tensor, loss: Tensor) -> Tensor:
-        self.calls = calls
-        return loss
-
-    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.then(self, F.cross_entropy(outputs, targets))
-
-
-@pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize("mode", list(SecondOrderMode))
-def test_a_loss_that_keeps_something_of_a_call_is_as_it_was(kept: str, mode: SecondOrderMode) -> None:
-    """What it keeps belongs to a derivative that is over when the loss is called again."""
-    x, y = MLP.train()
-    given = Keeping(KEPT[kept])
-    last, calls = given.last, given.calls
-    found, expected = (
-        CgInfluence(MLP.model(), loss, regularization=0.5, second_order_mode=mode)
-        .fit([(x, y)])
-        .influences(x, y)
-        for loss in (given, F.cross_entropy)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert given.last is last
-    assert given.calls is calls
-    assert calls == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ RECOGNISED = {
     *("weighted bits", "picked log-probabilities", "picked scores"),
     *("weighted in place", "divided in place", "masked in place", "a part in place", "added up in place"),
     *("selected by a mask", "selected by a mask before", "selected bits", "another call by the label"),
-    "weighted classes of tokens",
+    *("weighted classes of tokens", "of the same logits twice"),
 }
 INDEFINITE = {
     "a negative class",
@@ -73,6 +74,14 @@ def _where_above_one(losses: Tensor, y: Tensor) -> None:
 def _some(y: Tensor) -> Tensor:
     """Which tokens of an example count: none, one or both."""
     return y[:, None] > torch.tensor([0, 2])
+
+
+def _of_the_same_twice(f: Tensor, y: Tensor, sign: int) -> Tensor:
+    """Two labels of one prediction, the second counted with a sign."""
+    twice = f.expand(2, *f.shape).flatten(0, 1)
+    losses = F.cross_entropy(twice, torch.cat([y, (y + 1) % 6]), reduction="none")
+    losses[len(y) :] *= sign
+    return losses.sum()
 
 
 def _added_up(f: Tensor, y: Tensor) -> Tensor:
@@ -164,6 +173,8 @@ LOSSES: dict[str, Loss] = {
     "selected by a mask before": lambda f, y: F.cross_entropy(
         f.view(-1, 2, 3)[_some(y)], torch.stack([y % 3, y % 2], 1)[_some(y)], reduction="sum"
     ),
+    "of the same logits twice": lambda f, y: _of_the_same_twice(f, y, 1),
+    "of the same logits by contrast": lambda f, y: _of_the_same_twice(f, y, -1),
     "selected bits": lambda f, y: (
         F.binary_cross_entropy_with_logits(f, torch.zeros_like(f), reduction="none")
         .masked_select(f.new_tensor([1, 0, 1, 1, 0, 0]) > 0)
@@ -248,6 +259,55 @@ def test_exact_pseudo_gradients_sum_to_the_clipped_matrices(name: str) -> None:
         values, Q_f = torch.linalg.eigh(oracle.output_hessian(LOSSES[name], outputs[i : i + 1], y[i : i + 1]))
         expected = (Q_f * values.clamp(min=0)) @ Q_f.T
         torch.testing.assert_close(v[:, i].T @ v[:, i], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("of", [F.mse_loss, F.binary_cross_entropy_with_logits])
+def test_a_mean_of_what_a_mask_leaves_of_no_example_has_no_curvature(of: Any) -> None:
+    """As of targets that are missing; torch divides by their number too, which may be 0."""
+
+    def selected(f: Tensor, y: Tensor, reduction: str) -> Tensor:
+        some = f.view(-1, 2, 3)[_some(y)]
+        return of(some, torch.ones_like(some), reduction=reduction)
+
+    def by_hand(f: Tensor, y: Tensor) -> Tensor:
+        return selected(f, y, "sum") / max(1, 3 * int(_some(y).sum()))
+
+    x, y = _data()
+    vectors = torch.randn(Q, N, 6, dtype=torch.float64)
+    mean, summed = (xy_objective(_linear(), loss) for loss in (lambda f, y: selected(f, y, "mean"), by_hand))
+    found, expected = (output_curvature(objective, (x, y)).products(vectors) for objective in (mean, summed))
+    torch.testing.assert_close(found, expected)
+    assert found[:, 0].count_nonzero() == 0
+    for objective in (mean, summed):
+        made = OutputExpectation(Expectation.EXACT).pseudo_gradients(
+            objective, objective.model(x).detach(), IndexedBatch(0, (x, y))
+        )
+        v = torch.stack([made.at(k)[0] for k in range(made.count)])
+        found = torch.einsum("kni,knj,qnj->qni", v, v, vectors)
+        torch.testing.assert_close(found, expected)
+
+
+def test_soft_labels_in_half_precision_are_as_exact_as_their_outputs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, labels = torch.randn(N, 4, generator=generator), torch.rand(N, 10, generator=generator)
+    model = nn.Linear(4, 10).bfloat16()
+    batch, vectors = (x.bfloat16(), labels.bfloat16()), torch.randn(Q, N, 10, generator=generator)
+    found = output_curvature(xy_objective(model, F.cross_entropy), batch).products(vectors.bfloat16())
+    outputs = model(batch[0]).detach().double()
+    p, c = outputs.softmax(1), batch[1].double().sum(1, keepdim=True)
+    expected = c * (p * vectors - p * (p * vectors).sum(-1, keepdim=True))
+    assert (found.double() - expected).norm() / expected.norm() < 0.025
+
+
+def test_label_gradients_are_those_of_a_loss_that_changes_the_outputs_in_place() -> None:
+    x, y = _data()
+    given = OutputExpectation(Expectation.EMPIRICAL), IndexedBatch(0, (x, y))
+    found, expected = (
+        given[0].pseudo_gradients(objective, objective.model(x).detach(), given[1]).at(0)[0]
+        for loss in (lambda f, y: F.cross_entropy(f.div_(2), y), lambda f, y: F.cross_entropy(f / 2, y))
+        for objective in [xy_objective(_linear(), loss)]
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_gauss_newton_product_takes_as_many_outputs_as_a_language_model_has() -> None:

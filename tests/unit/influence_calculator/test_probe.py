@@ -467,47 +467,26 @@ def test_refusals_are_value_errors() -> None:
     assert issubclass(CalculatorError, ValueError)
 
 
-CHANGES: dict[str, Callable[[nn.Module, Tensor], object]] = {
-    "counted in place": lambda own, x: own.seen.add_(1),
-    "counted": lambda own, x: setattr(own, "seen", own.seen + 1),
-    "averaged in place": lambda own, x: own.seen.mul_(0.9).add_(x.mean().detach(), alpha=0.1),
-}
+class Counting(nn.Module):
+    """Counts its calls, in training or not, as some routers of experts do."""
 
-
-class Changing(nn.Sequential):
-    """A buffer that each pass changes."""
-
-    def __init__(self, change: Callable[[nn.Module, Tensor], object]) -> None:
-        super().__init__(nn.Linear(4, 3), nn.LayerNorm(3))
-        self.register_buffer("seen", torch.zeros(()))
-        self.change = change
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.change(self, x)
-        out: Tensor = super().forward(x)
-        return out
+        with torch.no_grad():
+            self.calls += 1
+        return self.linear(x)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_buffer_that_every_pass_changes_is_refused_by_its_name(change: str) -> None:
-    objective = _objective(nn.Sequential(Changing(CHANGES[change]).eval()))
-    with pytest.raises(
-        UnsupportedModelError, match=r"0\.seen: expected buffers.*self\.training.*model\.eval"
-    ):
-        probe(objective, _batch(4))
-
-
-def _made_once(own: nn.Module, x: Tensor) -> None:
-    if not own.seen.dim():  # type: ignore[operator]
-        own.seen = torch.full((4,), torch.nan)
-
-
-def _made_anew(own: nn.Module, x: Tensor) -> None:
-    own.seen = torch.arange(4)
-
-
-@pytest.mark.parametrize("change", [_made_once, _made_anew])
-def test_a_buffer_that_is_made_once_or_anew_with_the_same_numbers_passes(
-    change: Callable[[nn.Module, Tensor], object],
-) -> None:
-    probe(_objective(Changing(change).eval()), _batch(4))
+def test_a_model_that_counts_is_refused_only_where_torch_does_not_differentiate_it() -> None:
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    model = Counting()
+    found, expected = (
+        GradDotInfluence(m, F.mse_loss).fit([(x, y)]).influences(x, y) for m in (model, model.linear)
+    )
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UnsupportedModelError, match=r"in place .* buffers \['calls'\].*if self\.training"):
+        DirectInfluence(model, F.mse_loss, regularization=0.1).fit([(x, y)])

@@ -111,7 +111,6 @@ class Cg(CurvatureMethod):
                 self.stopping(width),
                 self._precondition(objective, state, block, λ),
                 self.simultaneous,
-                tells_of_none=True,
             )
         return CgFitted(layout, objective, solvers, self.second_order)
 

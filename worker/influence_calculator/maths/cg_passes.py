@@ -9,7 +9,7 @@ Shapes: q right-hand sides, P_b parameters of block b.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from influence_calculator.maths.conjugate_gradients import (
     conjugate_gradients,
 )
 from influence_calculator.maths.curvature import SecondOrderMode
-from influence_calculator.maths.flat import FLAT, SeenProducts
 from influence_calculator.maths.gradient_methods import (
     BlockwiseFitted,
     joined_reports,
@@ -45,9 +44,6 @@ from influence_calculator.maths.training_products import PRODUCTS, summed_produc
 STATE_ROWS = 4
 """Numbers per parameter and right-hand side that stand between two passes: x, b, r and what is multiplied."""
 
-_ARE_FLAT = "flat"
-"""Name of the boolean whether there was nothing in any product so far."""
-
 
 @dataclass(frozen=True)
 class CgSolver:
@@ -59,8 +55,6 @@ class CgSolver:
     stopping: Stopping
     precondition: Rows | None
     simultaneous: bool
-    tells_of_none: bool = False
-    """Whether A is a loss's curvature, of which one is told that is 0."""
 
     @property
     def recursion(self) -> Recursion:
@@ -69,11 +63,7 @@ class CgSolver:
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         """The answers `[q, P]`, and how each right-hand side ended."""
-        seen = SeenProducts(self.products())
-        solution, report = self._solved(seen, right_hand_sides)
-        return solution, replace(report, notes=seen.note if self.tells_of_none else ())
-
-    def _solved(self, multiplied: Rows, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
+        multiplied = self.products()
 
         def product(rows: Tensor) -> Tensor:
             return multiplied(rows).add_(rows, alpha=self.regularization)
@@ -118,9 +108,7 @@ class CgFitted(BlockwiseFitted, PassesFitted):
     def solved(self, ended: Mapping[str, Mapping[str, Tensor]]) -> Solved:
         solves = {block: Solves.of(ended[block]) for block in self.layout.blocks}
         left = {block: own.solutions() for block, own in solves.items()}
-        report = worst([own.report() for own in solves.values()])
-        are_flat = [bool(own[_ARE_FLAT]) for own in ended.values() if _ARE_FLAT in own]
-        return Solved(left, replace(report, notes=(FLAT,) if are_flat and all(are_flat) else ()))
+        return Solved(left, worst([own.report() for own in solves.values()]))
 
 
 @dataclass(frozen=True)
@@ -155,7 +143,6 @@ class CgPass(FitPass):
         solver = self.solvers[unit]
         # What was before stays: a pass that is broken off is made again.
         solves = Solves.of({name: value.clone() for name, value in before.items()})
-        are_flat = bool(before.get(_ARE_FLAT, True)) and not bool(sums[PRODUCTS].any())
         multiplied = sums[PRODUCTS].div_(length).add_(solves.next, alpha=solver.regularization)
         solver.recursion.advance(solves, multiplied)
-        return {**solves.tensors(), _ARE_FLAT: torch.tensor(are_flat)}
+        return solves.tensors()

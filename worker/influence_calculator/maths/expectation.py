@@ -121,7 +121,9 @@ def _of_root(
 def _label_gradients(objective: Objective, outputs: Any, indexed: IndexedBatch) -> list[Tensor]:
     leaves = [leaf.requires_grad_() for leaf in float_leaves(outputs)]
     with torch.enable_grad():
-        total = objective.losses(outputs, indexed.batch).sum()
+        # Copies, which a loss may change in place.
+        own = pytree.tree_map_only(Tensor, torch.clone, outputs)
+        total = objective.losses(own, indexed.batch).sum()
     return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from influence_calculator.maths.finite import finite_rows
-from influence_calculator.maths.flat import FLAT
 from influence_calculator.maths.gradients import collected, per_sample_gradients
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitState, Fitted, Part, Solved, SolverReport, SolverStatus
@@ -118,12 +117,11 @@ def not_finite(t: int) -> SolverReport:
 
 def worst(reports: list[SolverReport]) -> SolverReport:
     """Per right-hand side over blocks: the worst status, the most iterations, the largest residual."""
-    is_flat = all(FLAT in report.notes for report in reports)
     return SolverReport(
         torch.stack([report.status for report in reports]).amax(0),
         torch.stack([report.iterations for report in reports]).amax(0),
         torch.stack([report.residual for report in reports]).amax(0),
-        tuple(note for note in _all_notes(reports) if is_flat or note != FLAT),
+        _all_notes(reports),
     )
 
 

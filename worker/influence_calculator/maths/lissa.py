@@ -30,7 +30,6 @@ from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import TracePass, fitted_regularization
 from influence_calculator.maths.extreme_eigenvalues import Extremes, extreme_eigenvalues
-from influence_calculator.maths.flat import SeenProducts
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -122,7 +121,6 @@ class Lissa(CurvatureMethod):
                 partial(self._products, objective, layout.only(block), batches, shift),
                 may_be_indefinite=self.second_order is SecondOrderMode.HESSIAN,
                 computed_in=objective.dtype,
-                tells_of_none=True,
             )
         return BlockwiseFitted(layout, objective, solvers)
 
@@ -177,10 +175,9 @@ class LissaSolver:
         *,
         may_be_indefinite: bool,
         computed_in: torch.dtype,
-        tells_of_none: bool = False,
     ) -> None:
         """`products` makes the product with A, and those of steps over parts of the data, for one solve; they
-        are computed in `computed_in`. A is a loss's curvature if it `tells_of_none`.
+        are computed in `computed_in`.
         """
         self._method = method
         self._block = block
@@ -188,14 +185,12 @@ class LissaSolver:
         self._products = products
         self._may_be_indefinite = may_be_indefinite
         self._computed_in = computed_in
-        self._tells_of_none = tells_of_none
         self._extremes: Extremes | None = None
 
     def solve(self, right_hand_sides: Tensor) -> tuple[Tensor, SolverReport]:
         """Also looks for what the recursion cannot do: with a Hessian at once, else when a row was lost."""
         method = self._method
-        products, steps = self._products()
-        mean = SeenProducts(products)
+        mean, steps = self._products()
         solution, report = recursion(
             lambda rows: mean(rows).add_(rows, alpha=self._shift),
             right_hand_sides,
@@ -207,7 +202,7 @@ class LissaSolver:
         may_be_indefinite = self._may_be_indefinite and len(right_hand_sides) > 0
         if may_be_indefinite or bool((report.status == SolverStatus.NOT_FINITE).any()):
             self._extremes = self._extremes or extreme_eigenvalues(mean, right_hand_sides[0])
-        return solution, replace(report, notes=(*self._notes(), *(mean.note if self._tells_of_none else ())))
+        return solution, replace(report, notes=self._notes())
 
     def _notes(self) -> tuple[str, ...]:
         if self._extremes is None:

@@ -95,15 +95,17 @@ class NystroemSketch(CurvatureMethod):
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
-        spectra, notes = {}, []
+        spectra, notes, negative = {}, [], False
         for block, width in layout.widths.items():
             λ = fitted_regularization(self.regularization, state, block, width)
             smallest, bound = self._smallest_eigenvalue(state, block, width)
+            negative = negative or smallest < 0
             if smallest < -λ:
                 notes.append(_indefinite(block, bound, λ))
             spectra[block] = self._spectrum(objective, state, block, width, λ, smallest)
         solvers = {block: InverseEverywhere(spectrum) for block, spectrum in spectra.items()}
-        notes.extend(flat_note(spectrum.eigenvalues for spectrum in spectra.values()))
+        if not negative:  # else there was something, which the sketch takes for 0
+            notes.extend(flat_note(spectrum.eigenvalues for spectrum in spectra.values()))
         return BlockwiseFitted(layout, objective, solvers, tuple(notes))
 
     def _spectrum(

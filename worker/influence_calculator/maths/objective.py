@@ -9,7 +9,7 @@ Shapes: n examples in a batch, P tracked parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.checkpoints import Checkpoints
+from influence_calculator.maths.errors import UnsupportedModelError
 from influence_calculator.maths.vmapped_losses import GatheredLosses
 
 Batch = Any
@@ -227,7 +228,20 @@ class Objective:
             if p is not None
         }
         with self._differentiable():
-            return functional_call(self._module, values, (batch,), tie_weights=False)
+            try:
+                return functional_call(self._module, values, (batch,), tie_weights=False)
+            except RuntimeError as error:
+                if "mutate a captured Tensor" not in str(error):
+                    raise
+                raise UnsupportedModelError(self._changes_a_buffer()) from error
+
+    def _changes_a_buffer(self) -> str:
+        names = [name for name, _ in self.model.named_buffers()]
+        return (
+            f"forward changes a tensor in place that it did not make, one of the buffers {names[:5]}: torch "
+            "does not differentiate that in this way; change it only if self.training, or count in a number "
+            "of Python"
+        )
 
     def _differentiable(self) -> AbstractContextManager[None]:
         """Recurrent layers of cuDNN have a backward pass in training mode alone, and no second derivative.
@@ -292,24 +306,4 @@ class _XYLoss:
     loss: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        with _as_it_was(self.loss):
-            return self.loss(outputs, batch[1])
-
-
-@contextmanager
-def _as_it_was(loss: Callable[..., Tensor]) -> Iterator[None]:
-    """What a loss that is a module keeps of a call (`self.last = ...`, a buffer that counts) may belong to a
-    derivative, and is of no use outside of it: afterwards the module keeps what it kept before.
-    """
-    modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    for module, _, buffers in kept:
-        module._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        return self.loss(outputs, batch[1])

@@ -37,7 +37,7 @@ def probe(objective: Objective, batch: Batch) -> Objective:
         TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
         CaptureMismatchError: gradients differ; names the parameters and the usual cause.
         UnsupportedModelError: no parameter is tracked, a tensor of the model is on the meta device, a module
-            has sparse gradients, outputs are no entries of examples, or forward changes a buffer.
+            has sparse gradients, or outputs are no entries of examples.
     """
     refuse_meta(objective.model)
     _refuse_what_is_not_differentiated(objective)
@@ -159,40 +159,10 @@ def _refuse_sparse_gradients(objective: Objective) -> None:
         )
 
 
-@contextmanager
-def _refusing_changes(model: nn.Module) -> Iterator[None]:
-    """Of buffers; what a first pass made for later ones does not count."""
-    before = {name: (buffer, _version(buffer)) for name, buffer in model.named_buffers()}
-    yield
-    after = dict(model.named_buffers())
-    changed = [
-        name
-        for name, (buffer, version) in before.items()
-        if _version(buffer) != version or _is_other(buffer, after.get(name, buffer))
-    ]
-    if changed:
-        raise UnsupportedModelError(
-            f"{', '.join(changed[:3])}: expected buffers that forward leaves as they are, for what is "
-            "differentiated must change nothing, got one that changes with every pass; change it only if "
-            "self.training and call model.eval(), or count in a number of Python"
-        )
-
-
-def _version(buffer: Tensor) -> int | None:
-    """How often it was changed in place."""
-    return None if buffer.is_inference() else buffer._version
-
-
-def _is_other(before: Tensor, after: Tensor) -> bool:
-    return after is not before and (after.device != before.device or not torch.equal(after, before))
-
-
 def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
     n = batch_size(few)
     with torch.no_grad():
-        first = pytree.tree_leaves(objective.outputs(few))
-        with _refusing_changes(objective.model):
-            second = pytree.tree_leaves(objective.outputs(few))
+        first, second = (pytree.tree_leaves(objective.outputs(few)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         if isinstance(a, Tensor) and a.shape[:1] != (n,):
             raise UnsupportedModelError(

@@ -58,6 +58,8 @@ _LINEAR = {
 }
 """Names of torch functions that only move, select or cast elements. `__get__` is a property (`.mT`)."""
 
+_REPEATING = {"expand", "expand_as", "index_select", "__getitem__"}
+"""Those that may give an element several times."""
 
 _ADDING = {
     *("add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "rsub", "neg", "__neg__", "sum", "mean"),
@@ -203,7 +205,7 @@ class _PositiveWeights:
         if call.closed_form is _cross_entropy and call.arguments["target"].is_floating_point():
             logits, c = _counted_logits(found.weights.reshape(-1), **call.arguments)
             # What the labels pick is linear.
-            return (c * logits.logsumexp(-1)).sum()
+            return (c * logits.to(c.dtype).logsumexp(-1)).sum()
         return (found.weights.clamp(min=0) * found.call.result).sum()
 
 
@@ -241,7 +243,11 @@ def _weighed_call(loss: LossOf, outputs: list[Tensor]) -> _WeighedCall:
     # What a mode does not see (`torch.func`, scripts) may add of the outputs, or multiply.
     elsewhere = torch.func.grad(summed_up)(there, floats)
     is_linear = ((weights == elsewhere) | weights.isnan() & elsewhere.isnan()).all()
-    is_sound = torch.stack([is_linear, *((gradient == 0).all() for gradient in by_outputs)]).all()
+    # Of an element that counts several times, the weights would have to be added before negative ones are 0.
+    is_counted_once = (weights >= 0).all() if watch.may_repeat else torch.ones_like(is_linear)
+    is_sound = torch.stack(
+        [is_linear, is_counted_once, *((gradient == 0).all() for gradient in by_outputs)]
+    ).all()
     return _WeighedCall(call, weights.detach(), is_sound.detach(), True)
 
 
@@ -290,6 +296,8 @@ class _Watch(TorchFunctionMode):
         """What is linear in what the call returned."""
         self.is_weighed = False
         """Whether anything but that itself is."""
+        self.may_repeat = False
+        """Whether an element of the outputs may stand in the call's input several times."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -316,6 +324,7 @@ class _Watch(TorchFunctionMode):
             raise _UnrecognisedError
         if produced and given_ids & self._normalised.keys():
             raise _UnrecognisedError
+        self.may_repeat = self.may_repeat or (name in _REPEATING and _repeats(name, args))
         if name == "log_softmax":
             self._normalised |= {id(leaf): _softmax_dimension(leaf, args, keywords) for leaf in produced}
         self._derived |= {id(leaf): leaf for leaf in produced}
@@ -363,6 +372,16 @@ class _Watch(TorchFunctionMode):
 def _plain(name: str) -> str:
     """The name of the function that computes the same elsewhere than in place."""
     return _IN_PLACE.get(name, name if name.startswith("__") else name.removesuffix("_"))
+
+
+def _repeats(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a function may give an element several times: not by slices, numbers and masks."""
+    if name != "__getitem__":
+        return True
+    places = args[1] if isinstance(args[1], tuple) else (args[1],)
+    once = (int, slice, type(None), type(Ellipsis))
+    is_mask = [isinstance(place, Tensor) and place.dtype in (torch.bool, torch.uint8) for place in places]
+    return not all(masks or isinstance(place, once) for masks, place in zip(is_mask, places, strict=True))
 
 
 def _softmax_dimension(result: Tensor, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> int:
@@ -457,7 +476,7 @@ def _squared_error(
     """`v = √(2/d) ε` for a mean over d elements, `√2 ε` for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
-    d = input.numel() if reduction == "mean" else 1
+    d = max(1, input.numel()) if reduction == "mean" else 1
     v = (2 / d * weights.clamp(min=0)).sqrt() * vector(input.numel()).to(input.dtype)
     return (v * input.reshape(-1)).sum()
 
@@ -468,7 +487,7 @@ def _binary_cross_entropy(
     """`v = √(p (1 − p) / d) ε`, d = 1 for a sum."""
     if any(v is not None for v in others.values()) or input.shape != target.shape:
         raise _UnrecognisedError
-    d = input.numel() if reduction == "mean" else 1
+    d = max(1, input.numel()) if reduction == "mean" else 1
     p = input.detach().reshape(-1).sigmoid()
     v = (p * (1 - p) / d * weights.clamp(min=0)).sqrt() * vector(input.numel())
     return (v * input.reshape(-1)).sum()
