@@ -37,7 +37,7 @@ class Reason(StrEnum):
     STORE_CLAIMED = "StoreClaimed"
     """Another job writes to the same store."""
     STORE_MISMATCH = "StoreMismatch"
-    """The store was made with other inputs or on other hardware, or what it is made from changed."""
+    """The store was made with other inputs, on other hardware or from other data; the difference is shown."""
     STORE_EXISTS = "StoreExists"
     """`onExisting: Fail`, or something at the URL that is not a store of ours."""
     STORE_UNREACHABLE = "StoreUnreachable"
