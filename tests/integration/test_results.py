@@ -113,10 +113,7 @@ def test_regions_that_rot_before_they_are_verified_are_computed_again(
     run = jobs.start(jobs.manifest({"output": {"verify": "All"}}), "--json", output=path, barrier=barrier)
     run.wait_for_barrier()
     flipped, lost = (path / "influences" / "c" / "0" / chunk for chunk in ("3", "11"))
-    data = bytearray(flipped.read_bytes())
-    data[100] ^= 1
-    flipped.write_bytes(data)
-    lost.unlink()
+    stored.rot(flipped, lost)
     run.open_barrier()
     assert run.wait().code == 0, run.stderr
     written = {n: times for n, times in times_written(run, path).items() if n.startswith("influences/c/")}

@@ -109,10 +109,7 @@ def test_chunks_that_rot_before_they_are_verified_are_computed_again(
     run = jobs.start(manifest, "--json", output=path, barrier=Barrier("enter", "before", "Verifying"))
     run.wait_for_barrier()
     flipped, lost = (path / "self_influences" / "c" / chunk for chunk in ("1", "4"))
-    data = bytearray(flipped.read_bytes())
-    data[3] ^= 1
-    flipped.write_bytes(data)
-    lost.unlink()
+    stored.rot(flipped, lost)
     run.open_barrier()
     assert run.wait().code == 0, run.stderr
     written = {n: times for n, times in times_written(run, path).items() if n.startswith("self_influences/c")}

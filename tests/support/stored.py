@@ -46,6 +46,14 @@ def held(store: Store) -> set[tuple[str, int]]:
     return {(kind, row.index) for kind in ledger.kinds() for row in ledger.rows(kind)}
 
 
+def rot(flipped: Path, lost: Path) -> None:
+    """What a disk may do to two files: one has another bit, one is gone."""
+    data = bytearray(flipped.read_bytes())
+    data[3] ^= 1
+    flipped.write_bytes(data)
+    lost.unlink()
+
+
 def plan_of(store: Store) -> Plan:
     """The plan that the store was made with."""
     return Plan.from_json(read_attributes(store)[OURS]["plan"])

@@ -27,7 +27,7 @@ from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import MatrixPass
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.finite import finite_rows
-from influence_calculator.maths.flat import FLAT
+from influence_calculator.maths.flat import flat_note
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -72,16 +72,16 @@ class Direct(CurvatureMethod):
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         regularization = checked_regularization(self.regularization)
-        solvers, is_flat = {}, True
+        solvers, holds_any = {}, []
         for block, width in layout.widths.items():
             matrix = fitted_tensor(state, MatrixPass.name, block, "matrix", (width, width)).to(
                 objective.device
             )
-            is_flat = is_flat and not bool(matrix.any())
+            holds_any.append(matrix.any())
             trace = float(matrix.diagonal().sum())
             λ = block_regularization(regularization, block, trace, width)
             solvers[block] = DenseSolver(block, matrix, λ)
-        return BlockwiseFitted(layout, objective, solvers, (FLAT,) if is_flat else ())
+        return BlockwiseFitted(layout, objective, solvers, flat_note(holds_any))
 
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
         widths = block_widths(shapes, self.blocks)

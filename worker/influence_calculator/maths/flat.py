@@ -18,5 +18,5 @@ FLAT = (
 
 
 def flat_note(of_blocks: Iterable[Tensor]) -> tuple[str, ...]:
-    """What is to be told of the eigenvalues of all blocks."""
+    """What is to be told, by each block's eigenvalues, or by whether its matrix holds anything."""
     return () if any(bool(values.any()) for values in of_blocks) else (FLAT,)

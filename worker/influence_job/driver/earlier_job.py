@@ -102,10 +102,15 @@ def refuse_changed(spec: InfluenceJobSpec, record: dict[str, Any] | None) -> Non
     wanted = taken(spec)
     if wanted is None or digests(spec, read_record(spec)) == digests(spec, record):
         return
-    raise PermanentError(
+    raise changed(wanted)
+
+
+def changed(wanted: Taken, of: str = "") -> PermanentError:
+    """The error for what is taken, or for a part of it, that did not stay as it was."""
+    return PermanentError(
         Reason.STORE_MISMATCH,
-        f"{wanted.field}: the {wanted.what} in {wanted.url} changed while they were scored; let the job that "
-        "writes there end, then run this one with output.onExisting: Overwrite",
+        f"{wanted.field}: the {wanted.what}{of} in {wanted.url} changed while they were scored; let the job "
+        "that writes there end, then run this one with output.onExisting: Overwrite",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -136,15 +135,12 @@ def result_rows(plan: Plan) -> tuple[str, int]:
 def complete(store: Store, ledger: Ledger, plan: Plan) -> dict[str, object]:
     """Compacts the ledger, notes the result at the root, and returns that note."""
     kind, total = result_rows(plan)
-    state = hashlib.blake2b(digest_size=16)
-    for index in range(total):
-        state.update(ledger.row(kind, index).digest.encode())
     result: dict[str, object] = {
         "url": store.url,
         "shape": list(plan.result_shape),
         "dtype": plan.dtype,
         "bytes": plan.result_bytes,
-        "digest": state.hexdigest(),
+        "digest": arrays.joined_digest(ledger.row(kind, index).digest for index in range(total)),
     }
     ledger.compact()
     ledger.guard.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ from influence_job import entrypoint
 from influence_job.driver import earlier_job, fingerprints
 from influence_job.identity import JobIdentity
 from influence_job.spec import InfluenceJobSpec
-from influence_job.storage.arrays import OURS
-from influence_job.storage.claim import OVERWRITE, Claim, Epoch, Existing, begin, claim, inspect
+from influence_job.storage.arrays import OURS, read_attributes
+from influence_job.storage.claim import OVERWRITE, Claim, Epoch, begin, claim, inspect
 from influence_job.storage.ledger import Ledger
 from influence_job.storage.store import Store
 
@@ -60,19 +61,19 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
     store.probe()
     on_existing = str(spec.output.on_existing)
     if existing.effective(identity.uid, on_existing) != OVERWRITE:
-        _refuse_other(spec, store, _record(existing), fingerprint)
+        _refuse_other(spec, store, _record(existing.attributes), fingerprint)
     epoch = claim(store, Claim(identity.uid, identity.attempt, identity.pod, on_existing))
     ledger, record = Ledger(store, epoch, spec.output.allow_mixed_hardware), {}
     if not epoch.starts_anew:
         # Only now: whoever held the store before may have begun it, or gone on, until it was ours.
-        record = _record(inspect(store))
+        record = _record(read_attributes(store))
         _refuse_other(spec, store, record, fingerprint)
         ledger.load()
     return Opened(store, epoch, ledger, fingerprint, record, earlier)
 
 
-def _record(existing: Existing) -> dict[str, Any]:
-    return dict(existing.attributes.get(OURS, {}))
+def _record(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(attributes.get(OURS, {}))
 
 
 def _refuse_other(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from influence_job.driver import layout
+from influence_job.driver import earlier_job, layout
 from influence_job.driver.passes import Passes
 from influence_job.driver.preflight import Opened
 from influence_job.driver.reporting import ProgressTracker
@@ -200,14 +199,10 @@ class Stages:
 
     def _changed(self, start: int, stop: int) -> PermanentError:
         """The error for training examples, or their gradients, that one group read otherwise than another."""
-        if self.spec.gradients is None:
+        wanted = earlier_job.taken(self.spec)
+        if wanted is None or self.spec.gradients is None:
             return data_changed("train", start, stop)
-        return PermanentError(
-            Reason.STORE_MISMATCH,
-            f"spec.gradients.url: the gradients of training examples {start} to {stop - 1} in "
-            f"{self.spec.gradients.url} changed while they were scored; let the job that writes there end, "
-            "then run this one with output.onExisting: Overwrite",
-        )
+        return earlier_job.changed(wanted, f" of training examples {start} to {stop - 1}")
 
     def _check_chunks_read(self, kind: str) -> None:
         """The training chunks that rows of a kind are of, one each, are what the fit read."""
@@ -219,10 +214,8 @@ class Stages:
         for index in range(self.plan.fit_ranges):
             start, stop = self.plan.fit_range(index)
             length = self.plan.train_chunk
-            state = hashlib.blake2b(digest_size=16)
-            for chunk in range(start // length, math.ceil(stop / length)):
-                state.update(chunk_inputs[chunk].encode())
-            if any(expected != state.hexdigest() for expected in self.passes.range_inputs(index)):
+            found = arrays.joined_digest(chunk_inputs[start // length : math.ceil(stop / length)])
+            if any(expected != found for expected in self.passes.range_inputs(index)):
                 raise data_changed("train", start, stop)
 
     def _count_solver(self) -> None:

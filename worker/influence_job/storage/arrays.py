@@ -247,6 +247,14 @@ def digest(block: np.ndarray[Any, Any]) -> str:
     return hashlib.blake2b(_bytes(np.ascontiguousarray(block)), digest_size=16).hexdigest()
 
 
+def joined_digest(digests: Iterable[str]) -> str:
+    """Identifies several blocks by their digests, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    for own in digests:
+        state.update(own.encode())
+    return state.hexdigest()
+
+
 def with_checksum(*data: bytes | memoryview) -> bytes:
     """The data, in pieces, followed by its crc32c, as zarr's codec stores it."""
     return b"".join((*data, _crc32c(*data)))

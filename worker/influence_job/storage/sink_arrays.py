@@ -89,7 +89,7 @@ def merge_group(store: Store, group: int, chunks: int) -> str:
         "score_nonfinite": statistics.nonfinite,
     }
     digests = [arrays.write_chunk(store, name, (group, 0)[: rows[name].ndim], rows[name]) for name in rows]
-    return arrays.digest(np.frombuffer("".join(digests).encode(), dtype=np.uint8))
+    return arrays.joined_digest(digests)
 
 
 def merging_bytes(rows: int, columns: int, train: int, k: int, itemsize: int) -> int:

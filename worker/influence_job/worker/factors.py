@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -168,8 +165,10 @@ def _require_finite(gradients: Left, side: str, start: int) -> None:
 
 def stored_digest(own: Session, index: int) -> str:
     """What the ledger's digest of a chunk would be, as the chunk reads now."""
-    rows = (stored_rows(own, factor_path(number), index) for number in range(len(own.plan.blocks)))
-    return joined((*rows, *(_stored(own, name, (index,)) for name in _REPORT)))
+    digests = []
+    for number in range(len(own.plan.blocks)):
+        digests += stored_rows(own, factor_path(number), index)
+    return arrays.joined_digest((*digests, *(_stored(own, name, (index,)) for name in _REPORT)))
 
 
 def _store(own: Session, index: int, solved: Solved) -> str:
@@ -178,12 +177,7 @@ def _store(own: Session, index: int, solved: Solved) -> str:
     for number, block in enumerate(own.layout.blocks):
         rows = _as_stored(own, block, solved.left[block])
         digests += write_rows(own, factor_path(number), number, index, rows)
-    return joined((*digests, *store_report(own, index, solved.report)))
-
-
-def joined(digests: Iterable[str]) -> str:
-    """One digest of several."""
-    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+    return arrays.joined_digest((*digests, *store_report(own, index, solved.report)))
 
 
 def write_rows(own: Session, path: str, number: int, index: int, rows: Tensor) -> list[str]:
@@ -197,10 +191,10 @@ def write_rows(own: Session, path: str, number: int, index: int, rows: Tensor) -
     ]
 
 
-def stored_rows(own: Session, path: str, index: int) -> str:
-    """The digests of `write_rows`, one after the other, as the pieces read now."""
+def stored_rows(own: Session, path: str, index: int) -> list[str]:
+    """The digests of `write_rows`, as the pieces read now."""
     columns = range(arrays.array_info(own.store, path).grid[1])
-    return "".join(_stored(own, path, (index, column)) for column in columns)
+    return [_stored(own, path, (index, column)) for column in columns]
 
 
 def store_report(own: Session, index: int, report: SolverReport) -> list[str]:

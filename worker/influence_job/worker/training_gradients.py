@@ -10,7 +10,7 @@ import hashlib
 from influence_calculator.maths.layout import Left
 from influence_job.storage import arrays
 from influence_job.storage.ledger import Row
-from influence_job.worker.factors import as_array, differentiated, joined, read_rows, stored_rows, write_rows
+from influence_job.worker.factors import as_array, differentiated, read_rows, stored_rows, write_rows
 from influence_job.worker.outcome import Outcome
 from influence_job.worker.session import Session, WorkerContext, session
 
@@ -33,7 +33,7 @@ def compute_gradients(context: WorkerContext, index: int) -> Outcome:
         for number, block in enumerate(own.layout.blocks):
             digests += write_rows(own, gradient_path(number), number, index, gradients.pop(block))
         outcome.value = own.fitted.notes
-        outcome.report(Row(KIND, index, joined(digests), inputs, own.environment))
+        outcome.report(Row(KIND, index, arrays.joined_digest(digests), inputs, own.environment))
 
     outcome.attempt(KIND, index, f"gradients of training chunk {index}", work)
     return outcome
@@ -41,7 +41,10 @@ def compute_gradients(context: WorkerContext, index: int) -> Outcome:
 
 def stored_digest(own: Session, index: int) -> str:
     """What the ledger's digest of a chunk would be, as the chunk reads now."""
-    return joined(stored_rows(own, gradient_path(number), index) for number in range(len(own.plan.blocks)))
+    digests = []
+    for number in range(len(own.plan.blocks)):
+        digests += stored_rows(own, gradient_path(number), index)
+    return arrays.joined_digest(digests)
 
 
 def load_gradients(own: Session, start: int, stop: int) -> tuple[Left, str]:
