@@ -50,7 +50,7 @@ class Comparison:
     most_repeats: int = 5
     """In one process, for what takes long."""
     plain_chunk: int | None = None
-    """Examples that the plain implementation differentiates at once; None: all, which it then does once."""
+    """Examples that the plain implementation differentiates at once; None: all."""
 
     def run(self, folder: Path, effort: Effort) -> list[Finding]:
         """Measures everything; the sides alternate."""

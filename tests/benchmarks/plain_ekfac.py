@@ -61,16 +61,14 @@ def plain_ekfac(
 
 
 def fit(model: nn.Module, train: Data, draws: int | None, chunk: int | None) -> list[Curvature]:
-    """Every layer's curvature, in two passes over the captures, which are kept where they are one chunk."""
-    generator = torch.Generator()
+    """Every layer's curvature, in two passes over the training set, each with draws of its own."""
+    generator = torch.Generator().manual_seed(0)
 
     def captures() -> Iterable[list[Captured]]:
-        generator.manual_seed(0)
         return (capture(model, x, by_curvature(draws, generator)) for x, _ in batches(train, chunk))
 
-    kept = list(captures()) if chunk is None else None
     covariances: list[tuple[Tensor, Tensor]] = []
-    for layers in kept or captures():
+    for layers in captures():
         found = [(gram(layer.a), gram(layer.g)) for layer in layers]
         covariances = [
             (A + more_A, G + more_G)
@@ -78,7 +76,7 @@ def fit(model: nn.Module, train: Data, draws: int | None, chunk: int | None) -> 
         ]
     bases = [(eigenvectors(A), eigenvectors(G)) for A, G in covariances]
     diagonals = [torch.zeros(len(Q_G), len(Q_A)) for Q_A, Q_G in bases]
-    for layers in kept or captures():
+    for layers in captures():
         for diagonal, layer, basis in zip(diagonals, layers, bases, strict=True):
             diagonal += squares(layer, *basis) / len(train[0])
     return [Curvature(*basis, diagonal) for basis, diagonal in zip(bases, diagonals, strict=True)]

@@ -70,6 +70,7 @@ class DenseLayer:
     gradients: Tensor
     """G, `[o, o]`."""
     pairs: list[TokenPairs]
+    """What Λ is summed over."""
 
     def eigenvalues(self, Q_A: Tensor, Q_G: Tensor) -> Tensor:
         """Λ, `[o, j]`."""
@@ -90,9 +91,30 @@ def groups_of(module: nn.Module) -> int:
 
 
 def dense_layer(
-    model: nn.Module, name: str, x: Tensor, y: Tensor, pseudo_gradients: PseudoGradients, group: int = 0
+    model: nn.Module,
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    pseudo_gradients: PseudoGradients,
+    group: int = 0,
+    corrections: PseudoGradients | None = None,
 ) -> DenseLayer:
-    """A, G and the token pairs of one layer, or of one group of it, over a training set."""
+    """A, G and the token pairs of one layer, or of one group of it, over a training set.
+
+    `corrections` are the pseudo-gradients of Λ, where those are others than A's and G's.
+    """
+    pairs = _pairs(model, name, x, y, pseudo_gradients, group)
+    every_input = [a for example in pairs for a in example.inputs]
+    every_gradient = [g for example in pairs for gs in example.gradients for g in gs]
+    A = sum((torch.outer(a, a) for a in every_input), torch.zeros(())) / len(every_input)
+    G = sum((torch.outer(g, g) for g in every_gradient), torch.zeros(())) / len(pairs)
+    corrected = pairs if corrections is None else _pairs(model, name, x, y, corrections, group)
+    return DenseLayer(A, G, corrected)
+
+
+def _pairs(
+    model: nn.Module, name: str, x: Tensor, y: Tensor, pseudo_gradients: PseudoGradients, group: int
+) -> list[TokenPairs]:
     module = model.get_submodule(name)
     pairs = []
     for index in range(x.shape[0]):
@@ -112,11 +134,7 @@ def dense_layer(
             )
         inputs = [a for given, out in calls for a in _input_tokens(module, given.detach(), out, group)]
         pairs.append(TokenPairs([_extended(module, a) for a in inputs], per_direction))
-    every_input = [a for example in pairs for a in example.inputs]
-    every_gradient = [g for example in pairs for gs in example.gradients for g in gs]
-    A = sum((torch.outer(a, a) for a in every_input), torch.zeros(())) / len(every_input)
-    G = sum((torch.outer(g, g) for g in every_gradient), torch.zeros(())) / len(pairs)
-    return DenseLayer(A, G, pairs)
+    return pairs
 
 
 def _extended(module: nn.Module, a: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,16 @@ from transformers.pytorch_utils import Conv1D
 from dense_ekfac import Loss, PseudoGradients
 from influence_calculator.maths.draws import signs
 
-Sampler = Callable[[int, int, Tensor, Tensor], Tensor]
-"""(seed, example's index, outputs of a batch of one, its label) -> v of the draw."""
+
+class Draws(NamedTuple):
+    """Which draws."""
+
+    seed: int
+    number: int
+
+
+Sampler = Callable[[Draws, int, Tensor, Tensor], Tensor]
+"""(draws, example's index, outputs of a batch of one, its label) -> v of the draw."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +60,22 @@ class EkfacCase:
             x = torch.randint(self.vocabulary, (count, *self.features), generator=generator)
         return x, self.labels(count, generator)
 
-    def sampled(self, seed: int) -> PseudoGradients:
-        """One draw per example."""
-        return lambda index, outputs, y: [self.sampler(seed, index, outputs, y)]
+    def sampled(self, seed: int, draw: int) -> PseudoGradients:
+        """One draw per example, the one of this number."""
+        return lambda index, outputs, y: [self.sampler(Draws(seed, draw), index, outputs, y)]
 
 
-def _signs(seed: int, index: int, count: int) -> Tensor:
-    return signs(seed, torch.tensor(index), count).double()
+def _signs(draws: Draws, index: int, count: int) -> Tensor:
+    return signs(draws.seed, torch.tensor(index), count, draws.number).double()
 
 
 def softmax_sampler(mean: bool, ignored: int | None = None) -> Sampler:
     """`(diag(√p) − p √pᵀ) ε / √m` token by token, m tokens that count; tokens stand in dimension 1."""
 
-    def drawn(seed: int, index: int, outputs: Tensor, y: Tensor) -> Tensor:
+    def drawn(draws: Draws, index: int, outputs: Tensor, y: Tensor) -> Tensor:
         logits, labels = outputs.reshape(-1, outputs.shape[-1]), y.reshape(-1)
         counted = [s for s in range(len(labels)) if labels[s] != ignored]
-        ε = _signs(seed, index, logits.numel()).reshape(logits.shape)
+        ε = _signs(draws, index, logits.numel()).reshape(logits.shape)
         v = torch.zeros_like(logits)
         for s in counted:
             p = logits[s].softmax(0)
@@ -79,17 +88,17 @@ def softmax_sampler(mean: bool, ignored: int | None = None) -> Sampler:
 def scaled_sampler(scale: Callable[[int], float]) -> Sampler:
     """`scale(d) ε`."""
 
-    def drawn(seed: int, index: int, outputs: Tensor, _: Tensor) -> Tensor:
+    def drawn(draws: Draws, index: int, outputs: Tensor, _: Tensor) -> Tensor:
         d = outputs.numel()
-        return scale(d) * _signs(seed, index, d).reshape(outputs.shape)
+        return scale(d) * _signs(draws, index, d).reshape(outputs.shape)
 
     return drawn
 
 
-def binary_sampler(seed: int, index: int, outputs: Tensor, _: Tensor) -> Tensor:
+def binary_sampler(draws: Draws, index: int, outputs: Tensor, _: Tensor) -> Tensor:
     """`√(p (1 − p) / d) ε`."""
     p = outputs.sigmoid()
-    return (p * (1 - p) / p.numel()).sqrt() * _signs(seed, index, p.numel()).reshape(outputs.shape)
+    return (p * (1 - p) / p.numel()).sqrt() * _signs(draws, index, p.numel()).reshape(outputs.shape)
 
 
 def log_cosh(outputs: Tensor, y: Tensor) -> Tensor:
@@ -97,8 +106,8 @@ def log_cosh(outputs: Tensor, y: Tensor) -> Tensor:
     return (outputs - y).cosh().log().sum()
 
 
-def log_cosh_sampler(seed: int, index: int, outputs: Tensor, y: Tensor) -> Tensor:
-    ε = _signs(seed, index, outputs.numel()).reshape(outputs.shape)
+def log_cosh_sampler(draws: Draws, index: int, outputs: Tensor, y: Tensor) -> Tensor:
+    ε = _signs(draws, index, outputs.numel()).reshape(outputs.shape)
     return (1 - (outputs - y).tanh() ** 2).sqrt() * ε
 
 

@@ -144,7 +144,8 @@ def test_what_is_captured_lies_side_by_side() -> None:
     ).double()
     _, objective = _both(model)
     recording = record(objective, _data((2, 8, 6), T))
-    for layer in recording.backward([recording.outputs], [torch.ones_like(recording.outputs)]):
+    for calls in recording.backward([recording.outputs], [torch.ones_like(recording.outputs)]):
+        layer = calls.captured()
         assert layer.activations.is_contiguous()
         assert layer.gradients.is_contiguous()
 

@@ -198,8 +198,8 @@ def _ekfac_state(case: Case) -> FitState:
     return fit(_ekfac(case, 1.0), objective, TrainingSet(train_of(case), 4))
 
 
-def _pseudo_gradients(case: Case) -> PseudoGradients:
-    return case.sampled(SEED) if isinstance(case, EkfacCase) else dense_ekfac.exact(case.loss)
+def _pseudo_gradients(case: Case, draw: int) -> PseudoGradients:
+    return case.sampled(SEED, draw) if isinstance(case, EkfacCase) else dense_ekfac.exact(case.loss)
 
 
 @cache
@@ -232,7 +232,8 @@ def _is_layer(name: str, module: nn.Module) -> bool:
 def _with_eigenvalues(case: Case, name: str, group: int) -> tuple[DenseLayer, Tensor, Tensor, Tensor]:
     """One layer with Q_A, Q_G and Λ."""
     model = case.model()
-    dense = dense_layer(model, name, *train_of(case), _pseudo_gradients(case), group)
+    covered, corrected = (_pseudo_gradients(case, draw) for draw in (0, 1))
+    dense = dense_layer(model, name, *train_of(case), covered, group, corrected)
     unit = dict(_ekfac_state(case)["covariance"][name])
     if dense_ekfac.groups_of(model.get_submodule(name)) > 1:
         unit = {key: tensor[group] for key, tensor in unit.items() if tensor.dim() > 0}

@@ -34,6 +34,7 @@ from influence_calculator.maths.traced_gradients import positions
 
 __all__ = [
     "CapturedLayer",
+    "LayerCalls",
     "Recording",
     "captured_gradients",
     "captured_layers",
@@ -93,6 +94,53 @@ def per_sample_products(g: Tensor, a: Tensor, out: Tensor | None = None) -> Tens
     return torch.bmm(g.mT, a.to(g.dtype), out=out)
 
 
+@dataclass(frozen=True)
+class LayerCalls:
+    """What one layer's tensors of one backward pass are made of: patches are several times their inputs."""
+
+    spec: LayerSpec
+    module: nn.Module
+    rows: int
+    """n of the batch."""
+    taps: int | None
+    """K, if inputs are to be by tap of the kernel, then by channel."""
+    channels_last: bool
+    """Whether they are so in memory."""
+    pieces: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Of each call its inputs and the gradients by its outputs; none if no value depends on the layer."""
+
+    def captured(self) -> CapturedLayer:
+        """Tokens of all calls, one after the other; views where they can be."""
+        taps = self.taps or 1
+        if not self.pieces:
+            # Not called for these examples: its parameters' gradients are 0.
+            return _empty(self.spec, self.module, self.rows, taps)
+        tokens = [
+            (self.activations(inputs), self.spec.output_gradients(gradients, self.rows))
+            for inputs, gradients in self.pieces
+        ]
+        if len(tokens) == 1:
+            return CapturedLayer(self.spec, *tokens.pop(), taps)
+        a, g = (torch.cat(side, dim=1) for side in zip(*tokens, strict=True))
+        return CapturedLayer(self.spec, a, g, taps)
+
+    def activations(self, inputs: Tensor) -> Tensor:
+        """`[n·k, S, i]` of one call's inputs.
+
+        Raises:
+            UnsupportedModelError: their first dimension does not count the examples.
+        """
+        if inputs.shape[0] % self.rows:
+            raise UnsupportedModelError(
+                f"layer {self.spec.name!r}: expected inputs whose first dimension counts the {self.rows} "
+                f"examples of the batch, got shape {tuple(inputs.shape)}; put examples first, "
+                "as batch_first=True does, or leave its parameters out (requires_grad_(False))"
+            )
+        if self.taps is None or self.channels_last:
+            return self.spec.activations(self.module, inputs, self.rows, channels_last=self.taps is not None)
+        return by_tap(self.spec.activations(self.module, inputs, self.rows), self.taps)
+
+
 class _Call(NamedTuple):
     """One call of one layer."""
 
@@ -116,13 +164,21 @@ class Recording:
         self.rows = rows
         self.calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
         self._untried = frozenset(objective.untried)
-        self._modules = {layer.name: objective.model.get_submodule(layer.name) for layer in layers}
-        self._taps = {layer.name: kernel_taps(objective, layer) for layer in layers}
+        self._layers = {
+            layer.name: LayerCalls(
+                layer,
+                objective.model.get_submodule(layer.name),
+                rows,
+                kernel_taps(objective, layer),
+                channels_last,
+            )
+            for layer in layers
+        }
 
     def backward(
         self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool = False
-    ) -> Iterator[CapturedLayer]:
-        """Captured layers of the backward pass from `values` (outputs or losses) with their cotangents.
+    ) -> Iterator[LayerCalls]:
+        """The layers of the backward pass from `values` (outputs or losses) with their cotangents.
 
         With `keep` another backward pass may follow; without, a layer's tensors are let go as the
         iterator moves on.
@@ -132,26 +188,16 @@ class Recording:
             calls = self.calls[layer.name] if keep else self.calls.pop(layer.name)
             found = zip(calls, gradients.pop(layer.name), strict=True)
             # What the values do not depend on is no call: an adapter's norm may be taken of it and detached.
-            reached = [(call, g) for call, g in found if g is not None]
-            taps = self._taps[layer.name] or 1
-            if not reached:
-                # Not called for these examples: its parameters' gradients are 0.
-                yield _empty(layer, self._modules[layer.name], self.rows, taps)
-                continue
-            if layer.name in self._untried:
+            reached = tuple((call.inputs, g) for call, g in found if g is not None)
+            if reached and layer.name in self._untried:
                 raise UnsupportedModelError(
                     f"layer {layer.name!r}: none of the first training examples reaches it, and a later one "
                     "does, so that nobody tried whether its gradients are captured right; put an example "
                     "that reaches it first, or leave its parameters out (requires_grad_(False))"
                 )
-            pieces = [self._piece(layer, call, g) for call, g in reached]
+            made_of = [replace(self._layers[layer.name], pieces=reached)]
             del calls, found, reached
-            if len(pieces) == 1:
-                yield CapturedLayer(layer, *pieces.pop(), taps)
-            else:
-                a, g = (torch.cat(tokens, dim=1) for tokens in zip(*pieces, strict=True))
-                del pieces
-                yield CapturedLayer(layer, a, g, taps)
+            yield made_of.pop()
 
     def _output_gradients(
         self, values: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool
@@ -183,26 +229,12 @@ class Recording:
 
     def tokens(self, layer: LayerSpec) -> int:
         """S: tokens per example, over all calls of a layer."""
-        return sum(self._activations(layer, call).shape[1] for call in self.calls[layer.name])
+        made_of = self._layers[layer.name]
+        return sum(made_of.activations(call.inputs).shape[1] for call in self.calls[layer.name])
 
     def sequences(self, layer: LayerSpec) -> tuple[int | None, ...]:
         """S of each call of a layer; None where its tokens are no sequence."""
         return tuple(layer.sequence(call.output.shape, self.rows) for call in self.calls[layer.name])
-
-    def _piece(self, layer: LayerSpec, call: _Call, gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return self._activations(layer, call), layer.output_gradients(gradients, self.rows)
-
-    def _activations(self, layer: LayerSpec, call: _Call) -> Tensor:
-        if call.inputs.shape[0] % self.rows:
-            raise UnsupportedModelError(
-                f"layer {layer.name!r}: expected inputs whose first dimension counts the {self.rows} "
-                f"examples of the batch, got shape {tuple(call.inputs.shape)}; put examples first, "
-                "as batch_first=True does, or leave its parameters out (requires_grad_(False))"
-            )
-        module, taps = self._modules[layer.name], self._taps[layer.name]
-        if taps is None or self.channels_last:
-            return layer.activations(module, call.inputs, self.rows, channels_last=taps is not None)
-        return by_tap(layer.activations(module, call.inputs, self.rows), taps)
 
 
 def _empty(layer: LayerSpec, module: nn.Module, rows: int, taps: int) -> CapturedLayer:
@@ -327,7 +359,7 @@ def of_the_losses(recording: Recording, objective: Objective, batch: Batch) -> I
     with torch.enable_grad():
         total = objective.losses(recording.outputs, batch).sum()
     recording.outputs = None
-    yield from recording.backward([total], [None])
+    yield from map(LayerCalls.captured, recording.backward([total], [None]))
 
 
 def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -140,17 +140,20 @@ class Ekfac(Method):
         return Layout.of(shapes, structure)
 
     def passes(self) -> tuple[FitPass, ...]:
-        return self._passes(KeptCaptures(0))
+        return self._passes(0)
 
     @override
     def passes_in_one_process(self, kept_bytes: int) -> tuple[FitPass, ...]:
-        return self._passes(KeptCaptures(kept_bytes if self.update_diagonal else 0))
+        return self._passes(kept_bytes)
 
-    def _passes(self, kept: KeptCaptures) -> tuple[FitPass, ...]:
+    def _passes(self, kept_bytes: int) -> tuple[FitPass, ...]:
         expectation = OutputExpectation(Expectation(self.expectation), self.samples, self.seed)
         diagonal = Unsupported(self.unsupported) is Unsupported.DIAGONAL
-        covariance = CovariancePass(expectation, diagonal, kept)
-        return (covariance, CorrectionPass(expectation, kept)) if self.update_diagonal else (covariance,)
+        if not self.update_diagonal:
+            return (CovariancePass(expectation, diagonal, None),)
+        others = expectation.of_other_draws()
+        kept = KeptCaptures(others, kept_bytes)
+        return CovariancePass(expectation, diagonal, kept), CorrectionPass(others, kept)
 
     @override
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:

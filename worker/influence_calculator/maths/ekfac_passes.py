@@ -10,9 +10,11 @@ j = i + 1 with a bias.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from typing_extensions import override
 from influence_calculator.maths.blocks import names_by_module
 from influence_calculator.maths.capture import (
     CapturedLayer,
+    LayerCalls,
+    Recording,
     float_leaves,
     kernel_taps,
     record,
@@ -28,7 +32,7 @@ from influence_calculator.maths.capture import (
 )
 from influence_calculator.maths.embeddings import add_frequencies, add_squared_rows, refuse_other_uses
 from influence_calculator.maths.errors import NotFiniteError
-from influence_calculator.maths.expectation import OutputExpectation
+from influence_calculator.maths.expectation import OutputExpectation, PseudoGradients
 from influence_calculator.maths.gradient_methods import fitted_tensor
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.kronecker import (
@@ -68,7 +72,7 @@ class CovariancePass(FitPass):
     expectation: OutputExpectation
     diagonal: bool
     """Whether parameters outside of supported layers get a diagonal."""
-    kept: KeptCaptures = field(compare=False)
+    kept: KeptCaptures | None = field(compare=False)
     """Where to leave for the correction pass what it would compute again."""
 
     name = COVARIANCE
@@ -89,8 +93,8 @@ class CovariancePass(FitPass):
         sums |= {block: {"squares": _zero_diagonal(objective, names)} for block, names in blocks.items()}
         names = tuple(name for own in blocks.values() for name in own)
         checked = False
-        for backward in backward_passes(objective, layers, batches, self.expectation):
-            for layer in self.kept.keep(backward):
+        for backward in backward_passes(objective, layers, batches, self.expectation, ahead=self.kept):
+            for layer in backward.captured():
                 _add_covariances(sums[layer.spec.name], layer, first=backward.number == 0)
             if embeddings and not checked:
                 refuse_other_uses(objective, backward.indexed.batch, embeddings)
@@ -134,6 +138,8 @@ class CorrectionPass(FitPass):
     """Leaves `Λ` of each layer in the basis of the covariance pass."""
 
     expectation: OutputExpectation
+    """Of other draws than the covariances': in the basis of a draw its own squares are too large along the
+    first eigenvectors and too small along the last."""
     kept: KeptCaptures = field(compare=False)
 
     name = CORRECTION
@@ -150,8 +156,8 @@ class CorrectionPass(FitPass):
         sums |= {
             spec.name: {"squares": turns[spec.name].new_zeros(spec.rows, spec.columns)} for spec in embeddings
         }
-        for backward in backward_passes(objective, layers, batches, self.expectation, self.kept):
-            for layer in backward.layers:
+        for backward in backward_passes(objective, layers, batches, self.expectation, kept=self.kept):
+            for layer in backward.captured():
                 name = layer.spec.name
                 add_squared_gradients(sums[name]["squares"], layer, bases[name])
             for name, seen in _along_pseudo_gradients(objective, backward, (), embeddings).lookups.items():
@@ -222,36 +228,73 @@ class BackwardPass:
     number: int
     """Among the batch's own: what depends on the forward pass alone is added at 0."""
     pseudo_gradients: list[Tensor]
-    layers: Iterable[CapturedLayer]
+    layers: Iterable[LayerCalls]
     """To be read through before the next backward pass."""
+
+    def captured(self) -> Iterator[CapturedLayer]:
+        """The layers' tensors, of one at a time."""
+        return map(LayerCalls.captured, self.layers)
 
 
 class KeptCaptures:
-    """What one pass captured, for the next one over the same batches in the same process, while it fits."""
+    """What a pass over the same batches in the same process captured for a later one, while it fits."""
 
-    def __init__(self, limit: int) -> None:
-        """`limit` in bytes; 0 keeps nothing."""
+    def __init__(self, expectation: OutputExpectation, limit: int) -> None:
+        """`expectation` of the later pass; `limit` in bytes, 0 keeps nothing."""
+        self.expectation = expectation
         self._room = limit
-        self._kept: dict[int, list[BackwardPass]] = {}
+        self._kept: dict[int, list[_Kept]] = {}
+        self._counted: set[int] = set()
 
-    def keep(self, backward: BackwardPass) -> Iterator[CapturedLayer]:
+    @property
+    def has_room(self) -> bool:
+        """Whether the next batch may be kept."""
+        return self._room > 0
+
+    def keep(self, backward: BackwardPass) -> Iterator[LayerCalls]:
         """The layers of a backward pass; a batch is kept if those of all its passes fit."""
-        layers = []
-        self._room -= sum(v.nbytes for v in backward.pseudo_gradients)
+        self._take_room(backward.pseudo_gradients)
+        layers: list[LayerCalls] = []
         for layer in backward.layers:
-            self._room -= layer.activations.nbytes + layer.gradients.nbytes
+            self._take_room(chain.from_iterable(layer.pieces))
             if self._room >= 0:
                 layers.append(layer)
             yield layer
         start = backward.indexed.start
         if self._room >= 0:
-            self._kept.setdefault(start, []).append(replace(backward, layers=tuple(layers)))
+            own = replace(backward, layers=tuple(layers))
+            self._kept.setdefault(start, []).append(_Kept(own, _versions(layers)))
         else:
             self._kept.pop(start, None)
 
     def taken(self, indexed: IndexedBatch) -> list[BackwardPass]:
-        """A batch's backward passes, given away; none if it was not kept."""
-        return self._kept.pop(indexed.start, [])
+        """A batch's backward passes, given away; none if it was not kept, or is no more what it was, as
+        where a model writes every batch into the same buffer.
+        """
+        kept = self._kept.pop(indexed.start, [])
+        if any(_versions(one.backward.layers) != one.versions for one in kept):
+            return []
+        return [one.backward for one in kept]
+
+    def _take_room(self, tensors: Iterable[Tensor]) -> None:
+        """Memory that tensors share is counted once: while there is room, all of it is kept."""
+        for storage in map(Tensor.untyped_storage, tensors):
+            if storage.data_ptr() not in self._counted:
+                self._counted.add(storage.data_ptr())
+                self._room -= storage.nbytes()
+
+
+class _Kept(NamedTuple):
+    """A backward pass, and which versions of its layers' inputs it is of."""
+
+    backward: BackwardPass
+    versions: list[int]
+
+
+def _versions(layers: Iterable[LayerCalls]) -> list[int]:
+    """How often each input was changed in place; what inference mode made does not tell."""
+    inputs = (inputs for layer in layers for inputs, _ in layer.pieces)
+    return [0 if tensor.is_inference() else tensor._version for tensor in inputs]
 
 
 def backward_passes(
@@ -259,30 +302,50 @@ def backward_passes(
     layers: tuple[LayerSpec, ...],
     batches: Iterable[IndexedBatch],
     expectation: OutputExpectation,
+    *,
     kept: KeptCaptures | None = None,
+    ahead: KeptCaptures | None = None,
 ) -> Iterator[BackwardPass]:
-    """Backward passes over batches in order, of which those that were `kept` are not computed again.
+    """Backward passes over batches in order.
+
+    Those that were `kept` are not computed again. `ahead` keeps what a later pass needs while the forward
+    pass is there: these, if that pass expects the same, else backward passes of its own.
 
     Raises:
         NotFiniteError: naming the first training example whose outputs or loss are not finite; after
             the last batch, so that the device is waited for once.
     """
     seen: list[tuple[int, Tensor]] = []
+    keeps_these = ahead is not None and ahead.expectation == expectation
     for indexed in batches:
         if kept is not None and (taken := kept.taken(indexed)):
             yield from taken
             continue
         recording = record(objective, indexed.batch, layers)
+        others = None if ahead is None or keeps_these or not ahead.has_room else ahead
         pseudo = expectation.pseudo_gradients(objective, recording.outputs, indexed)
-        leaves = float_leaves(recording.outputs)
-        for k in range(pseudo.count):
-            v = pseudo.at(k)
-            if k == 0:
+        for backward in _of_recording(recording, indexed, pseudo, keep=others is not None):
+            if backward.number == 0:
+                v = backward.pseudo_gradients
                 finite = torch.stack([piece.reshape(len(piece), -1).isfinite().all(1) for piece in v]).all(0)
                 seen.append((indexed.start, finite))
-            captured = recording.backward(leaves, v, keep=k + 1 < pseudo.count)
-            yield BackwardPass(indexed, k, v, captured)
+            yield replace(backward, layers=ahead.keep(backward)) if ahead and keeps_these else backward
+        if others is not None:
+            pseudo = others.expectation.pseudo_gradients(objective, recording.outputs, indexed)
+            for backward in _of_recording(recording, indexed, pseudo):
+                deque(others.keep(backward), maxlen=0)
     _refuse_not_finite(seen)
+
+
+def _of_recording(
+    recording: Recording, indexed: IndexedBatch, pseudo: PseudoGradients, keep: bool = False
+) -> Iterator[BackwardPass]:
+    """A backward pass per pseudo-gradient; with `keep` more may follow."""
+    leaves = float_leaves(recording.outputs)
+    for k in range(pseudo.count):
+        v = pseudo.at(k)
+        layers = recording.backward(leaves, v, keep=keep or k + 1 < pseudo.count)
+        yield BackwardPass(indexed, k, v, layers)
 
 
 def _refuse_not_finite(seen: list[tuple[int, Tensor]]) -> None:

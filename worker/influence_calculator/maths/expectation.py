@@ -9,9 +9,8 @@ Shapes: n examples, d floating-point output elements of one example, k a draw or
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Expectation(StrEnum):
     """Over which outputs the curvature is taken."""
 
     SAMPLED = "sampled"
-    """Random signs times a root of `∇²_f ℓ`: the same in every pass, whatever the batching."""
+    """Random signs times a root of `∇²_f ℓ`: the same whatever the batching."""
     EXACT = "exact"
     """One backward pass per output element: small heads and tests."""
     EMPIRICAL = "empirical"
@@ -54,6 +53,13 @@ class OutputExpectation:
     """Draws per example; sampled only."""
     seed: int = 0
     """Sampled only."""
+    first: int = 0
+    """Number of the first draw; sampled only."""
+
+    def of_other_draws(self) -> OutputExpectation:
+        """The same with draws that are independent of these; equal to this one where nothing is drawn."""
+        is_drawn = self.kind is Expectation.SAMPLED
+        return replace(self, first=self.first + self.samples) if is_drawn else self
 
     def pseudo_gradients(self, objective: Objective, outputs: Any, indexed: IndexedBatch) -> PseudoGradients:
         """Those of a batch whose outputs are given.
@@ -69,10 +75,12 @@ class OutputExpectation:
             case Expectation.EXACT:
                 return _of_root(objective, outputs, indexed, lambda m: m, _unit)
             case Expectation.SAMPLED:
-                drawn = partial(signs, self.seed)
                 return _of_root(
-                    objective, outputs, indexed, lambda _: self.samples, drawn, self.samples**-0.5
+                    objective, outputs, indexed, lambda _: self.samples, self._drawn, self.samples**-0.5
                 )
+
+    def _drawn(self, index: Tensor, m: int, k: int) -> Tensor:
+        return signs(self.seed, index, m, self.first + k)
 
 
 def _unit(index: Tensor, m: int, k: int) -> Tensor:

@@ -200,8 +200,8 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         """Fits the method to training data: a DataLoader (shuffled or not) or any iterable of (x, y).
 
         First compares the batched gradients of a few examples with autograd's, so that a layer the
-        capture does not see, dropout or batch statistics fail here and not in the numbers. What a pass over
-        the data computes and the next one needs too is kept in up to a quarter of the device's free memory.
+        capture does not see, dropout or batch statistics fail here and not in the numbers. What the next
+        pass over the data needs of a batch is kept in up to a quarter of the device's free memory.
 
         Raises:
             OneShotIterableError: data that can be read once, for a method that reads it more often.
