@@ -140,6 +140,9 @@ MAY_FLOW = MUST_FLOW | {
     ("worker", "worker", 40000),
     ("scheduler", "worker", 40000),
     ("worker", "scheduler", 8787),  # leaving by request
+    # tried before the node has heard that the scheduler is ready
+    ("driver", "service", 8786),
+    ("worker", "service", 8786),
     ("driver", "dns", 53),
     ("scheduler", "dns", 53),
     ("worker", "dns", 53),
@@ -150,7 +153,7 @@ def who_has(network: Enforced, job: ClusterJob, address: str) -> str:
     """What a person would call the owner of an address."""
     pod = network.pod(address)
     if pod is None:
-        return "node"
+        return "service" if network.is_service(address) else "node"
     labels = pod["metadata"].get("labels", {})
     if labels.get(names.JOB_UID) == job.uid:
         return str(labels[names.ROLE])

@@ -39,6 +39,7 @@ class Enforced:
         self._cluster = cluster
         self._written: list[str] = []
         self._pods: dict[str, dict[str, Any]] = {}
+        self._services: set[str] = set()
         self._trouble: Exception | None = None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -89,6 +90,10 @@ class Enforced:
         """The pod that has the address, or had it."""
         return self._pods.get(found)
 
+    def is_service(self, found: str) -> bool:
+        """Whether it is a Service's address: where a flow goes that no pod is ready for."""
+        return found in self._services
+
     def _jump(self) -> None:
         for hook, chain in reversed(JUMPS):
             inside(*_IPTABLES, "-I", hook, "1", "-j", chain)
@@ -103,6 +108,8 @@ class Enforced:
     def _update(self) -> None:
         now = seen(self._cluster)
         self._pods |= {address(pod): pod for pod in now.pods if address(pod)}
+        services = _listed(self._cluster.core.list_service_for_all_namespaces)
+        self._services |= {service["spec"].get("clusterIP") for service in services}
         lines = rules(now)
         if lines != self._written:
             _restore(lines)
