@@ -30,6 +30,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "task": {"entrypoint": "wide_task:task", "arguments": {"hidden": 200, "buffer": 150_000_000}},
     },
     "GradDot": {"method": {"name": "GradDot", "regularization": None}},
+    "GradDot, a large model": {
+        "task": {"entrypoint": "wide_task:task", "arguments": {"hidden": 5000, "train": 8, "test": 2}},
+        "method": {"name": "GradDot", "regularization": None},
+        "chunks": {"test": 2, "train": 8},
+    },
+    "Cg, a large model": {
+        "task": {"entrypoint": "wide_task:task", "arguments": {"hidden": 3000, "train": 8, "test": 2}},
+        "method": {"name": "Cg", "maxiter": 1, "secondOrder": "Hessian"},
+        "chunks": {"test": 2, "train": 8},
+    },
     "GradDot, gradients": {
         "task": {"entrypoint": "wide_task:task", "arguments": {"train": 128}},
         "method": {"name": "GradDot", "regularization": None},

@@ -55,6 +55,19 @@ def detaches_the_model():
     return task(forward=lambda model, batch: model(batch[0]).detach())
 
 
+def normalizes_weights():
+    own = task()
+    nn.utils.parametrizations.weight_norm(own.model[0])
+    return own
+
+
+def looks_up_bags():
+    ids = torch.arange(64).reshape(16, 4) % 10
+    model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Tanh(), nn.Linear(4, 3))
+    source = ArraySource(ids, torch.arange(16) % 3)
+    return task(model=model.eval(), train=source, test=source, annotate=None)
+
+
 def has_other_test_inputs():
     return task(test=ArraySource(torch.zeros(24, 9), torch.zeros(24, dtype=torch.int64)))
 
@@ -81,7 +94,8 @@ def annotates_raggedly():
 """
 
 OF_THE_LOSS = ("InfluenceTask.loss: expected a tensor that is computed from the outputs", "4 train examples")
-CUSTOM = {"name": "Direct", "regularization": 0.1, "blocks": "Custom"}
+DIRECT = {"name": "Direct", "regularization": 0.1}
+CUSTOM = {**DIRECT, "blocks": "Custom"}
 
 
 def with_blocks(**blocks: list[str]) -> dict[str, Any]:
@@ -111,6 +125,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         entry("detaches_the_model"),
         "UnsupportedModel",
         ("InfluenceTask.model", "depends on the tracked parameters", "detached"),
+    ),
+    "a Hessian that torch has wrong": (
+        {**entry("normalizes_weights"), "method": {**DIRECT, "secondOrder": "Hessian"}},
+        "UnsupportedModel",
+        ("spec.method.secondOrder: expected a symmetric Hessian", "Take GeneralizedGaussNewton or Empirical"),
+    ),
+    "an operation without a second derivative": (
+        {**entry("looks_up_bags"), "method": {**DIRECT, "secondOrder": "GeneralizedGaussNewton"}},
+        "UnsupportedModel",
+        ("spec.method.secondOrder: GeneralizedGaussNewton takes derivatives", "Take EmpiricalFisher, or"),
     ),
     "test inputs of another width": (
         entry("has_other_test_inputs"),

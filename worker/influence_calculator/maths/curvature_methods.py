@@ -29,6 +29,17 @@ class CurvatureMethod(Method, ABC):
 
     second_order: SecondOrderMode
 
+    @property
+    @override
+    def tried_rows(self) -> int:
+        match self.second_order:
+            case SecondOrderMode.HESSIAN:
+                return 6
+            case SecondOrderMode.GENERALIZED_GAUSS_NEWTON:
+                return 4
+            case SecondOrderMode.EMPIRICAL_FISHER:
+                return 0
+
     @override
     def try_on(self, objective: Objective, few: Batch) -> None:
         """Tries some products, which nobody else compares with anything.
@@ -43,18 +54,23 @@ class CurvatureMethod(Method, ABC):
         layout, few = self.layout(objective), slice_batch(few, 0, PROBED)
         like = torch.zeros((), dtype=objective.dtype, device=objective.device)
         is_compared = self.second_order is SecondOrderMode.HESSIAN and objective.dtype in TOLERANCE
-        rows = {
-            block: sign_rows(TRIED if is_compared else 1, width, generator(0, block, "tried"), like)
-            for block, width in layout.widths.items()
-        }
+
+        def row(i: int) -> dict[str, Tensor]:
+            """Drawn anew at every use: all of them would take as much memory as so many gradients."""
+            widths = layout.widths.items()
+            return {b: sign_rows(1, width, generator(0, b, "tried", i), like) for b, width in widths}
+
+        tried = range(TRIED if is_compared else 1)
+        forms = {block: torch.zeros(TRIED, TRIED, dtype=torch.float64) for block in layout.blocks}
+        norms = dict.fromkeys(layout.blocks, 0.0)
         try:
-            # One after the other: each takes as much memory as all of them need.
-            found = [
-                products(
-                    self.second_order, objective, layout, few, {b: own[i : i + 1] for b, own in rows.items()}
-                )
-                for i in range(len(next(iter(rows.values()))))
-            ]
+            for i in tried:
+                found = products(self.second_order, objective, layout, few, row(i))
+                for j in tried if is_compared else ():
+                    for block, own in row(j).items():
+                        forms[block][j, i] = float(own @ found[block].T)
+                norms = {b: max(norm, float(found[b].norm())) for b, norm in norms.items()}
+                del found
         except RuntimeError as error:
             if not has_no_derivative(error):
                 raise
@@ -63,16 +79,13 @@ class CurvatureMethod(Method, ABC):
                 f"the model or its loss has none: {str(error).splitlines()[0]} Take empirical_fisher, or "
                 "leave the parameters of that module out (requires_grad_(False))"
             ) from error
-        for block, own in rows.items() if is_compared else ():
-            of_block = torch.cat([products_of[block] for products_of in found])
-            _refuse_asymmetric(own, of_block, TOLERANCE[objective.dtype])
+        for block in layout.blocks if is_compared else ():
+            _refuse_asymmetric(forms[block], norms[block], TOLERANCE[objective.dtype])
 
 
-def _refuse_asymmetric(rows: Tensor, products: Tensor, tolerance: float) -> None:
-    """Of random rows and `H` times each of them."""
-    found = (rows @ products.T).double()
-    difference = float((found - found.T).abs().max())
-    norm = float(products.norm(dim=1).max())
+def _refuse_asymmetric(forms: Tensor, norm: float, tolerance: float) -> None:
+    """Of `u·Hv` for random rows u and v, `[q, q]`, and the largest `|Hv|`."""
+    difference = float((forms - forms.T).abs().max())
     # |Hu| is about the Frobenius norm of H, and u·Hv not more. Errors of operations are of order 1; those of
     # TF32 are below a thousandth, of half precision they are too large to tell.
     if difference > 0.6 * tolerance * norm:

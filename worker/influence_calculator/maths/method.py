@@ -293,6 +293,11 @@ class Method(ABC):
     solves_by_passes: bool = False
     """Whether whoever runs the passes of its fit is to solve by passes too: `fitted` is a `PassesFitted`."""
 
+    @property
+    def tried_rows(self) -> int:
+        """How many rows `[P]` `try_on` holds."""
+        return 0
+
     def looked_at(self, objective: Objective, first: Callable[[], Batch]) -> Objective:  # noqa: ARG002
         """The objective with what this method must have seen of the model at work, on the first training
         example; most need to see nothing.
@@ -305,7 +310,7 @@ class Method(ABC):
     def try_on(self, objective: Objective, few: Batch) -> None:  # noqa: B027
         """Computes on a few examples what the method relies on and nobody checks, before a model is fitted.
 
-        Most rely on gradients alone, which were tried.
+        Most rely on gradients alone, which were tried. It takes `tried_rows` rows `[P]`.
 
         Raises:
             CalculatorError: a model or a loss that the method has wrong.

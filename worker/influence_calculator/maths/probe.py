@@ -7,6 +7,7 @@ answers differently each time. So every fit begins with this probe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -21,9 +22,19 @@ from influence_calculator.maths.by_hand import in_all_states, seen_at_work
 from influence_calculator.maths.errors import CaptureMismatchError, TrainingModeError, UnsupportedModelError
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
 from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
+from influence_calculator.maths.shapes import ModelShapes
 
 PROBED = 4
 """Examples tried at most."""
+
+
+def probe_footprint(shapes: ModelShapes) -> int:
+    """Bytes above the model that `probe` takes: gradients of all examples, one by one, beside those that
+    autograd answers, or one parameter's from a batch and their difference.
+    """
+    P, largest = shapes.width, max(map(math.prod, shapes.parameters.values()), default=0)
+    gradients = PROBED * P + max(P, (PROBED + 1) * largest)
+    return shapes.itemsize * gradients + PROBED * shapes.activation_bytes
 
 
 def probe(objective: Objective, batch: Batch) -> Objective:
@@ -54,6 +65,7 @@ def probe(objective: Objective, batch: Batch) -> Objective:
         expected = gradients_one_by_one(objective, few)
         seen = seen_at_work(objective, few, expected)
         _refuse_other_gradients(seen, few, expected)
+    del expected
     others = []
     for i, model in enumerate(objective.checkpoints.models if objective.checkpoints else ()):
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from influence_calculator.maths.by_token import product_bytes
 from influence_calculator.maths.footprints import joined_bytes
 from influence_calculator.maths.method import Method
+from influence_calculator.maths.probe import probe_footprint
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import memory, top_lists
 from influence_job.plan.basis import Basis, stored_basis
@@ -264,7 +265,8 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     def stage(device: int, host: int) -> StageMemory:
         return StageMemory(device=device, host=host + (device if on_host else 0), scratch=scratch)
 
-    stages = {"Loading": stage(shapes.model_bytes, shapes.model_bytes)}
+    tried = max(probe_footprint(shapes), method.tried_rows * shapes.width * shapes.itemsize)
+    stages = {"Loading": stage(shapes.model_bytes + tried, shapes.model_bytes)}
     if plan.fit_passes:
         scratch += (plan.fit_ranges + plan.fit_passes) * footprint.stored
         stages["Fitting"] = stage(shapes.model_bytes + footprint.fit, reads)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from influence_calculator.maths import perturbation
 from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
+from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.errors import BlocksError, CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import Batch, Seen, batch_size, slice_batch
 from influence_calculator.maths.probe import PROBED, probe
@@ -22,7 +23,7 @@ from influence_job.dask_settings import VISIBLE_GPUS
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
-from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation
+from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation, SecondOrder
 from influence_job.storage import arrays
 from influence_job.worker import model_state
 from influence_job.worker.annotations import annotate
@@ -134,6 +135,8 @@ def _probed(own: Session) -> dict[str, str]:
         with blaming_loss(own, objective, side, batch_size(few)):
             if side == sides[0]:
                 probe(objective, few)
+                if own.spec.operation.fits:
+                    own.method.try_on(own.objective, few)
             else:
                 with torch.no_grad():
                     objective.losses_at(objective.parameters(), few)
@@ -164,8 +167,16 @@ def _refusals_named() -> Iterator[None]:
     except BlocksError as error:
         raise PermanentError(Reason.INVALID_SPEC, _blocks_refused(str(error))) from error
     except CalculatorError as error:
-        message = f"InfluenceTask.model: {str(error).removeprefix('model: ')}"
-        raise PermanentError(Reason.UNSUPPORTED_MODEL, message) from error
+        raise PermanentError(Reason.UNSUPPORTED_MODEL, _of_the_model(str(error))) from error
+
+
+def _of_the_model(message: str) -> str:
+    """The message in the words of a job: the spec's field where it begins with the calculator's argument."""
+    if not message.startswith("second_order_mode: "):
+        return f"InfluenceTask.model: {message.removeprefix('model: ')}"
+    for mode in SecondOrderMode:
+        message = message.replace(mode, SecondOrder[mode.name])
+    return f"spec.method.secondOrder: {message.removeprefix('second_order_mode: ')}"
 
 
 def _blocks_refused(message: str) -> str:
