@@ -11,7 +11,7 @@ import pytest
 
 import stored
 from counted_reads_task import READS
-from influence_calculator.maths.probe import PROBED
+from influence_calculator.maths.one_by_one import PROBED
 from influence_job.plan import Plan
 from jobs import Jobs
 

@@ -23,7 +23,7 @@ from influence_calculator.base_influence_function_model import FitsInParts, Infl
 from influence_calculator.chunk_tasks import WorkerSide
 from influence_calculator.dask_graph import sent
 from influence_calculator.maths.method import FitPass, is_due
-from influence_calculator.maths.probe import PROBED
+from influence_calculator.maths.one_by_one import PROBED
 
 Arrays = Mapping[str, NDArray[Any]]
 """Sums of one unit, or what a pass leaves of it."""

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from influence_calculator.maths.capture import float_leaves, record
 from influence_calculator.maths.layers import LayerSpec, supported_layers
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
-from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
+from influence_calculator.maths.one_by_one import Sketched, gradients_one_by_one, mismatched, tolerance
 
 
 def at_work(objective: Objective, few: Batch) -> Objective:
@@ -47,7 +47,7 @@ def in_all_states(objective: Objective, others: Sequence[Objective]) -> Objectiv
     )
 
 
-def seen_at_work(objective: Objective, few: Batch, expected: Mapping[str, Tensor]) -> Objective:
+def seen_at_work(objective: Objective, few: Batch, expected: Sketched) -> Objective:
     """The same in the objective's own state alone; `expected` are the examples' gradients one by one."""
     plain = replace(objective, by_hand=(), untried=())
     layers = supported_layers(plain)

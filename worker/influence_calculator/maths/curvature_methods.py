@@ -15,9 +15,8 @@ from influence_calculator.maths.curvature import SecondOrderMode, products
 from influence_calculator.maths.errors import CaptureMismatchError, UnsupportedModelError
 from influence_calculator.maths.method import Method
 from influence_calculator.maths.objective import Batch, Objective, slice_batch
-from influence_calculator.maths.one_by_one import TOLERANCE
+from influence_calculator.maths.one_by_one import PROBED, TOLERANCE
 from influence_calculator.maths.output_curvature import has_no_derivative
-from influence_calculator.maths.probe import PROBED
 from influence_calculator.maths.seeded_rows import generator, sign_rows
 
 TRIED = 3

@@ -8,7 +8,7 @@ answers differently each time. So every fit begins with this probe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,19 +21,22 @@ from torch.utils.checkpoint import CheckpointError
 from influence_calculator.maths.by_hand import in_all_states, seen_at_work
 from influence_calculator.maths.errors import CaptureMismatchError, TrainingModeError, UnsupportedModelError
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
-from influence_calculator.maths.one_by_one import gradients_one_by_one, mismatched, tolerance
+from influence_calculator.maths.one_by_one import (
+    PROBED,
+    Sketched,
+    gradients_one_by_one,
+    mismatched,
+    tolerance,
+)
 from influence_calculator.maths.shapes import ModelShapes
-
-PROBED = 4
-"""Examples tried at most."""
 
 
 def probe_footprint(shapes: ModelShapes) -> int:
-    """Bytes above the model that `probe` takes: gradients of all examples, one by one, beside those that
-    autograd answers, or one parameter's from a batch and their difference.
+    """Bytes above the model that `probe` takes: the gradients of one example alone, or one parameter's of all
+    that are tried.
     """
-    P, largest = shapes.width, max(map(math.prod, shapes.parameters.values()), default=0)
-    gradients = PROBED * P + max(P, (PROBED + 1) * largest)
+    largest = max(map(math.prod, shapes.parameters.values()), default=0)
+    gradients = max(shapes.width, PROBED * largest)
     return shapes.itemsize * gradients + PROBED * shapes.activation_bytes
 
 
@@ -65,7 +68,6 @@ def probe(objective: Objective, batch: Batch) -> Objective:
         expected = gradients_one_by_one(objective, few)
         seen = seen_at_work(objective, few, expected)
         _refuse_other_gradients(seen, few, expected)
-    del expected
     others = []
     for i, model in enumerate(objective.checkpoints.models if objective.checkpoints else ()):
         try:
@@ -193,7 +195,7 @@ def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
                 )
 
 
-def _refuse_other_gradients(objective: Objective, few: Batch, expected: Mapping[str, Tensor]) -> None:
+def _refuse_other_gradients(objective: Objective, few: Batch, expected: Sketched) -> None:
     wrong = mismatched(objective, few, expected)
     if wrong:
         raise CaptureMismatchError(

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from influence_calculator.errors import OneShotIterableError
 from influence_calculator.iterables import Readable, pair_of
 from influence_calculator.maths.objective import IndexedBatch, batch_size, on_device
-from influence_calculator.maths.probe import PROBED
+from influence_calculator.maths.one_by_one import PROBED
 from influence_calculator.maths.training_batches import joined
 
 

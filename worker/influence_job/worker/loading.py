@@ -18,7 +18,8 @@ from influence_calculator.maths.capture import measure
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.errors import BlocksError, CalculatorError, UnsupportedInputError
 from influence_calculator.maths.objective import Batch, Seen, batch_size, slice_batch
-from influence_calculator.maths.probe import PROBED, probe
+from influence_calculator.maths.one_by_one import PROBED
+from influence_calculator.maths.probe import probe
 from influence_job.dask_settings import VISIBLE_GPUS
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason

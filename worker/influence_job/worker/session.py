@@ -22,7 +22,7 @@ from influence_calculator.maths.by_hand import at_work
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Method, PassesFitted
 from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, Seen, micro_batches
-from influence_calculator.maths.probe import PROBED
+from influence_calculator.maths.one_by_one import PROBED
 from influence_job import entrypoint
 from influence_job.data import read_batch
 from influence_job.errors import PermanentError, Reason
