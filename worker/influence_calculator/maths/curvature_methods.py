@@ -6,6 +6,7 @@ Shapes: P parameters.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -59,26 +60,31 @@ class CurvatureMethod(Method, ABC):
             widths = layout.widths.items()
             return {b: sign_rows(1, width, generator(0, b, "tried", i), like) for b, width in widths}
 
-        tried = range(TRIED if is_compared else 1)
+        def product(i: int) -> Mapping[str, Tensor]:
+            try:
+                return products(self.second_order, objective, layout, few, row(i))
+            except RuntimeError as error:
+                if not has_no_derivative(error):
+                    raise
+                raise UnsupportedModelError(
+                    f"second_order_mode: {self.second_order} takes derivatives of gradients, and an "
+                    f"operation of the model or its loss has none: {str(error).splitlines()[0]} Take "
+                    "empirical_fisher, or leave the parameters of that module out (requires_grad_(False))"
+                ) from error
+
+        if not is_compared:
+            product(0)
+            return
         forms = {block: torch.zeros(TRIED, TRIED, dtype=torch.float64) for block in layout.blocks}
         norms = dict.fromkeys(layout.blocks, 0.0)
-        try:
-            for i in tried:
-                found = products(self.second_order, objective, layout, few, row(i))
-                for j in tried if is_compared else ():
-                    for block, own in row(j).items():
-                        forms[block][j, i] = float(own @ found[block].T)
-                norms = {b: max(norm, float(found[b].norm())) for b, norm in norms.items()}
-                del found
-        except RuntimeError as error:
-            if not has_no_derivative(error):
-                raise
-            raise UnsupportedModelError(
-                f"second_order_mode: {self.second_order} takes derivatives of gradients, and an operation of "
-                f"the model or its loss has none: {str(error).splitlines()[0]} Take empirical_fisher, or "
-                "leave the parameters of that module out (requires_grad_(False))"
-            ) from error
-        for block in layout.blocks if is_compared else ():
+        for i in range(TRIED):
+            found = product(i)
+            for j in range(TRIED):
+                for block, own in row(j).items():
+                    forms[block][j, i] = float(own @ found[block].T)
+            norms = {block: max(norm, float(found[block].norm())) for block, norm in norms.items()}
+            del found
+        for block in layout.blocks:
             _refuse_asymmetric(forms[block], norms[block], TOLERANCE[objective.dtype])
 
 

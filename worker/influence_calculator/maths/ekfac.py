@@ -140,13 +140,10 @@ class Ekfac(Method):
         return Layout.of(shapes, structure)
 
     def passes(self) -> tuple[FitPass, ...]:
-        return self._passes(0)
+        return self.passes_in_one_process(0)
 
     @override
     def passes_in_one_process(self, kept_bytes: int) -> tuple[FitPass, ...]:
-        return self._passes(kept_bytes)
-
-    def _passes(self, kept_bytes: int) -> tuple[FitPass, ...]:
         expectation = OutputExpectation(Expectation(self.expectation), self.samples, self.seed)
         diagonal = Unsupported(self.unsupported) is Unsupported.DIAGONAL
         if not self.update_diagonal:

@@ -322,14 +322,15 @@ def backward_passes(
             yield from taken
             continue
         recording = record(objective, indexed.batch, layers)
-        others = None if ahead is None or keeps_these or not ahead.has_room else ahead
+        room = ahead if ahead is not None and ahead.has_room else None
+        others = None if keeps_these else room
         pseudo = expectation.pseudo_gradients(objective, recording.outputs, indexed)
         for backward in _of_recording(recording, indexed, pseudo, keep=others is not None):
             if backward.number == 0:
                 v = backward.pseudo_gradients
                 finite = torch.stack([piece.reshape(len(piece), -1).isfinite().all(1) for piece in v]).all(0)
                 seen.append((indexed.start, finite))
-            yield replace(backward, layers=ahead.keep(backward)) if ahead and keeps_these else backward
+            yield replace(backward, layers=room.keep(backward)) if room and keeps_these else backward
         if others is not None:
             pseudo = others.expectation.pseudo_gradients(objective, recording.outputs, indexed)
             for backward in _of_recording(recording, indexed, pseudo):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -165,10 +167,8 @@ def _require_finite(gradients: Left, side: str, start: int) -> None:
 
 def stored_digest(own: Session, index: int) -> str:
     """What the ledger's digest of a chunk would be, as the chunk reads now."""
-    digests = []
-    for number in range(len(own.plan.blocks)):
-        digests += stored_rows(own, factor_path(number), index)
-    return arrays.joined_digest((*digests, *(_stored(own, name, (index,)) for name in _REPORT)))
+    report = (_stored(own, name, (index,)) for name in _REPORT)
+    return arrays.joined_digest((*stored_rows(own, factor_path, index), *report))
 
 
 def _store(own: Session, index: int, solved: Solved) -> str:
@@ -191,10 +191,13 @@ def write_rows(own: Session, path: str, number: int, index: int, rows: Tensor) -
     ]
 
 
-def stored_rows(own: Session, path: str, index: int) -> list[str]:
-    """The digests of `write_rows`, as the pieces read now."""
-    columns = range(arrays.array_info(own.store, path).grid[1])
-    return [_stored(own, path, (index, column)) for column in columns]
+def stored_rows(own: Session, path_of: Callable[[int], str], index: int) -> list[str]:
+    """The digests of `write_rows` of every block, as the pieces read now; `path_of` a block's number."""
+    return [
+        _stored(own, path, (index, column))
+        for path in map(path_of, range(len(own.plan.blocks)))
+        for column in range(arrays.array_info(own.store, path).grid[1])
+    ]
 
 
 def store_report(own: Session, index: int, report: SolverReport) -> list[str]:

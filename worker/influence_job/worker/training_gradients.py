@@ -41,10 +41,7 @@ def compute_gradients(context: WorkerContext, index: int) -> Outcome:
 
 def stored_digest(own: Session, index: int) -> str:
     """What the ledger's digest of a chunk would be, as the chunk reads now."""
-    digests = []
-    for number in range(len(own.plan.blocks)):
-        digests += stored_rows(own, gradient_path(number), index)
-    return arrays.joined_digest(digests)
+    return arrays.joined_digest(stored_rows(own, gradient_path, index))
 
 
 def load_gradients(own: Session, start: int, stop: int) -> tuple[Left, str]:
