@@ -144,6 +144,10 @@ class Replica:
         """Whether the API server serves the kinds of dask-kubernetes."""
         return all(self._watches.serves(kind) for kind in DASK_KINDS)
 
+    def told(self, namespace: str) -> bool:
+        """Whether the watches have told everything of a namespace."""
+        return self._watches.told(namespace)
+
     def sick(self) -> str | None:
         """Why the process should be started anew; None while it is well."""
         silence = self._watches.silence()
@@ -173,6 +177,7 @@ class Replica:
             events,
             self._metrics,
             _now,
+            self.told,
         )
 
     async def _watch(self) -> None:

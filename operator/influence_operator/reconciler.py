@@ -52,7 +52,9 @@ class Reconciler:
         events: Events,
         metrics: Metrics,
         clock: Callable[[], datetime],
+        told: Callable[[str], bool],
     ) -> None:
+        """`told` says whether all that exists in a namespace has been told."""
         self._settings = settings
         self._cache = cache
         self._queue = queue
@@ -62,6 +64,7 @@ class Reconciler:
         self._events = events
         self._metrics = metrics
         self._clock = clock
+        self._told = told
         self._memories: dict[JobKey, Memory] = {}
         self._complete = asyncio.Event()
 
@@ -80,7 +83,7 @@ class Reconciler:
             self._queue.add(key, changed)
 
     def open(self, complete: bool) -> None:
-        """Passes run only while all that exists has been told."""
+        """Passes run only while all that exists has been told, but for namespaces that were refused."""
         if complete:
             self._complete.set()
         else:
@@ -114,6 +117,9 @@ class Reconciler:
         while True:
             await self._complete.wait()
             key = await self._queue.take()
+            if not self._told(key.namespace):
+                self._queue.done(key)  # due again when the last watch of its namespace has told
+                continue
             began = time.monotonic()
             try:
                 result = await self._pass(key)

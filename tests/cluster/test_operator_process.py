@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from chart import pods
 from cluster import Cluster, CommandError
 from cluster_jobs import unplaced
 from influence_job.crd import custom_resource_definition
@@ -41,7 +42,8 @@ def _no_other_operator(cluster: Cluster) -> Iterator[None]:
         yield
         return
     cluster.kubectl("scale", *INSTALLED, "--replicas=0")
-    cluster.kubectl("rollout", "status", *INSTALLED)
+    # A rollout is over while the pods still end, and they go on until then.
+    cluster.wait_until(lambda: not pods(cluster), "the installed operator to be gone", 60)
     yield
     cluster.kubectl("scale", *INSTALLED, f"--replicas={replicas}")
     cluster.kubectl("rollout", "status", *INSTALLED)

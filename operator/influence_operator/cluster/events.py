@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from itertools import islice
+from operator import itemgetter
 from typing import Any
+from weakref import WeakValueDictionary
 
 from influence_operator.cluster.api import FIELD_MANAGER, Api
 from influence_operator.cluster.cache import JobKey
 from influence_operator.cluster.errors import ClusterError
 from influence_operator.cluster.kinds import EVENT, INFLUENCE_JOB
 from influence_operator.decisions.actions import Event
+from influence_operator.manifests.names import children_prefix, may_be_a_childs
 
 Object = Mapping[str, Any]
 
@@ -34,8 +37,9 @@ class Events:
     def __init__(self, api: Api, pod: str) -> None:
         self._api = api
         self._pod = pod
-        self._listed: dict[str, tuple[float, list[Object]]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._listed: dict[str, list[Object]] = {}
+        """Warnings by namespace, newest first, while they are fresh."""
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def post(self, key: JobKey, events: tuple[Event, ...]) -> None:
         """Posts events about a job. One that is lost changes nothing."""
@@ -52,24 +56,28 @@ class Events:
         except ClusterError as error:
             log.warning("%s: warnings cannot be listed: %s", key, error)
             return ()
-        prefix = f"{key.name}-{key.uid[:5]}-"
-        about = [event for event in listed if str(event["involvedObject"].get("name", "")).startswith(prefix)]
-        return tuple(sorted(about, key=_time, reverse=True)[:KEPT])
+        prefix = children_prefix(key.name, key.uid)
+        about = (event for event in listed if event["involvedObject"]["name"].startswith(prefix))
+        return tuple(islice(about, KEPT))
 
     async def _namespace_warnings(self, namespace: str) -> list[Object]:
         lock = self._locks.setdefault(namespace, asyncio.Lock())
         async with lock:
-            at, events = self._listed.get(namespace, (float("-inf"), []))
-            if time.monotonic() < at + FRESH_SECONDS:
-                return events
-            events = []
-            async for event in self._api.list(EVENT, namespace, fieldSelector="type=Warning"):
-                if isinstance(event.get("involvedObject"), dict):
-                    events.append(event)
-                if len(events) >= MOST_LISTED:
-                    break
-            self._listed[namespace] = (time.monotonic(), events)
-            return events
+            if namespace not in self._listed:
+                self._listed[namespace] = await self._list(namespace)
+                asyncio.get_running_loop().call_later(FRESH_SECONDS, self._listed.pop, namespace)
+            return self._listed[namespace]
+
+    async def _list(self, namespace: str) -> list[Object]:
+        """The warnings that may be about children, newest first."""
+        looked_at, found = 0, []
+        async for event in self._api.list(EVENT, namespace, fieldSelector="type=Warning"):
+            if may_be_a_childs(_name(event)):
+                found.append(_trimmed(event))
+            looked_at += 1
+            if looked_at >= MOST_LISTED:
+                break
+        return sorted(found, key=itemgetter("lastTimestamp"), reverse=True)
 
     def _body(self, key: JobKey, event: Event) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -94,6 +102,22 @@ class Events:
             "reportingComponent": FIELD_MANAGER,
             "reportingInstance": self._pod,
         }
+
+
+def _name(event: Object) -> str:
+    """Of what the event is about."""
+    about = event.get("involvedObject")
+    return str(about.get("name", "")) if isinstance(about, dict) else ""
+
+
+def _trimmed(event: Object) -> Object:
+    """What decisions read of it, and its time."""
+    return {
+        "involvedObject": {"kind": event["involvedObject"].get("kind"), "name": _name(event)},
+        "reason": event.get("reason"),
+        "message": event.get("message"),
+        "lastTimestamp": _time(event),
+    }
 
 
 def _time(event: Object) -> str:

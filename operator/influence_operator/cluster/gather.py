@@ -86,9 +86,11 @@ class Gatherer:
     async def _source(
         self, key: JobKey, job: Object, children: Children
     ) -> tuple[Object | None, tuple[str, ...]]:
-        """The ConfigMap with the task's source and what is missing; read only when an attempt may start."""
+        """The ConfigMap with the task's source and what is missing; read only when an attempt may start, or
+        has lost its own copy.
+        """
         name = _source_name(job)
-        if name is None or job["spec"].get("suspend") or ended(job) or _has_driver(children):
+        if name is None or job["spec"].get("suspend") or ended(job) or _has_driver_and_copy(children):
             return None, ()
         try:
             return await self.api.get(CONFIG_MAP, key.namespace, name), ()
@@ -146,15 +148,16 @@ def _source_name(job: Object) -> str | None:
     return str(name) if name else None
 
 
-def _has_driver(children: Children) -> bool:
-    """Whether the latest attempt has its driver Job and that has not ended."""
+def _has_driver_and_copy(children: Children) -> bool:
+    """Whether an attempt whose driver Job has not ended has its copy of the source."""
+    copies = {attempt(copy) for copy in children.config_maps}
     for job in children.driver_jobs:
         finished = any(
             c.get("type") in ("Complete", "Failed") and c.get("status") == "True"
             for c in (job.get("status") or {}).get("conditions") or ()
         )
         if not finished and not job["metadata"].get("deletionTimestamp"):
-            return True
+            return attempt(job) in copies
     return False
 
 

@@ -21,7 +21,10 @@ from influence_operator.cluster.kinds import LEASE
 
 NAME = "influence-operator"
 RENEWALS = 5
-"""The holder renews so often in the time after which it would be followed."""
+"""The holder renews so often in the time after which it would be followed; a try takes no longer than the
+wait between two, so that another can follow one that gets no answer."""
+AGAIN = 1 / 30
+"""A try that failed is followed by another after this part of that time, counted from its beginning."""
 SURE = 2 / 3
 """The holder takes itself for the leader for this part of that time."""
 
@@ -53,6 +56,8 @@ class Lease:
         """Resource version last seen, and when it was new to us."""
         self._held: Mapping[str, Any] | None = None
         self._renewed = float("-inf")
+        self._unsure = False
+        """Whether a write got no answer that says what became of it: it may be stored, or yet will be."""
 
     def left(self) -> float:
         """Seconds for which this replica surely leads; at most 0 if it does not."""
@@ -79,18 +84,16 @@ class Lease:
         Raises:
             LeaseLostError: it could not be renewed in time, or another replica has it.
         """
+        pause = self._seconds / RENEWALS
         while True:
-            await asyncio.sleep(min(self._seconds / RENEWALS, max(0.0, self.left())))
+            await asyncio.sleep(min(pause, max(0.0, self.left())))
             if self.left() <= 0:
                 raise LeaseLostError(f"the lease was not renewed for {self._seconds * SURE:.0f} s")
-            try:
-                await self._write(self._identity, self._seconds, min(self.left(), self._seconds / 3))
-            except ApiError as error:
-                if error.conflict or error.not_found:
-                    raise LeaseLostError(f"another replica wrote the lease: {error}") from error
-                log.warning("cannot renew the lease: %s", error)
-            except ClusterError as error:
-                log.warning("cannot renew the lease: %s", error)
+            began = self._clock()
+            if await self._renew():
+                pause = self._seconds / RENEWALS
+            else:
+                pause = max(0.0, began + self._seconds * AGAIN - self._clock())
 
     async def release(self) -> None:
         """Lets another replica lead at once. Nothing may be written afterwards."""
@@ -102,6 +105,33 @@ class Lease:
                 log.warning("cannot release the lease: %s", error)
         self._renewed = float("-inf")
         self._held = None
+
+    async def _renew(self) -> bool:
+        """One try; whether the lease is known to be renewed.
+
+        Raises:
+            LeaseLostError: another replica has it, or it was deleted.
+        """
+        timeout = min(self.left(), self._seconds / RENEWALS)
+        try:
+            async with asyncio.timeout(timeout):
+                if self._unsure:
+                    await self._look()
+                await self._write(self._identity, self._seconds, timeout)
+        except (ClusterError, TimeoutError) as error:
+            if isinstance(error, ApiError) and error.not_found:
+                raise LeaseLostError(f"the lease is gone: {error}") from error
+            log.warning("cannot renew the lease: %s", str(error) or f"no answer within {timeout:.1f} s")
+            return False
+        return True
+
+    async def _look(self) -> None:
+        """Whose the lease is. Ours in another version is what a write without an answer has made of it."""
+        found = await self._api.get(LEASE, self._namespace, NAME)
+        holder = (found.get("spec") or {}).get("holderIdentity")
+        if holder != self._identity:
+            raise LeaseLostError(f"{holder or 'nobody'} holds the lease")
+        self._held = found
 
     async def _try(self) -> str:
         """Takes the lease if it is free or has run out; returns who holds it."""
@@ -142,7 +172,9 @@ class Lease:
         assert self._held is not None
         asked = self._clock()
         body = {**self._held, "spec": self._spec(self._held.get("spec") or {}, holder, seconds)}
+        self._unsure = True
         self._held = await self._api.update(LEASE, self._namespace, NAME, body, timeout)
+        self._unsure = False
         if holder:
             self._renewed = asked
 

@@ -4,6 +4,10 @@ kopf runs in a thread with an event loop of its own, because at its end it cance
 waits 5 s. A tap on its stream of events (`_tap`) adds three things: objects that vanished while no watch ran
 are told as deleted after the next list, an API server's refusal (a CRD that was removed, a right not yet
 granted) is waited out instead of ending the process, and every list, event and bookmark is a sign of life.
+
+Where single namespaces are watched, one of them may be gone, and with it the Role that let the operator list
+it. `complete` waits for no namespace that was refused, as long as another has been told; `told` says of each
+whether its jobs' children are known.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ log = logging.getLogger(__name__)
 Seen = Callable[[Kind, str | None, Object], None]
 """Is told of an object that was listed (None), ADDED, MODIFIED or DELETED."""
 Listed = Callable[[], None]
-"""Is told that everything that exists of one more kind has been told."""
+"""Is told that everything that exists of one more kind has been told, or that a list was refused."""
 
 
 class _Stream:
@@ -52,6 +56,8 @@ class _Stream:
         self.listed = False
         self.told = False
         self.served = True
+        self.trouble: type[Exception] | None = None
+        """What the last try ended with, so that it is logged once; None while the watch runs."""
         self.last_sign = time.monotonic()
 
 
@@ -67,6 +73,9 @@ class Watches:
         self._namespaces: tuple[str | None, ...] = namespaces or (None,)
         self._home = asyncio.get_running_loop()
         self._streams: dict[tuple[Kind, str | None], _Stream] = {}
+        self._refused: set[str | None] = set()
+        """Namespaces of which a list was forbidden before it was told; for good, so that none makes the
+        others wait while it comes back."""
         self.failed: asyncio.Future[None] = self._home.create_future()
         """Ends with the error that ended kopf."""
         self._stopping = threading.Event()
@@ -97,8 +106,16 @@ class Watches:
         return bool(streams) and all(stream.served for stream in streams)
 
     def complete(self) -> bool:
-        """Whether everything that existed at the start has been told. Absent kinds have nothing to tell."""
-        return all(stream.told or not stream.served for stream in self._streams.values())
+        """Whether everything that existed at the start has been told, but for namespaces that were refused.
+
+        If all were, nothing is known and nothing complete. Absent kinds have nothing to tell.
+        """
+        untold = self._untold()
+        return untold <= self._refused and untold != set(self._namespaces)
+
+    def told(self, namespace: str) -> bool:
+        """Whether everything that existed in the namespace at the start has been told."""
+        return self._untold().isdisjoint((namespace, None))
 
     def silence(self) -> float:
         """Seconds since the quietest watch gave a sign of life."""
@@ -114,13 +131,20 @@ class Watches:
                 async for event in _kopf_stream(resource=resource, namespace=namespace, **rest):
                     stream.last_sign = time.monotonic()
                     stream.served = True
+                    if stream.trouble:
+                        log.info("watching %s%s again", kind.plural, _where(namespace))
+                        stream.trouble = None
                     for vanished in self._follow(kind, stream, event):
                         yield vanished
                     yield event
             except (kopf_errors.APIError, kopf_watching.WatchingError) as error:
                 stream.served = not isinstance(error, kopf_errors.APINotFoundError)
                 stream.last_sign = time.monotonic()
-                log.warning("watching %s: %s; again in %.0f s", kind.plural, error, REFUSED_DELAY)
+                if stream.trouble is not type(error):
+                    what = kind.plural + _where(namespace)
+                    log.warning("watching %s: %s; tried again every %.0f s", what, error, REFUSED_DELAY)
+                    stream.trouble = type(error)
+                    self._home.call_soon_threadsafe(self._refuse, namespace, stream, error)
                 await asyncio.sleep(REFUSED_DELAY)
 
     def _follow(self, kind: Kind, stream: _Stream, event: Any) -> list[dict[str, Any]]:
@@ -149,8 +173,25 @@ class Watches:
 
     def _announce(self, stream: _Stream) -> None:
         if stream.listed and not stream.told and not stream.untold:
+            self._home.call_soon_threadsafe(self._settle, stream)
+
+    def _settle(self, stream: _Stream) -> None:
+        """In the event loop, behind all that `seen` was called for: no pass may count on it before."""
+        if not stream.told:
             stream.told = True
-            self._home.call_soon_threadsafe(self._listed)
+            self._listed()
+
+    def _refuse(self, namespace: str | None, stream: _Stream, error: Exception) -> None:
+        """In the event loop, too: this stream may be the last that was waited for."""
+        if stream.told:
+            return
+        if isinstance(error, kopf_errors.APIForbiddenError):
+            self._refused.add(namespace)
+        self._listed()
+
+    def _untold(self) -> set[str | None]:
+        """The namespaces of which something is still to be told."""
+        return {name for (_, name), stream in self._streams.items() if stream.served and not stream.told}
 
     def _stream(self, kind: Kind, namespace: str | None) -> _Stream:
         return self._streams.get((kind, namespace)) or self._streams[kind, None]
@@ -184,6 +225,10 @@ class Watches:
             namespaces=namespaces,
             stop_flag=self._stopping,
         )
+
+
+def _where(namespace: str | None) -> str:
+    return f" in {namespace}" if namespace else ""
 
 
 def _identity(kind: Kind, obj: Object) -> dict[str, Any]:

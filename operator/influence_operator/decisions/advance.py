@@ -14,7 +14,11 @@ from influence_operator.decisions import attempts, deadlines, driver, observed, 
 from influence_operator.decisions.attempts import Ending, Verdict
 from influence_operator.decisions.course import Course, Outcome, closed, finished, opened, recall, reopened
 from influence_operator.decisions.reasons import Reason
-from influence_operator.decisions.spec_change import changed_before_start, waiting_changes
+from influence_operator.decisions.spec_change import (
+    calls_for_an_attempt,
+    changed_before_start,
+    waiting_changes,
+)
 from influence_operator.decisions.view import View
 from influence_operator.settings import Settings
 
@@ -23,7 +27,7 @@ def advance(view: View, settings: Settings) -> Course:
     """The course after this pass."""
     course = recall(view)
     if course.outcome:
-        if course.outcome.complete or not _changed_since_failure(view):
+        if course.outcome.complete or not _changed_since_failure(view, course, settings):
             return course
         course = reopened(view, course)
     if course.open:
@@ -37,7 +41,7 @@ def advance(view: View, settings: Settings) -> Course:
 
 def may_open(view: View, course: Course) -> bool:
     """Whether the next attempt may begin."""
-    if course.outcome or course.open or view.spec.suspend or source_missing(view):
+    if course.outcome or course.open or view.spec.suspend or view.refusal or source_missing(view):
         return False
     return not seconds_to_wait(view, course) and not remains.anything_left(view)
 
@@ -55,9 +59,11 @@ def source_missing(view: View) -> str | None:
     return f"ConfigMap {source.config_map.name}" if source and view.snapshot.source is None else None
 
 
-def _changed_since_failure(view: View) -> bool:
+def _changed_since_failure(view: View, course: Course, settings: Settings) -> bool:
     failed = view.condition(ConditionType.FAILED)
-    return failed is not None and failed.observed_generation not in (None, view.generation)
+    if failed is None or failed.observed_generation in (None, view.generation) or view.refusal:
+        return False
+    return calls_for_an_attempt(view, course, settings.defaults.image)
 
 
 def _through_the_attempt(view: View, course: Course, settings: Settings) -> Course:
@@ -68,7 +74,10 @@ def _through_the_attempt(view: View, course: Course, settings: Settings) -> Cour
     end = driver.driver_end(view, course.attempts)
     if end is not None:
         course = _hear(course, end.progress)
-        return closed(view, course, attempts.judge(end, course.attempts.recorded))
+        judged = attempts.judge(end, course.attempts.recorded)
+        if judged.verdict is Verdict.FAILED and waiting_changes(view, course, settings.defaults.image):
+            judged = replace(judged, verdict=Verdict.STOPPED)  # what waits for the next attempt may mend it
+        return closed(view, course, judged)
     course = deadlines.with_clocks(view, course)
     ending = _stopped(view, course, settings) or deadlines.passed(view, course)
     return closed(view, course, ending) if ending else course
@@ -91,6 +100,7 @@ def _stopped(view: View, course: Course, settings: Settings) -> Ending | None:
         stalled is not None
         and stalled.reason == Reason.IMAGE_INCOMPATIBLE
         and stalled.observed_generation != view.generation
+        and not view.refusal
     )
     if mended or changed_before_start(view, course, settings.defaults.image):
         return Ending(Verdict.STOPPED, Reason.SPEC_CHANGED, "the spec was changed", view.now)

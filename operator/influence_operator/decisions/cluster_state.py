@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from influence_job.status import ConditionType
-from influence_operator.decisions import driver, observed, remains
+from influence_operator.decisions import driver, observed, remains, starting
 from influence_operator.decisions.cluster_parts import cluster_parts
 from influence_operator.decisions.course import Course
 from influence_operator.decisions.diagnosis import diagnose
@@ -54,7 +54,9 @@ def _waiting(view: View, course: Course) -> ClusterState | None:
     if pod is None or not observed.ready(pod):
         return ClusterState(False, Reason.DRIVER_STARTING, f"the driver of attempt {number} is starting")
     if not view.of(number).dask_clusters:
-        return ClusterState(False, Reason.PREFLIGHT, "the driver has not asked for workers")
+        asked = starting.workers_needed(view, course)
+        message = "the driver has asked for workers" if asked else "the driver has not asked for workers"
+        return ClusterState(False, Reason.PREFLIGHT, message)
     if not any(map(observed.ready, view.pods(number, Role.SCHEDULER))):
         return ClusterState(False, Reason.SCHEDULER_STARTING, "the Dask scheduler is starting")
     if not view.ready_workers(number):

@@ -82,6 +82,8 @@ def _ready(view: View, course: Course, cluster: ClusterState) -> Statement:
 
 def _stalled(view: View, course: Course) -> Statement | None:
     kind = ConditionType.STALLED
+    if view.refusal and not (course.outcome and course.outcome.complete):
+        return Statement(kind, True, Reason.INVALID_SPEC, view.refusal)
     if course.outcome:
         outcome = course.outcome
         return None if outcome.complete else Statement(kind, True, outcome.reason, outcome.message)

@@ -1,12 +1,14 @@
 """The three deadlines: running time of the whole job, waiting for driver or workers, standing still.
 
 None runs while a job is suspended. The startup deadline runs while something is awaited, the progress
-deadline while a worker is ready, so that one of both always does.
+deadline while a worker is ready, so that one of both always does. Both begin anew when they passed while no
+operator looked.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
 from influence_job.status import ConditionType
 from influence_operator.decisions import words
@@ -15,15 +17,21 @@ from influence_operator.decisions.course import Course
 from influence_operator.decisions.reasons import Reason
 from influence_operator.decisions.view import View
 
+LATE_SECONDS = 60.0
+"""A deadline is looked at when it passes; nobody who is there comes so late."""
+
 
 def with_clocks(view: View, course: Course) -> Course:
     """The course with `waiting_since` and `progressed` as of now."""
-    if course.outcome or view.spec.suspend:
+    if course.outcome or view.spec.suspend or (view.refusal and not course.open):
         return replace(course, waiting_since=None)
+    spec = view.spec
     if not (course.open and view.ready_workers(course.number)):
-        return replace(course, waiting_since=course.waiting_since or view.now)
+        missed = _nobody_looked(view, course.waiting_since, spec.startup_deadline_seconds)
+        return replace(course, waiting_since=view.now if missed else course.waiting_since or view.now)
     first = course.waiting_since is not None or course.progressed is None
-    moved = first or _moved(view, course)
+    missed = _nobody_looked(view, course.progressed, spec.progress_deadline_seconds)
+    moved = first or missed or _moved(view, course)
     return replace(course, waiting_since=None, progressed=view.now if moved else course.progressed)
 
 
@@ -69,6 +77,13 @@ def _seconds_left(view: View, course: Course) -> dict[str, float]:
     elif course.open and course.progressed is not None:
         left["progress"] = spec.progress_deadline_seconds - view.seconds_since(course.progressed)
     return left
+
+
+def _nobody_looked(view: View, since: datetime | None, limit: int) -> bool:
+    """Whether the deadline passed while no operator was there, who would have acted on it: what was awaited
+    may have waited for the operator.
+    """
+    return view.seconds_since(since) >= limit + LATE_SECONDS
 
 
 def _moved(view: View, course: Course) -> bool:

@@ -19,7 +19,7 @@ from influence_operator.decisions.advance import advance, seconds_to_wait
 from influence_operator.decisions.cluster_state import ClusterState, cluster_state
 from influence_operator.decisions.course import Course
 from influence_operator.decisions.events import transitions
-from influence_operator.decisions.refused_spec import stalled_status
+from influence_operator.decisions.refused_spec import spec_begun_with, stalled_status
 from influence_operator.decisions.snapshot import Children, Object, Snapshot
 from influence_operator.decisions.specification import RefusedSpecError, managed_elsewhere, spec_of
 from influence_operator.decisions.status import as_json, same, significant, status_of, worth_writing
@@ -41,8 +41,11 @@ def decide(snapshot: Snapshot, settings: Settings) -> Decision:
     try:
         view = View(snapshot, spec_of(job, settings.api_audiences), stored, now)
     except RefusedSpecError as error:
-        status = stalled_status(stored, str(error), generation(job), now)
-        return _decision(job, stored, status, release)
+        begun = spec_begun_with(snapshot)
+        if begun is None:
+            status = stalled_status(stored, str(error), generation(job), now)
+            return _decision(job, stored, status, release)
+        view = View(snapshot, begun, stored, now, str(error))
     course = advance(view, settings)
     course, tended = healing.tend(view, course)
     cluster = cluster_state(view, course)
@@ -100,7 +103,7 @@ def _milestone(status: InfluenceJobStatus) -> tuple[object, ...]:
 
 def _next_attempt(view: View, course: Course) -> tuple[float, ...]:
     """When to look whether the next attempt may begin."""
-    if course.open or course.outcome or view.spec.suspend:
+    if course.open or course.outcome or view.spec.suspend or view.refusal:
         return ()
     return (seconds_to_wait(view, course) or starting.AGAIN_SECONDS,)
 

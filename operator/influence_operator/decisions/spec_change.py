@@ -8,6 +8,7 @@ setting that the API server refuses.
 
 from __future__ import annotations
 
+from influence_job.spec import InfluenceJobSpec
 from influence_job.status import ConditionType
 from influence_operator.decisions import observed
 from influence_operator.decisions.course import Course
@@ -18,6 +19,9 @@ from influence_operator.manifests.names import Role
 
 _OF_PODS = ("output", "driver", "scheduler", "workers", "pod_defaults")
 """Fields that may change and that pods are made from, beside the image."""
+
+_OF_ENDED_JOBS = ("cleanup_policy", "ttl_seconds_after_finished")
+"""Fields that say what becomes of a job that has ended."""
 
 
 def changed_before_start(view: View, course: Course, default_image: str) -> bool:
@@ -30,18 +34,35 @@ def changed_before_start(view: View, course: Course, default_image: str) -> bool
     return bool(waiting_changes(view, course, default_image))
 
 
+def calls_for_an_attempt(view: View, course: Course, default_image: str) -> bool:
+    """Whether a failed job has another spec than its latest attempt began with, beside what counts at once
+    and starts nothing: replicas, and what becomes of a job that has ended. Without a copy it has.
+    """
+    begun = _begun_with(view, course)
+    if begun is None:
+        return True
+    same = {field: getattr(begun, field) for field in _OF_ENDED_JOBS}
+    return view.spec.model_copy(update={"image": view.spec.image or default_image, **same}) != begun
+
+
 def waiting_changes(view: View, course: Course, default_image: str) -> tuple[str, ...]:
     """Fields, as documents spell them, that are others than those that the open attempt began with.
 
     None for an attempt that has no copy of its spec yet.
     """
-    copies = view.of(course.number).config_maps if course.open else ()
-    begun = begun_with(copies[0], view.spec) if copies else view.spec
-    if begun is view.spec:
-        return ()  # no copy, or one that cannot be read
+    begun = _begun_with(view, course) if course.open else None
+    if begun is None:
+        return ()
     image = ("image",) if begun.image != (view.spec.image or default_image) else ()
     changed = (f for f in _OF_PODS if getattr(begun, f) != getattr(view.spec, f))
     return (*image, *(type(view.spec).model_fields[f].alias or f for f in changed))
+
+
+def _begun_with(view: View, course: Course) -> InfluenceJobSpec | None:
+    """The spec that the present attempt began with; None: there is no copy, or one that cannot be read."""
+    copies = view.of(course.number).config_maps
+    begun = begun_with(copies[0], view.spec) if copies else view.spec
+    return None if begun is view.spec else begun
 
 
 def _waits(pod: Object) -> bool:

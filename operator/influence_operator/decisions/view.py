@@ -39,6 +39,8 @@ class View:
     """As the last pass left it."""
     now: datetime
     """UTC, whole seconds, which is what Kubernetes' own times have."""
+    refusal: str = ""
+    """Why the job's spec cannot be carried out; `spec` then is the one that the latest attempt began with."""
 
     @cached_property
     def name(self) -> str:

@@ -83,12 +83,19 @@ def begun_with(made: Object, current: InfluenceJobSpec) -> InfluenceJobSpec:
 
     A cluster that is made after the spec changed so fits the driver that asks for it.
     """
-    try:
-        spec = InfluenceJobSpec.model_validate_json(made["data"][_SPEC_KEY])
-    except (KeyError, TypeError, ValidationError):
-        return current  # written by another version of the operator
+    spec = kept_spec(made)
+    if spec is None:
+        return current
     workers = spec.workers.model_copy(update={"replicas": current.workers.replicas})
     return spec.model_copy(update={"workers": workers})
+
+
+def kept_spec(made: Object) -> InfluenceJobSpec | None:
+    """The spec as an attempt's ConfigMap keeps it; None: another version of the operator wrote it."""
+    try:
+        return InfluenceJobSpec.model_validate_json(made["data"][_SPEC_KEY])
+    except (KeyError, TypeError, ValidationError):
+        return None
 
 
 def document(attempt: Attempt) -> JobDocument:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -15,6 +16,8 @@ JOB = f"{PREFIX}job"
 ATTEMPT = f"{PREFIX}attempt"
 ROLE = f"{PREFIX}role"
 """On pods, and on what dask-kubernetes makes for them."""
+
+_CHILD = re.compile(r"-[0-9a-f]{5}-[0-9]")
 
 SCHEDULER_PORT = 8786
 """Dask's comms: TLS."""
@@ -35,7 +38,17 @@ def base_name(job_name: str, uid: str, attempt: int) -> str:
 
     At most 53 characters, what dask-kubernetes accepts, for job names of 40 and a million attempts.
     """
-    return f"{job_name}-{uid[:5]}-{attempt}"
+    return f"{children_prefix(job_name, uid)}{attempt}"
+
+
+def children_prefix(job_name: str, uid: str) -> str:
+    """What the names of all children of a job begin with, and of what belongs to these."""
+    return f"{job_name}-{uid[:5]}-"
+
+
+def may_be_a_childs(name: str) -> bool:
+    """Whether a child of any job, or what belongs to one, may be called so."""
+    return _CHILD.search(name) is not None
 
 
 def scheduler_name(base: str) -> str:

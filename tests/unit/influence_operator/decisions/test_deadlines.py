@@ -162,3 +162,27 @@ def test_a_driver_that_does_not_answer_makes_no_progress():
     world.report = None
     world.step(600)
     assert world.status["attempts"]["countedFailures"] == 1
+
+
+def test_a_deadline_that_passed_while_no_operator_was_there_begins_anew():
+    """The driver asked for workers, and nobody made them."""
+    world = started(startupDeadlineSeconds=600)
+    world.report = progress(1, workersNeeded=True, stage="Preflight")
+    world.step(660)
+    assert world.condition("Failed") == ""
+    assert world.find("DaskCluster")
+    assert world.decide().again_after <= 600
+    world.step(599)
+    assert world.condition("Failed") == ""
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+
+
+def test_an_attempt_whose_driver_does_not_answer_a_new_operator_at_once_goes_on():
+    world = computing(progressDeadlineSeconds=600)
+    world.report = None
+    world.step(660)
+    assert world.attempt == 1
+    assert world.status["attempts"].get("ended") is None
+    world.step(600)
+    assert world.status["attempts"]["lastReason"] == "ProgressDeadlineExceeded"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from operator_objects import SETTINGS, World, computing, driver_ends, influence_job
+from operator_objects import SETTINGS, World, computing, driver_ends, influence_job, pods_end
 
 
 @pytest.mark.parametrize(
@@ -122,3 +122,50 @@ def test_labels_and_annotations_are_anybodys():
 def test_managed_by_us_is_no_other_manager():
     world = World(influence_job(managedBy="influence-operator.dev/influence-operator"))
     assert world.decide().actions
+
+
+TOKENS = [{"name": "t", "projected": {"sources": [{"serviceAccountToken": {"path": "t"}}]}}]
+
+
+def test_suspending_a_job_counts_while_its_spec_is_wrong_and_nothing_begins():
+    world = computing()
+    world.change(podDefaults={"volumes": TOKENS})
+    world.step(1)
+    assert (world.condition("Stalled"), world.status["phase"]) == ("True InvalidSpec", "Running")
+    assert world.condition("ClusterReady").startswith("True")
+    world.change(suspend=True)
+    assert {"DaskCluster", "Job"} <= {action.kind for action in world.step(1).actions}
+    pods_end(world)
+    world.step(1)
+    assert world.condition("Suspended") == "True Suspended"
+    world.change(suspend=False)
+    world.step(10)
+    assert (world.attempt, world.condition("Stalled")) == (1, "True InvalidSpec")
+    world.step(10 * 3600)
+    assert world.condition("Failed") == ""
+    world.change(podDefaults={})
+    world.step(1)
+    assert (world.attempt, world.condition("Stalled")) == (2, "")
+
+
+def test_a_job_ends_as_it_began_while_its_spec_is_wrong():
+    world = computing(activeDeadlineSeconds=100)
+    world.change(podDefaults={"volumes": TOKENS})
+    world.step(1)
+    driver_ends(world, 0)
+    world.step(1)
+    assert world.condition("Complete") == "True Complete"
+    assert not world.find("DaskCluster")
+    late = computing(activeDeadlineSeconds=100)
+    late.change(podDefaults={"volumes": TOKENS})
+    late.step(200)
+    assert late.condition("Failed") == "True DeadlineExceeded"
+
+
+def test_what_somebody_deleted_is_made_again_while_the_spec_is_wrong():
+    world = computing()
+    world.change(podDefaults={"volumes": TOKENS})
+    world.step(1)
+    world.remove("NetworkPolicy")
+    world.step(1)
+    assert world.find("NetworkPolicy")

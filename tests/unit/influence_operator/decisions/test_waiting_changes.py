@@ -15,6 +15,7 @@ from operator_objects import (
     influence_job,
     pod,
     pods_end,
+    problem,
     progress,
     started,
     words,
@@ -103,3 +104,69 @@ def test_before_an_attempt_has_its_copy_nothing_waits():
     world = World(influence_job(image="other:1"))
     world.step()
     assert "takes effect" not in world.message("Ready")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ttlSecondsAfterFinished": 600}, {"cleanupPolicy": "None"}, {"workers": {"replicas": 9}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_becomes_of_a_failed_job_is_no_reason_to_try_it_again(change: dict[str, Any]):
+    world = failed()
+    world.change(**change)
+    world.step(1)
+    world.step(1)
+    assert (world.attempt, world.condition("Failed")) == (1, "True InvalidTask")
+    world.change(image="registry.example/worker:2")
+    world.step(1)  # what is left of the first attempt goes
+    world.step(1)
+    assert (world.attempt, world.condition("Failed")) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"image": "registry.example/worker:2"}, {"backoffLimit": 9}, {"suspend": True}, {"podDefaults": {}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_any_other_change_of_a_failed_job_opens_it_again(change: dict[str, Any]):
+    world = failed(podDefaults={"labels": {"team": "a"}})
+    world.change(**change)
+    world.step(1)
+    assert world.condition("Failed") == ""
+
+
+def test_a_failed_job_without_its_copy_of_the_spec_is_tried_again_after_any_change():
+    world = failed()
+    world.remove("ConfigMap")
+    world.change(ttlSecondsAfterFinished=600)
+    world.step(1)
+    world.step(1)
+    assert world.attempt == 2
+
+
+def test_a_failure_that_no_retry_mends_is_not_the_end_where_a_change_waits():
+    world = computing()
+    world.change(image="registry.example/worker:2")
+    world.step(1)
+    driver_ends(world, 64, words(lastError=problem("InvalidTask", "no such function")))
+    world.step(5)
+    pods_end(world)
+    world.step(60)
+    assert (world.attempt, world.condition("Failed")) == (2, "")
+    assert world.status["attempts"]["lastReason"] == "InvalidTask"
+    world.add(pod(2, "driver"))
+    world.step(1)
+    driver_ends(world, 64, words(attempt=2, lastError=problem("InvalidTask", "no such function")))
+    world.step(1)
+    assert world.condition("Failed") == "True InvalidTask"
+
+
+def failed(**spec: Any) -> World:
+    """A job whose first attempt found its task wrong."""
+    world = computing(**spec)
+    driver_ends(world, 64, words(lastError=problem("InvalidTask", "no such function")))
+    world.step(1)
+    pods_end(world)
+    world.step(1)
+    assert world.condition("Failed") == "True InvalidTask"
+    return world
