@@ -123,6 +123,19 @@ def test_a_plan_in_words_names_grid_groups_passes_bytes_and_memory(jobs: Jobs) -
         assert stage in text
 
 
+def test_a_plan_says_when_long_top_lists_make_its_groups(jobs: Jobs) -> None:
+    many = {
+        "task": {"entrypoint": "wide_task:task", "arguments": {"hidden": 8, "train": 8192, "test": 3000}},
+        "method": {"name": "GradDot", "regularization": None},
+        "workers": {"resources": {"limits": {"memory": "512Mi"}}},
+    }
+    said = "of more test examples the top 8192 would not fit a worker's memory"
+    long, short = (jobs.plan(jobs.manifest({**many, "output": {"topK": k}})).stdout for k in (8192, 8))
+    assert "14 groups of test chunks: one pass over the training set each; " + said in long
+    assert "1 group of test chunks" in short
+    assert "would not fit" not in short + jobs.plan(jobs.manifest(GROUPS)).stdout
+
+
 def test_a_job_for_a_gpu_is_planned_where_there_is_none(jobs: Jobs) -> None:
     planned = jobs.plan(jobs.manifest(), "--device", "cuda")
     assert planned.returncode == 0, planned.stderr

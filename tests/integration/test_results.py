@@ -283,13 +283,15 @@ def test_factors_of_other_parameters_are_refused(jobs: Jobs, tmp_path: Path, und
 def test_factors_that_are_missing_or_not_finished_are_refused(
     jobs: Jobs, tmp_path: Path, half_done: Any
 ) -> None:
-    """Before any worker starts, and with what to do."""
+    """Before any worker starts and by the plan, with what to do."""
     for place, words in ((half_done.path, "not finished"), (tmp_path / "nothing.zarr", "found none")):
         changes = {"operation": "InfluencesFromFactors", "factors": {"url": str(place)}}
         run = jobs.run(jobs.manifest(changes), output=tmp_path / "result.zarr")
-        assert run.code == 64
-        assert "spec.factors.url" in run.stderr
-        assert words in run.stderr
+        planned = jobs.plan(jobs.manifest(changes))
+        for code, said in ((run.code, run.stderr), (planned.returncode, planned.stderr)):
+            assert code == 64
+            assert "spec.factors.url" in said
+            assert words in said
 
 
 def test_without_the_matrix_the_top_and_the_statistics_are_the_same(

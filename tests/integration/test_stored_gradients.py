@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,22 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Ekfac": ({"name": "Ekfac", "regularization": LAMBDA}, {}),
     "TracIn": ({"name": "TracIn", "regularization": None}, {"measured": True}),
 }
+
+
+OWN_TASK = """
+import os
+from dataclasses import replace
+
+import queries_task
+from influence_job.data import ArraySource
+
+
+def task():
+    own = queries_task.task()
+    train = ArraySource(*own.train.read(0, 0)) if "NO_EXAMPLES" in os.environ else own.train
+    return replace(own, train=train, parameters=os.environ.get("TRACKED"))
+"""
+"""Tracks what the environment says, of which no spec and no source tells."""
 
 
 def storing(method: Mapping[str, Any] = LOGRA, **arguments: Any) -> dict[str, Any]:
@@ -173,6 +190,104 @@ def test_gradients_of_another_model_or_method_are_refused(
         assert run.code == 64
         assert f"method.{field}: the store was made with {was}, this job says {value}" in run.stderr
         assert "run a TrainingGradients job with the same task and method" in run.stderr
+
+
+@pytest.fixture
+def own_task(jobs: Jobs) -> dict[str, Any]:
+    (jobs.folder / "own_task.py").write_text(OWN_TASK)
+    return {"entrypoint": "own_task:task"}
+
+
+def test_other_tracked_parameters_neither_resume_nor_score_a_store(
+    own_task: dict[str, Any], jobs: Jobs, tmp_path: Path
+) -> None:
+    """Projections of both are as wide, and the model is the same."""
+    store, (trak, _) = tmp_path / "gradients.zarr", METHODS["Trak"]
+    first, other = {"TRACKED": "^0"}, {"TRACKED": "^2"}
+    manifest = jobs.manifest({**STORING, "method": trak, "task": own_task})
+    begun = jobs.start(manifest, output=store, env=first, barrier=Barrier("enter", "before", "Gradients"))
+    begun.wait_for_barrier()
+    begun.kill()
+    resumed = jobs.run(manifest, output=store, env=other, workers=1)
+    jobs.finish(manifest, output=store, env=first)
+    again = jobs.run(manifest, output=store, env=other, workers=1)
+    query = jobs.manifest({**asking(store, trak), "task": own_task})
+    scored = jobs.run(query, output=tmp_path / "result.zarr", env=other, workers=1)
+    for refused in (resumed, again, scored):
+        assert refused.code == 64, refused.stderr
+        assert "StoreMismatch" in refused.stderr
+        said = " ".join(refused.stderr.split())
+        assert "the store alone leaves out 2 (2.weight, 2.bias)" in said
+        assert "this job alone leaves out 2 (0.weight, 0.bias)" in said
+    assert f"spec.gradients.url: {store} holds the gradients of another job" in scored.stderr
+
+
+def test_factors_as_narrow_as_another_operation_takes_them_are_refused(jobs: Jobs, tmp_path: Path) -> None:
+    """Scores with the rest of the columns would be of whatever lay in memory."""
+    path, (trak, _) = tmp_path / "influences.zarr", METHODS["Trak"]
+    jobs.finish(jobs.manifest(at_once(trak)), output=path)
+    from_factors = {**at_once(trak), "operation": "InfluencesFromFactors", "factors": {"url": str(path)}}
+    run = jobs.run(jobs.manifest(from_factors), output=tmp_path / "result.zarr", workers=1)
+    assert run.code == 64
+    assert (
+        f"StoreMismatch: spec.factors.url: {path}/factors/0 holds 7 columns of block '', this job has 53 of "
+        "block ''; take the store of an InfluenceFactors job" in " ".join(run.stderr.split())
+    )
+
+
+@pytest.mark.parametrize("written", ["file://{}/", "{}/../gradients.zarr", "{folder}/link", "{folder}"])
+def test_the_store_that_is_read_is_never_overwritten(
+    written: str, jobs: Jobs, tmp_path: Path, gradients: Path
+) -> None:
+    """However its url is written, and whatever holds it."""
+    store = tmp_path / "gradients.zarr"
+    shutil.copytree(gradients, store)
+    (tmp_path / "link").symlink_to(store)
+    before = stored.contents(stored.open_store(store))
+    manifest = jobs.manifest({**asking(store), "output": {"onExisting": "Overwrite"}})
+    output = written.format(store, folder=tmp_path)
+    run = jobs.run(manifest, output=output, workers=1)
+    planned = jobs.plan(manifest, "--output", output)
+    for code, said in ((run.code, run.stderr), (planned.returncode, planned.stderr)):
+        assert code == 64
+        assert "InvalidSpec: spec.output.url: expected another place than that of spec.gradients.url" in said
+    assert stored.contents(stored.open_store(store)) == before
+
+
+@pytest.mark.parametrize(
+    "path", ["gradients/0/c/1/0", "train_label/c/1", "gradients/0/zarr.json", "fit/projected_layers/0"]
+)
+def test_a_damaged_object_is_to_be_made_again_by_the_job_that_made_it(
+    path: str, jobs: Jobs, tmp_path: Path, gradients: Path
+) -> None:
+    store = tmp_path / "gradients.zarr"
+    shutil.copytree(gradients, store)
+    data = (store / path).read_bytes()
+    damaged = data.replace(b"96", b"95", 1) if path.endswith("json") else bytes([data[0] ^ 1]) + data[1:]
+    (store / path).write_bytes(damaged)
+    run = jobs.run(jobs.manifest(asking(store)), output=tmp_path / "result.zarr", workers=1)
+    assert run.code == 64
+    said = " ".join(run.stderr.split())
+    assert f"StoreCorrupt: spec.gradients.url: {store}/{path}: " in said
+    assert "or run the job that made it again with output.onExisting: Overwrite" in said
+
+
+def test_a_side_that_is_not_read_may_be_empty(
+    own_task: dict[str, Any], jobs: Jobs, tmp_path: Path, gradients: Path
+) -> None:
+    """The other may not, and is refused by name."""
+    jobs.finish(jobs.manifest(storing(test=0)), output=tmp_path / "gradients.zarr", workers=1)
+    jobs.finish(
+        jobs.manifest({**asking(gradients), "task": own_task}),
+        output=tmp_path / "result.zarr",
+        env={"NO_EXAMPLES": ""},
+        workers=1,
+    )
+    refused = jobs.run(jobs.manifest(at_once(test=0)), output=tmp_path / "whole.zarr", workers=1)
+    planned = jobs.plan(jobs.manifest(at_once(test=0)))
+    for code, said in ((refused.code, refused.stderr), (planned.returncode, planned.stderr)):
+        assert code == 64
+        assert "InvalidData: test: expected examples, got an empty data set" in said
 
 
 def test_a_store_without_gradients_is_refused(

@@ -74,7 +74,7 @@ def test_an_entry_point_that_trains_differently_each_time_gives_one_model_to_all
     kept = stored.open_store(path).get("fit/model")
     assert kept is not None
     model = feature_task.task().model
-    model.load_state_dict(dict(tensor_file.unpack(kept, "fit/model")))
+    model.load_state_dict(dict(tensor_file.unpack(kept, stored.open_store(path), "fit/model")))
     _assert_close(xarray.open_zarr(path)["influences"].values, _influences(model))
     before = stored.result(stored.open_store(path))
     again = jobs.run(manifest, output=path, workers=1)
@@ -107,7 +107,7 @@ def test_a_later_attempt_of_a_job_that_trains_differently_takes_the_stored_model
     assert second.wait().code == 0, second.stderr
     assert stored.open_store(path).get("fit/model") == kept
     model = feature_task.task().model
-    model.load_state_dict(dict(tensor_file.unpack(kept or b"", "fit/model")))
+    model.load_state_dict(dict(tensor_file.unpack(kept or b"", stored.open_store(path), "fit/model")))
     _assert_close(xarray.open_zarr(path)["influences"].values, _influences(model))
 
 

@@ -362,6 +362,16 @@ def broken_rules() -> Iterator[Broken]:
     changes: list[tuple[str, Path, Json]] = [
         ("factors without need", ("factors",), {"factors": factors}),
         ("factors missing", ("factors",), {"operation": "InfluencesFromFactors"}),
+        (
+            "an output that is the factors",
+            ("output", "url"),
+            {"operation": "InfluencesFromFactors", "factors": factors, "output": factors},
+        ),
+        (
+            "an output that is the gradients",
+            ("output", "url"),
+            {"operation": "InfluencesFromGradients", "gradients": factors, "output": factors},
+        ),
         ("a mode for factors", ("mode",), {"operation": "InfluenceFactors", "mode": "Perturbation"}),
         ("gradients without need", ("gradients",), {"gradients": {"url": "gs://bucket/gradients.zarr"}}),
         ("gradients missing", ("gradients",), {"operation": "InfluencesFromGradients"}),

@@ -25,7 +25,7 @@ from influence_calculator.maths.probe import refuse_meta
 from influence_job.data import check_source
 from influence_job.document import SOURCE_DIRECTORY
 from influence_job.errors import PermanentError, Reason
-from influence_job.task import InfluenceTask
+from influence_job.task import DataSource, InfluenceTask
 
 FIELD = "spec.task.entrypoint"
 
@@ -129,9 +129,38 @@ def check_task(task: Any, entrypoint: str) -> InfluenceTask:
             raise _wrong(name, "a function", value)
     if not isinstance(task.checkpoints, tuple | list):
         raise _wrong("checkpoints", "a tuple of Checkpoint(state, learning_rate)", task.checkpoints)
-    check_source(task.train, "train")
-    check_source(task.test, "test")
-    return task
+    train, test = _side(task.train, "train"), _side(task.test, "test")
+    if train is task.train and test is task.test:
+        return task
+    return replace(task, train=train, test=test)
+
+
+def _side(source: Any, name: str) -> DataSource:
+    """`source` if it is one. One without examples is refused when somebody asks for them: not every
+    operation reads both sides.
+
+    Raises:
+        PermanentError: it is no DataSource.
+    """
+    try:
+        return check_source(source, name)
+    except PermanentError as error:
+        if error.reason is not Reason.INVALID_DATA:
+            raise
+        return _Empty(error)
+
+
+class _Empty:
+    """In place of a data set without examples."""
+
+    def __init__(self, refusal: PermanentError) -> None:
+        self._refusal = refusal
+
+    def __len__(self) -> int:
+        raise self._refusal
+
+    def read(self, start: int, stop: int) -> Any:  # noqa: ARG002 - as a DataSource is asked
+        raise self._refusal
 
 
 def _wrong(field: str, expected: str, got: Any) -> PermanentError:

@@ -300,6 +300,7 @@ def make_store(
     annotated: bool = True,
     operation: str = "Influences",
     mode: str = "Up",
+    method: dict[str, Any] | None = None,
 ) -> None:
     """A store of 4 × 4 scores, as a job leaves it, or as it is when two of its four regions are done."""
     with Store.open(str(path)) as store:
@@ -308,7 +309,7 @@ def make_store(
         record = {
             "jobUid": "uid-1",
             "name": "small",
-            "spec": {"method": {"name": "Cg", "regularization": 0.5}},
+            "spec": {"method": method or {"name": "Cg", "regularization": 0.5}},
             "plan": {
                 "operation": operation,
                 "mode": mode,
@@ -478,6 +479,26 @@ def test_show_of_gradients_says_what_they_are_for(tmp_path: Path, capsys: pytest
     text = " ".join(capsys.readouterr().out.split())
     assert "TrainingGradients (Up), complete 4 training examples, 11 columns, float32, 64 B" in text
     assert "operation: InfluencesFromGradients, gradients: {url: " in text
+
+
+@pytest.mark.parametrize(
+    ("method", "word"),
+    [
+        ({"name": "Trak", "regularization": 0.5, "rank": 11}, "columns"),
+        ({"name": "Logra", "regularization": 0.5, "rank": 11}, "columns"),
+        ({"name": "TracIn"}, "columns"),
+        ({"name": "Arnoldi", "regularization": 0.5, "complement": False}, "columns"),
+        ({"name": "Arnoldi", "regularization": 0.5}, "parameters"),
+        ({"name": "GradDot"}, "parameters"),
+    ],
+    ids=str,
+)
+def test_show_calls_columns_parameters_only_where_they_are(
+    method: dict[str, Any], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_store(tmp_path / "s.zarr", method=method)
+    assert execute(["show", str(tmp_path / "s.zarr")]) == 0
+    assert f"4 test × 4 training examples, 11 {word}, float32" in capsys.readouterr().out
 
 
 def test_show_of_gradients_that_are_not_all_there_says_how_far_they_are(

@@ -215,6 +215,13 @@ def test_a_union_is_one_object_whose_rules_tell_what_belongs_to_which_name() -> 
     } in rules_of(conditioner)
 
 
+def test_an_output_is_not_the_store_that_is_read() -> None:
+    found = {rule["rule"] for rule in rules_of(spec_schema()) if rule["fieldPath"] == ".output.url"}
+    assert found == {
+        f"!has(self.{field}) || self.{field}.url != self.output.url" for field in ("factors", "gradients")
+    }
+
+
 def test_members_of_a_union_whose_fields_differ_in_kind_are_refused() -> None:
     def member(kind: str) -> Schema:
         field = {"type": kind, "description": "x"}

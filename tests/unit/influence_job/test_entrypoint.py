@@ -12,6 +12,7 @@ from torch import nn
 
 import traced_task
 from influence_job import entrypoint
+from influence_job.data import ArraySource
 from influence_job.errors import PermanentError, Reason
 
 TASK = "def task():\n    return None\n"
@@ -80,6 +81,22 @@ def test_what_the_scheduler_unpickles_needs_the_standard_library_alone() -> None
     code = f"import sys, influence_job.worker.parcel; print(sorted({unwanted} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_a_side_without_examples_is_refused_when_somebody_asks_for_them(side: str) -> None:
+    """Not every operation reads both."""
+    task = traced_task.task()
+    given = replace(task, **{side: ArraySource(*getattr(task, side).read(0, 0))})
+    checked = entrypoint.check_task(given, "traced_task:task")
+    other = "test" if side == "train" else "train"
+    assert getattr(checked, other) is getattr(task, other)
+    for ask in (len, lambda source: source.read(0, 1)):
+        with pytest.raises(
+            PermanentError, match=f"^{side}: expected examples, got an empty data set"
+        ) as refused:
+            ask(getattr(checked, side))
+        assert refused.value.reason is Reason.INVALID_DATA
 
 
 def test_a_model_on_the_meta_device_is_refused_with_the_cure() -> None:

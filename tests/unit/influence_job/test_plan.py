@@ -580,7 +580,7 @@ def test_top_lists_too_long_for_the_chunks_that_are_given_are_refused_with_what_
         "and merge top lists takes 2.01 GiB of a worker's memory, but 256 MiB are for it; lower it, set "
         "chunks.test to 372 or less, or raise workers.resources.limits.memory"
     )
-    make_plan(with_memory("1Mi", output={"topK": 10_000}, chunks={"test": 60}), Linear(row=10), measured)
+    make_plan(with_memory("128Mi", output={"topK": 10_000}, chunks={"test": 60}), Linear(row=10), measured)
     for fitting in (asked(1240, 3000), asked(10_000, 372)):
         make_plan(fitting, Linear(), measured)
     for too_much in (asked(1241, 3000), asked(10_000, 373)):
@@ -601,7 +601,8 @@ def test_influences_from_gradients_run_no_fit_and_read_no_training_example() -> 
     region, chunk, group = 300 * plan.train_chunk * 4, plan.train_chunk * 4000, 300 * 4000
     assert plan.memory["Scores"].device == 4000 + group + region
     few = from_gradients(sizes(stored_chunk=100), output={"topK": 1}).memory["Scores"]
-    assert few.host == few.device + 2 * chunk + 2 * region + max(group, making_bytes(300, 100, 1, 4))
+    rows = plan.test_chunk * 4000
+    assert few.host == few.device + 2 * chunk + 2 * region + max(rows, making_bytes(300, 100, 1, 4))
     on_gpu = from_gradients(sizes(stored_chunk=100), device="cuda").memory["Scores"]
     assert on_gpu.device == 4000 + 64 * MIB + group + region
 
@@ -623,6 +624,44 @@ def test_a_training_chunk_is_of_whole_chunks_of_stored_gradients_where_these_are
     plan = from_gradients(given, device="cuda", workers={"deviceMemory": "40Gi"})
     assert plan.train_chunk == chunk
     assert from_gradients(given, chunks={"train": 7}).train_chunk == 7
+
+
+def test_a_gpu_holds_more_factors_than_the_host_which_reads_those_of_one_test_chunk_at_a_time() -> None:
+    large = sizes(test=2000, train=5000, parameters=10**6)
+    plan = make_plan(with_memory("2Gi", device="cuda"), Linear(), large)
+    assert (plan.groups, plan.test_chunk) == (1, 64)
+    scores = plan.memory["Scores"]
+    assert scores.device > 2000 * 4 * 10**6
+    assert scores.host < 64 * 4 * 10**6 + 2 * 64 * MIB + 3 * 32 * MIB
+    small = make_plan(with_memory("384Mi", device="cuda"), Linear(), large)
+    assert small.test_chunk == 32
+    assert max(stage.host for stage in small.memory.values()) <= 384 * MIB
+    # Those of another job may be in chunks of any length.
+    other = make_plan(
+        with_memory("64Gi", device="cuda", operation="InfluencesFromFactors", factors={"url": "x"}),
+        Linear(),
+        large,
+    )
+    assert other.memory["Scores"].host > 2000 * 4 * 10**6
+
+
+@pytest.mark.parametrize(("device", "need"), [("cpu", "2.86"), ("cuda", "2.73")])
+def test_what_does_not_fit_beside_the_device_is_refused_by_the_memory_limit(device: str, need: str) -> None:
+    images = sizes(shapes=ModelShapes(**{**vars(sizes().shapes), "example_bytes": MIB}))
+
+    def with_limit(memory: str, train: int) -> InfluenceJobSpec:
+        return with_memory(memory, device=device, chunks={"test": 10, "train": train})
+
+    with pytest.raises(PermanentError) as caught:
+        make_plan(with_limit("2Gi", 1400), Linear(), images)
+    assert caught.value.reason is Reason.PLAN_IMPOSSIBLE
+    assert caught.value.message == (
+        f"spec.workers.resources.limits.memory: expected more than {need} GiB, which stage Fitting needs "
+        "beside what an idle worker takes, got 2Gi; raise it, or set smaller chunks (of 10 test and 1400 "
+        "training examples)"
+    )
+    make_plan(with_limit("2Gi", 700), Linear(), images)
+    make_plan(spec(device=device, chunks={"train": 1400}), Linear(), images)  # nothing says how much there is
 
 
 def test_passes_of_an_iterative_solver_are_told_apart() -> None:

@@ -171,6 +171,18 @@ def test_a_number_is_a_quantity_and_a_truth_value_is_none() -> None:
             "spec",
             "expected {url: store of a TrainingGradients job}",
         ),
+        *(
+            (
+                {"operation": operation, field: {"url": "gs://bucket/digits.zarr"}},
+                "spec",
+                f"expected another store than {field}.url, which the job reads and Overwrite would delete; "
+                "give the result a url of its own, got gs://bucket/digits.zarr for both",
+            )
+            for field, operation in (
+                ("factors", "InfluencesFromFactors"),
+                ("gradients", "InfluencesFromGradients"),
+            )
+        ),
         (
             {"operation": "TrainingGradients", "method": {"name": "Cg", "regularization": 1}},
             "spec",

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def plan(file: str, device: str | None, output: str | None, as_json: bool) -> None:
     """Plan the job in FILE: grid, groups, passes, bytes, memory per stage and a rough cost.
 
-    Calls the entry point here, to measure model and data; reads nothing else but the stored gradients that
-    the job is for, and writes nothing. A result larger than output.maxBytes, or work that cannot fit the
-    memory the spec grants, is refused with the numbers.
+    Calls the entry point here, to measure model and data; reads nothing else but the stored factors or
+    gradients that the job is for, and writes nothing. A result larger than output.maxBytes, or work that
+    cannot fit the memory the spec grants, is refused with the numbers.
 
     \b
     influence plan examples/digits.yaml
@@ -44,10 +44,11 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     from influence_job.worker.loading import measure_job
 
     sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
-    if job.spec.gradients is not None:
-        from influence_job.driver.earlier_job import read_record
+    if job.spec.earlier_store is not None:
+        from influence_job.driver.earlier_job import read_record, refuse_own_store
 
-        # Refused in the words of a run; factors that do not exist yet can be planned for.
+        # Refused in the words of a run.
+        refuse_own_store(job.spec)
         read_record(job.spec)
     sizes = measure_job(job.spec)
     made = make_plan(job.spec, method_of(job.spec), sizes)
@@ -95,6 +96,8 @@ def draw(job: InfluenceJob, sizes: Sizes, plan: Plan, console: Console) -> None:
 
 
 def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
+    from influence_job.plan import top_lists
+
     method = job.spec.method.name
     what = f"{job.metadata.name}: {plan.operation} ({plan.mode}) with {method} on {job.spec.resolved_device}"
     tests = "" if plan.operation.is_of_training else f"{plan.test} test, "
@@ -110,7 +113,12 @@ def _lines(job: InfluenceJob, sizes: Sizes, plan: Plan) -> list[str]:
         )
         groups = "1 group of test chunks" if plan.groups == 1 else f"{plan.groups} groups of test chunks"
         over = "the training set" if plan.operation.reads_training else "the stored gradients"
-        lines.append(f"  groups     {groups}: one pass over {over} each")
+        why = ""
+        if plan.groups > 1:
+            with_one_less = -(-plan.test_chunks // (plan.groups - 1)) * plan.test_chunk
+            if top_lists.most_rows(job.spec, sizes) < with_one_less:
+                why = f"; of more test examples the top {plan.top_k} would not fit a worker's memory"
+        lines.append(f"  groups     {groups}: one pass over {over} each{why}")
     purpose = "to differentiate" if plan.gradients_only else "to score"
     passes = (
         f"{plan.training_passes} over the training set ({plan.fit_passes} to fit, "

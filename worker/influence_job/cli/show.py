@@ -156,7 +156,7 @@ def _headline(summary: Summary) -> list[str]:
     state = "complete" if summary.finished else f"not finished: {_how_far(summary)}"
     lines = [
         f"{summary.url}: {record.get('name')}, {plan['operation']} ({plan['mode']}), {state}",
-        f"  {_examples(plan)}, {sum(plan['blocks'].values())} {_columns(plan)}{_stored(summary)}",
+        f"  {_examples(plan)}, {sum(plan['blocks'].values())} {_columns(plan, method)}{_stored(summary)}",
         f"  method {method['name']}"
         + (f", regularization {method['regularization']}" if "regularization" in method else ""),
         *_left_out(record.get("provenance", {}).get("leftOut", {})),
@@ -188,8 +188,12 @@ def _examples(plan: dict[str, Any]) -> str:
     return training if alone else f"{plan['test']} test × {training}{_parts(plan)}"
 
 
-def _columns(plan: dict[str, Any]) -> str:
-    return "columns" if plan["operation"] == Operation.TRAINING_GRADIENTS else "parameters"
+def _columns(plan: dict[str, Any], method: dict[str, Any]) -> str:
+    """What the widths of blocks count: with methods that project, or have every parameter once per
+    checkpoint, no parameters.
+    """
+    other = method["name"] in ("Logra", "TracIn", "Trak") or method.get("complement") is False
+    return "columns" if other or plan["operation"] == Operation.TRAINING_GRADIENTS else "parameters"
 
 
 def _parts(plan: dict[str, Any]) -> str:

@@ -5,19 +5,20 @@ It must be complete, and of the same model and method.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from influence_job.driver.fingerprints import UNTRACKED, all_differences
 from influence_job.errors import PermanentError, Reason
 from influence_job.spec import InfluenceJobSpec
 from influence_job.storage import arrays
-from influence_job.storage.fingerprint import differences
 from influence_job.storage.store import Store
 from influence_job.worker.factors import factor_path
 from influence_job.worker.training_gradients import gradient_path
 
-SHARED = ("numericsVersion", "method", "precision", "model")
+SHARED = ("numericsVersion", "method", "precision", "model", UNTRACKED)
 """Parts of the fingerprint in which both jobs agree. The data of one side may differ: others are scored."""
 
 
@@ -26,7 +27,9 @@ class Taken:
     """What a job takes from an earlier one."""
 
     what: str
-    """factors or gradients: the field that names the store, and the part of the fingerprint for them."""
+    """factors or gradients: what the part of the fingerprint for them is called."""
+    field: str
+    """The field that names the store."""
     url: str
     maker: str
     """Whose store it is."""
@@ -36,40 +39,72 @@ class Taken:
     """Whose coordinates come along: test or train."""
     shared: tuple[str, ...]
 
-    @property
-    def field(self) -> str:
-        return f"spec.{self.what}.url"
-
 
 def taken(spec: InfluenceJobSpec) -> Taken | None:
     """What the operation takes; None for those that make all themselves."""
     if spec.factors is not None:
         maker = "an InfluenceFactors job"
         shared = (*SHARED, "factorDtype")
-        return Taken("factors", spec.factors.url, maker, factor_path(0), "test", shared)
+        return Taken("factors", spec.earlier_field, spec.factors.url, maker, factor_path(0), "test", shared)
     if spec.gradients is not None:
         maker = "a TrainingGradients job"
-        return Taken("gradients", spec.gradients.url, maker, gradient_path(0), "train", SHARED)
+        return Taken(
+            "gradients", spec.earlier_field, spec.gradients.url, maker, gradient_path(0), "train", SHARED
+        )
     return None
+
+
+def refuse_own_store(spec: InfluenceJobSpec) -> None:
+    """Refuses an output that is, or holds, the store that the job reads, however the two urls are written:
+    Overwrite would delete that too. Touches neither.
+
+    Raises:
+        PermanentError: INVALID_SPEC.
+    """
+    wanted = taken(spec)
+    if wanted is None:
+        return
+    read, written = _place(wanted.url), _place(spec.output.url)
+    if f"{read}/".startswith(f"{written}/"):
+        raise PermanentError(
+            Reason.INVALID_SPEC,
+            f"spec.output.url: expected another place than that of {wanted.field}, whose {wanted.what} the "
+            f"job reads, got {spec.output.url}, where {read} lies; give the result an output.url of its own",
+        )
+
+
+def _place(url: str) -> str:
+    """One url of a store for all that lead to it: of files the path, without links."""
+    if "://" in url and not url.startswith("file://"):
+        return url.rstrip("/")
+    with Store.open(url) as store:
+        return os.path.realpath(store.url)
+
+
+def _open(spec: InfluenceJobSpec, wanted: Taken) -> Store:
+    """The store that is read, whose errors name its field."""
+    return arrays.of_earlier_job(Store.open(wanted.url, spec.output.storage_options), wanted.field)
 
 
 def read_record(spec: InfluenceJobSpec) -> dict[str, Any] | None:
     """What the earlier job noted at the root of its store; None for the other operations.
 
     Raises:
-        PermanentError: no store of ours, one that is not finished, or one of another operation.
+        PermanentError: no store of ours, one that is not finished or is damaged, or one of another operation.
     """
     wanted = taken(spec)
     if wanted is None:
         return None
-    with Store.open(wanted.url, spec.output.storage_options) as store:
+    with _open(spec, wanted) as store:
         record = dict(arrays.read_attributes(store).get(arrays.OURS, {}))
-        if record.get("finished") is True and not arrays.has_array(store, wanted.array):
-            raise PermanentError(
-                Reason.INVALID_SPEC,
-                f"{wanted.field}: expected the store of {wanted.maker}, got {wanted.url}, of operation "
-                f"{record['plan']['operation']}, which holds no {wanted.what}",
-            )
+        if record.get("finished") is True:
+            if not arrays.has_array(store, wanted.array):
+                raise PermanentError(
+                    Reason.INVALID_SPEC,
+                    f"{wanted.field}: expected the store of {wanted.maker}, got {wanted.url}, of operation "
+                    f"{record['plan']['operation']}, which holds no {wanted.what}",
+                )
+            arrays.array_info(store, wanted.array)
     if not record:
         raise PermanentError(
             Reason.INVALID_SPEC,
@@ -128,7 +163,7 @@ def copy_coordinates(
     if wanted is None or record is None:
         return ()
     names = tuple(name for name in record.get("annotations", []) if name.startswith(f"{wanted.side}_"))
-    with Store.open(wanted.url, spec.output.storage_options) as source:
+    with _open(spec, wanted) as source:
         for name in names:
             arrays.copy_array(source, store, name, guard)
     return names
@@ -144,7 +179,7 @@ def refuse_other(spec: InfluenceJobSpec, record: dict[str, Any] | None, fingerpr
     if wanted is None or record is None:
         return
     stored = {name: record["fingerprint"].get(name) for name in wanted.shared}
-    found = differences(stored, {name: fingerprint.get(name) for name in wanted.shared})
+    found = all_differences(stored, {name: fingerprint.get(name) for name in wanted.shared})
     if found:
         lines = "".join(f"\n  {line}" for line in found)
         raise PermanentError(

@@ -9,10 +9,14 @@ from influence_job import entrypoint
 from influence_job.errors import PermanentError, Reason
 from influence_job.numerics import NUMERICS_VERSION
 from influence_job.spec import InfluenceJobSpec
-from influence_job.storage.fingerprint import differences
+from influence_job.storage.fingerprint import Fingerprint, differences
 from influence_job.worker.loading import Loaded
 
 SOURCE_CURE = "use another output.url, or output.onExisting: Overwrite to throw away what is stored"
+UNTRACKED = "untracked"
+"""The part that says which parameters are not differentiated; of one model that says which are."""
+SHOWN_NAMES = 3
+"""Names of parameters in a sentence: there may be thousands."""
 
 
 def of_spec(
@@ -49,7 +53,34 @@ def _known(value: Any) -> Any:
 def with_model(partial: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
     """The whole of it, once a worker has loaded the model and the data."""
     data = _known({"train": loaded.train_identity, "test": loaded.test_identity})
-    return {**partial, "model": loaded.model_digest, "data": data}
+    untracked = loaded.left_out[UNTRACKED]
+    return {**partial, "model": loaded.model_digest, UNTRACKED: untracked, "data": data}
+
+
+def all_differences(stored: Fingerprint, given: Fingerprint) -> list[str]:
+    """One sentence for each part that differs; of tracked parameters by the names in which they do."""
+    rest = ({name: part for name, part in of.items() if name != UNTRACKED} for of in (stored, given))
+    return [*differences(*rest), *_untracked_differences(stored.get(UNTRACKED), given.get(UNTRACKED))]
+
+
+def _untracked_differences(stored: list[str] | None, given: list[str] | None) -> Iterator[str]:
+    if stored is None or given is None:
+        return
+    alone = {"the store": _without(stored, given), "this job": _without(given, stored)}
+    told = [f"{who} alone leaves out {_counted(names)}" for who, names in alone.items() if names]
+    if told:
+        yield f"untracked parameters: {', '.join(told)}; InfluenceTask.parameters and requires_grad decide"
+
+
+def _without(names: list[str], others: list[str]) -> list[str]:
+    known = set(others)
+    return [name for name in names if name not in known]
+
+
+def _counted(names: list[str]) -> str:
+    """How many, and the first of them."""
+    shown = names if len(names) <= SHOWN_NAMES else [*names[:SHOWN_NAMES], "…"]
+    return f"{len(names)} ({', '.join(shown)})"
 
 
 def plan_differences(spec: InfluenceJobSpec, stored_plan: dict[str, Any] | None) -> list[str]:
@@ -95,7 +126,7 @@ def refuse_differences(
     Raises:
         PermanentError: STORE_MISMATCH, with every difference.
     """
-    found = (differences(stored, given) if stored is not None else []) + more
+    found = (all_differences(stored, given) if stored is not None else []) + more
     if found:
         lines = "".join(f"\n  {line}" for line in found)
         raise PermanentError(

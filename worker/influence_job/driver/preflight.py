@@ -53,6 +53,7 @@ def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:
         PermanentError: the task, the output or what it holds does not allow this job.
     """
     entrypoint.find(spec.task.entrypoint)
+    earlier_job.refuse_own_store(spec)
     earlier = earlier_job.read_record(spec)
     fingerprint = fingerprints.of_spec(spec, **earlier_job.digests(spec, earlier))
     earlier_job.refuse_other(spec, earlier, fingerprint)

@@ -29,6 +29,8 @@ COLUMN_BYTES = {Mode.UP: 1 * MIB, Mode.PERTURBATION: 8 * MIB}
 READ_BYTES = 64 * MIB
 """Of the training examples of one chunk; two chunks are in memory at once."""
 LARGEST_TEST_CHUNK = 256
+IDLE_WORKER_BYTES = 256 * MIB
+"""Where the memory limit is less, no cluster runs the job: it makes small plans, to be run without one."""
 FACTOR_TASKS = 16
 """Chunks that the test examples are divided into when there are enough of them."""
 RANGE_EXAMPLES, MOST_RANGES = 128, 32
@@ -117,8 +119,7 @@ def _capture(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: 
     In place of it a chunk of stored gradients, which on cpu is where it was read to.
     """
     if not spec.operation.reads_training:
-        on_host = memory.factor_copies(spec) > 1
-        return 0 if on_host else max(READ_BYTES, _training_bytes(spec, sizes))
+        return 0 if memory.on_host(spec) else max(READ_BYTES, _training_bytes(spec, sizes))
     by_token = spec.operation is Operation.INFLUENCES_BY_TOKEN
     products = product_bytes(sizes.shapes, micro_batch) if by_token else 0
     return method.footprint(sizes.shapes, micro_batch, 1).capture + products
@@ -180,6 +181,11 @@ def _test_chunk(
     def fits(rows: int) -> bool:
         return rows <= most_rows and _differentiated(spec, method, sizes, micro_batch, rows) <= budget
 
+    def fits_host_too(rows: int) -> bool:
+        # What is brought to the host, or read there, at once; where it is the device, that counts it.
+        brought = 0 if memory.on_host(spec) else rows * max(sizes.blocks.values()) * sizes.itemsize
+        return fits(rows) and brought <= memory.host_budget(spec) // 2
+
     if given is not None:
         rows = min(given, sizes.test)
         if not fits(rows):
@@ -196,14 +202,14 @@ def _test_chunk(
     if spec.operation is Operation.TRAINING_GRADIENTS:
         # A job that scores them reads whole chunks.
         wanted = min(wanted, max(1, READ_BYTES // (sum(sizes.blocks.values()) * sizes.itemsize)))
-        return _largest_power(1, min(wanted, most_rows), fits)
-    if method.solves_by_passes and fits(wanted):
+        return _largest_power(1, min(wanted, most_rows), fits_host_too)
+    if method.solves_by_passes and fits_host_too(wanted):
         return wanted
     if most_rows >= sizes.test:
-        return _largest_power(1, wanted, fits)
+        return _largest_power(1, wanted, fits_host_too)
     # Several groups: chunks that fill a group leave no memory unused.
     pieces = -(-most_rows // wanted)
-    while most_rows // pieces > 1 and not fits(most_rows // pieces):
+    while most_rows // pieces > 1 and not fits_host_too(most_rows // pieces):
         pieces += 1
     return most_rows // pieces
 
@@ -247,7 +253,7 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
     """Bytes per worker of each stage that computes."""
     shapes = sizes.shapes
     footprint = method.footprint(shapes, plan.micro_batch, plan.test_chunk_length)
-    on_host = memory.factor_copies(spec) > 1
+    on_host = memory.on_host(spec)
     rows = plan.test_chunk_length
     reads = 2 * plan.train_chunk_length * _training_bytes(spec, sizes)
     tests = rows * sizes.test_example_bytes
@@ -287,7 +293,9 @@ def _stages(spec: InfluenceJobSpec, method: Method, sizes: Sizes, plan: Plan) ->
             used = max(used, _resident(method, sizes) + reads // 2)
         device = used + group + region
         scratch += top_lists.stored(plan) + (plan.ranked_bytes if plan.dense else 0)
-        scoring = reads + 2 * region + max(group, top_lists.making(plan))
+        # An earlier job's factors may be in longer chunks.
+        loaded = group if spec.factors else min(rows, plan.group_rows) * _factor_row(spec, method, sizes)
+        scoring = reads + 2 * region + max(loaded, top_lists.making(plan))
         # Merging begins when all regions are done: on a processor less of the device's part is left.
         gone = device - _resident(method, sizes) - group if on_host else 0
         stages["Scores"] = stage(device, max(scoring, top_lists.merging(plan) - gone))
@@ -319,7 +327,8 @@ def _refuse_large_result(spec: InfluenceJobSpec, plan: Plan) -> None:
 
 
 def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
-    budget = memory.device_budget(spec)
+    budget, limit = memory.device_budget(spec), spec.worker_limits.get("memory")
+    most = None if limit is None else max(limit.bytes, IDLE_WORKER_BYTES)
     for name, stage in plan.memory.items():
         if stage.device <= budget:
             continue
@@ -330,3 +339,11 @@ def _refuse_large_stage(spec: InfluenceJobSpec, plan: Plan) -> None:
                 spec, f"{need} for regions of {region} examples", ", or set smaller chunks"
             )
         raise memory.impossible(spec, need)
+    for name, stage in plan.memory.items():
+        if most is not None and stage.host > most:
+            raise PermanentError(
+                Reason.PLAN_IMPOSSIBLE,
+                f"spec.workers.resources.limits.memory: expected more than {in_words(stage.host)}, which "
+                f"stage {name} needs beside what an idle worker takes, got {limit}; raise it, or set smaller "
+                f"chunks (of {plan.test_chunk_length} test and {plan.train_chunk_length} training examples)",
+            )

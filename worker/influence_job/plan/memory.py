@@ -33,6 +33,11 @@ class StageMemory(SpecModel):
     scratch: int = Field(description="In the store beside the result, over the whole job.")
 
 
+def on_host(spec: InfluenceJobSpec) -> bool:
+    """Whether what is on the device is in the worker's own memory."""
+    return spec.resolved_device is Device.CPU
+
+
 def device_budget(spec: InfluenceJobSpec) -> int:
     """Bytes that the plan may use on a worker's device."""
     if spec.resolved_device is Device.CUDA:
@@ -42,12 +47,16 @@ def device_budget(spec: InfluenceJobSpec) -> int:
     return CPU_BUDGET if limit is None else limit.bytes // 2
 
 
-def top_lists_budget(spec: InfluenceJobSpec) -> int:
-    """Bytes that top lists may take of a worker's memory: half of what the device's budget leaves."""
+def host_budget(spec: InfluenceJobSpec) -> int:
+    """Bytes of a worker's memory that the device's budget leaves, an idle worker's part among them."""
     limit = spec.worker_limits.get("memory")
     memory = 2 * CPU_BUDGET if limit is None else limit.bytes
-    left = memory - (device_budget(spec) if spec.resolved_device is Device.CPU else 0)
-    return max(TOP_LISTS_BUDGET, left // 2)
+    return memory - (device_budget(spec) if on_host(spec) else 0)
+
+
+def top_lists_budget(spec: InfluenceJobSpec) -> int:
+    """Bytes that top lists may take of a worker's memory."""
+    return max(TOP_LISTS_BUDGET, host_budget(spec) // 2)
 
 
 def budget_field(spec: InfluenceJobSpec) -> str:
@@ -59,7 +68,7 @@ def budget_field(spec: InfluenceJobSpec) -> str:
 
 def factor_copies(spec: InfluenceJobSpec) -> int:
     """Copies of a group's factors while it is loaded: what was read, and what the device holds."""
-    return 2 if spec.resolved_device is Device.CPU else 1
+    return 2 if on_host(spec) else 1
 
 
 def factor_row_bytes(spec: InfluenceJobSpec, footprint: Footprint, shapes: ModelShapes, itemsize: int) -> int:

@@ -272,6 +272,11 @@ class InfluenceJobSpec(SpecModel):
         return None if given is None else given.url
 
     @property
+    def earlier_field(self) -> str:
+        """The field that names it."""
+        return f"spec.{'gradients' if self.factors is None else 'factors'}.url"
+
+    @property
     def worker_limits(self) -> dict[str, Quantity]:
         """Resource limits of a worker: its own before those of `podDefaults`."""
         return {**self.pod_defaults.resources.limits, **self.workers.resources.limits}

@@ -113,6 +113,14 @@ _SOURCES = (
 )
 """Field that names the store of an earlier job, the operation that needs it, and whose store it is."""
 
+
+def _own_output(field: str) -> str:
+    return (
+        f"expected another store than {field}.url, which the job reads and Overwrite would delete; give the "
+        "result a url of its own"
+    )
+
+
 OPERATION_RULES = (
     *(
         made
@@ -129,6 +137,11 @@ OPERATION_RULES = (
                 f"only for operation {operation}; remove it or change operation",
                 field,
                 Refusal.FORBIDDEN,
+            ),
+            rule(
+                f"!has(self.{field}) || self.{field}.url != self.output.url",
+                _own_output(field),
+                "output.url",
             ),
         )
     ),
@@ -177,13 +190,16 @@ def check_operation(spec: InfluenceJobSpec) -> None:
 
 def _check_sources(spec: InfluenceJobSpec) -> None:
     for field, operation, maker in _SOURCES:
-        given = getattr(spec, field) is not None
+        source = getattr(spec, field)
+        given = source is not None
         if spec.operation is operation and not given:
             raise refuse(field, f"expected {{url: store of {maker}}} for {operation}")
         if spec.operation is not operation and given:
             raise refuse(
                 field, f"only for operation {operation}, got {spec.operation}; remove it or change it"
             )
+        if given and source.url == spec.output.url:
+            raise refuse("output.url", f"{_own_output(field)}, got {spec.output.url} for both")
 
 
 def _check_mode(spec: InfluenceJobSpec) -> None:

@@ -75,6 +75,8 @@ class ArrayInfo:
 
 _known: WeakKeyDictionary[Store, dict[str, ArrayInfo]] = WeakKeyDictionary()
 """Metadata does not change while a store is open, so it is read once."""
+_fields: WeakKeyDictionary[Store, str] = WeakKeyDictionary()
+"""The fields that name stores of earlier jobs."""
 
 
 def create_array(
@@ -125,7 +127,7 @@ def array_info(store: Store, path: str) -> ArrayInfo:
     if path not in known:
         document = store.get_json(f"{path}/zarr.json")
         if document is None:
-            raise _corrupt(store, path, "expected an array, found no zarr.json")
+            raise corrupt(store, path, "expected an array, found no zarr.json")
         known[path] = _parse(store, path, document)
     return known[path]
 
@@ -138,6 +140,14 @@ def has_array(store: Store, path: str) -> bool:
 def forget(store: Store) -> None:
     """Drops what was remembered of the store's arrays, for they were deleted."""
     _known.pop(store, None)
+
+
+def of_earlier_job(store: Store, field: str) -> Store:
+    """The same store, known as that of an earlier job, which `field` names: what is corrupt there only the
+    job that made it makes again.
+    """
+    _fields[store] = field
+    return store
 
 
 def write_chunk(store: Store, path: str, chunk_index: Sequence[int], block: np.ndarray[Any, Any]) -> str:
@@ -167,7 +177,7 @@ def read_chunk(store: Store, path: str, chunk_index: Sequence[int]) -> np.ndarra
     info = array_info(store, path)
     block = _read(store, path, info, chunk_index)
     if block is None:
-        raise _corrupt(store, _chunk_path(path, chunk_index), "expected a chunk, found no object")
+        raise corrupt(store, _chunk_path(path, chunk_index), "expected a chunk, found no object")
     return block
 
 
@@ -204,7 +214,7 @@ def copy_array(source: Store, store: Store, path: str, guard: Callable[[], None]
         for index, (name, data) in zip(info.indices(), source.get_many(paths), strict=True):
             guard()
             if data is None:
-                raise _corrupt(source, name, "expected a chunk, found no object")
+                raise corrupt(source, name, "expected a chunk, found no object")
             _decode(source, path, info, index, data)
             yield name, data
 
@@ -319,7 +329,7 @@ def _decode(
     body = without_checksum(data)
     expected = math.prod(info.chunks) * info.dtype.itemsize
     if body is None or len(body) != expected:
-        raise _corrupt(
+        raise corrupt(
             store,
             _chunk_path(path, index),
             f"expected {expected} bytes and their crc32c, got {len(data)} bytes that do not match",
@@ -343,9 +353,7 @@ def _parse(store: Store, path: str, document: Mapping[str, Any]) -> ArrayInfo:
             attributes={name: value for name, value in attributes.items() if name != OURS},
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise _corrupt(
-            store, f"{path}/zarr.json", f"no array metadata as a job writes it: {error}"
-        ) from error
+        raise corrupt(store, f"{path}/zarr.json", f"no array metadata as a job writes it: {error}") from error
 
 
 def _seal(document: Mapping[str, Any]) -> str:
@@ -354,8 +362,12 @@ def _seal(document: Mapping[str, Any]) -> str:
     return f"{google_crc32c.value(sealed.encode()):08x}"
 
 
-def _corrupt(store: Store, path: str, what: str) -> PermanentError:
+def corrupt(store: Store, path: str, what: str) -> PermanentError:
+    """The error for an object that is missing or damaged, with who makes it again."""
+    found, field = f"{store.url}/{path}: {what}; restore the object, or ", _fields.get(store)
+    if field is None:
+        return PermanentError(Reason.STORE_CORRUPT, f"{found}start anew with output.onExisting: Overwrite")
     return PermanentError(
         Reason.STORE_CORRUPT,
-        f"{store.url}/{path}: {what}; restore the object, or start anew with output.onExisting: Overwrite",
+        f"{field}: {found}run the job that made it again with output.onExisting: Overwrite",
     )

@@ -12,9 +12,11 @@ from influence_calculator.maths.finite import finite_rows
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
 from influence_calculator.maths.objective import IndexedBatch, Objective, micro_batches
+from influence_job.errors import PermanentError, Reason
 from influence_job.plan.basis import Basis, stored_basis
 from influence_job.spec import Mode
 from influence_job.storage import arrays
+from influence_job.storage.arrays import ArrayInfo
 from influence_job.storage.ledger import Row
 from influence_job.storage.store import Store
 from influence_job.worker.annotations import write_annotations
@@ -102,42 +104,54 @@ def load_group(own: Session, group: int) -> Left:
     parameter.
     """
     start, stop = own.plan.group_range(group)
-    loaded: Left = {}
-    for number, block in enumerate(own.layout.blocks):
-        width = own.layout.factor_widths[block]
-        rows = read_rows(own, own.factor_store, factor_path(number), start, stop, width)
-        basis = Basis(arrays.array_info(own.factor_store, factor_path(number)).attributes["basis"])
-        loaded[block] = _resident(own, block, rows, basis)
-    return loaded
+    return {
+        block: _resident(own, number, block, start, stop) for number, block in enumerate(own.layout.blocks)
+    }
 
 
-def _resident(own: Session, block: str, rows: Tensor, basis: Basis) -> Tensor:
-    """A block's rows on the device, in the basis that the mode takes; moved and turned a few at a time."""
-    by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
-    wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
-    turns = []
-    if basis is not wanted:
-        turns.append(own.fitted.left if wanted is Basis.METHOD else own.fitted.factors)
-    if not by_parameter and own.spec.operation.reads_training:
-        turns.append(own.fitted.scored)
-    in_place = (rows.device, rows.dtype) == (own.device, own.resident_dtype)
-    resident = rows if in_place else torch.empty_like(rows, device=own.device, dtype=own.resident_dtype)
-    at_once = max(1, TURNED_ELEMENTS // max(1, rows.shape[1]))
-    pieces = rows.split(at_once)
-    for piece, target in zip(pieces, pieces if in_place else resident.split(at_once)):
-        turned = {block: piece.to(own.device)}
-        for turn in turns:
-            turned = turn(turned)
-        if turned[block] is not target:
+def _resident(own: Session, number: int, block: str, start: int, stop: int) -> Tensor:
+    """A block's rows `start` to `stop` on the device, in the basis that the mode takes; read one stored
+    chunk of examples at a time, moved and turned a few at a time.
+    """
+    path, width = factor_path(number), own.layout.factor_widths[block]
+    stored = arrays.array_info(own.factor_store, path)
+    turns = _turns(own, Basis(stored.attributes["basis"]))
+    resident = torch.empty(stop - start, width, device=own.device, dtype=own.resident_dtype)
+    at_once = max(1, TURNED_ELEMENTS // max(1, width))
+    height = stored.chunks[0]
+    for chunk in range(start // height, -(-stop // height)):
+        first, last = max(start, chunk * height), min(stop, (chunk + 1) * height)
+        rows = read_rows(own, own.factor_store, path, block, first, last)
+        for piece, target in zip(rows.split(at_once), resident[first - start : last - start].split(at_once)):
+            turned = {block: piece.to(own.device)}
+            for turn in turns:
+                turned = turn(turned)
             target.copy_(turned[block])
     return resident
 
 
-def read_rows(own: Session, store: Store, path: str, start: int, stop: int, width: int) -> Tensor:
-    """Rows `start` to `stop` of an array `[…, width]`, which may be another job's, on the host."""
+def _turns(own: Session, basis: Basis) -> list[Callable[[Left], Left]]:
+    """From the basis of the store to how the mode takes factors."""
+    by_parameter = own.spec.mode is Mode.PERTURBATION or own.plan.by_token
+    wanted = Basis.PARAMETERS if by_parameter else Basis.METHOD
+    turns: list[Callable[[Left], Left]] = []
+    if basis is not wanted:
+        turns.append(own.fitted.left if wanted is Basis.METHOD else own.fitted.factors)
+    if not by_parameter and own.spec.operation.reads_training:
+        turns.append(own.fitted.scored)
+    return turns
+
+
+def read_rows(own: Session, store: Store, path: str, block: str, start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of a block's array, which may be another job's, on the host.
+
+    Raises:
+        PermanentError: STORE_MISMATCH where it is of another block, or of other columns.
+    """
+    info, width = arrays.array_info(store, path), own.layout.factor_widths[block]
+    _refuse_other(own, store, path, info, block, width)
     # Memory that torch allocated: the alignment of foreign memory changes bits.
     into = torch.empty(stop - start, width, dtype=own.result_dtype)
-    info = arrays.array_info(store, path)
     height, across = info.chunks
     for i in range(start // height, -(-stop // height)):
         for j in range(info.grid[1]):
@@ -146,6 +160,23 @@ def read_rows(own: Session, store: Store, path: str, start: int, stop: int, widt
             rows = chunk[first - i * height : stop - i * height]
             into[first - start : first - start + len(rows), j * across : j * across + chunk.shape[1]] = rows
     return into
+
+
+def _refuse_other(own: Session, store: Store, path: str, info: ArrayInfo, block: str, width: int) -> None:
+    """Refuses an array whose columns are not those of a block."""
+    kept = (info.attributes.get("block", block), info.shape[1])
+    if kept == (block, width):
+        return
+    if store is own.store:
+        field, cure = "spec.output.url", "start anew with output.onExisting: Overwrite"
+    else:
+        maker = "a TrainingGradients" if own.spec.factors is None else "an InfluenceFactors"
+        field, cure = own.spec.earlier_field, f"take the store of {maker} job with the same task and method"
+    raise PermanentError(
+        Reason.STORE_MISMATCH,
+        f"{field}: {store.url}/{path} holds {kept[1]} columns of block {kept[0]!r}, this job has {width} of "
+        f"block {block!r}; {cure}",
+    )
 
 
 def _gradients(own: Session, objective: Objective, indexed: IndexedBatch) -> Left:

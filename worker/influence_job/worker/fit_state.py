@@ -17,7 +17,7 @@ from torch import Tensor
 
 from influence_calculator.maths.method import FitPass, FitState, Method, Sums
 from influence_calculator.maths.objective import Objective
-from influence_job.errors import PermanentError, Reason
+from influence_job.storage import arrays
 from influence_job.storage.store import Store
 from influence_job.worker import tensor_file
 
@@ -95,11 +95,8 @@ def read_tensors(store: Store, path: str, device: torch.device) -> dict[str, Ten
     """
     data = store.get(path)
     if data is None:
-        raise PermanentError(
-            Reason.STORE_CORRUPT,
-            f"{store.url}: {path} is missing although the ledger holds it; set output.onExisting: Overwrite",
-        )
-    return {name: tensor.to(device) for name, tensor in tensor_file.unpack(data, f"{store.url}/{path}")}
+        raise arrays.corrupt(store, path, "expected a tensor file, as the ledger has it, found no object")
+    return {name: tensor.to(device) for name, tensor in tensor_file.unpack(data, store, path)}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def adopt(store: Store, model: nn.Module, identity: JobIdentity) -> str:
     if data is None:
         raise PermanentError(Reason.STORE_CORRUPT, f"{store.url}: {PATH} is missing beside {OWNER_PATH}")
     own = {name: _kind(tensor) for name, tensor in named_tensors(model).items()}
-    stored = {name: _kind(tensor) for name, tensor in tensor_file.unpack(data, f"{store.url}/{PATH}")}
+    stored = {name: _kind(tensor) for name, tensor in tensor_file.unpack(data, store, PATH)}
     if own != stored:
         problems = [name for name in own.keys() | stored.keys() if own.get(name) != stored.get(name)]
         raise PermanentError(
@@ -105,7 +105,7 @@ def adopt(store: Store, model: nn.Module, identity: JobIdentity) -> str:
         )
     with torch.no_grad():
         tensors = named_tensors(model)
-        for name, tensor in tensor_file.unpack(data, f"{store.url}/{PATH}"):
+        for name, tensor in tensor_file.unpack(data, store, PATH):
             tensors[name].copy_(tensor)
     return str(owner["digest"])
 

@@ -30,6 +30,7 @@ from influence_job.identity import JobIdentity
 from influence_job.methods import method_of
 from influence_job.plan import Plan
 from influence_job.spec import Device, FactorDtype, InfluenceJobSpec, Operation, Precision
+from influence_job.storage import arrays
 from influence_job.storage.store import Store
 from influence_job.task import DataSource, InfluenceTask
 from influence_job.worker import environment, model_state
@@ -134,7 +135,10 @@ class Session:
     def fit_store(self) -> Store:
         """Where the fit lies: this store, or the one of an earlier job, with its factors or gradients."""
         url = self.spec.earlier_store
-        return self.store if url is None else Store.open(url, self.spec.output.storage_options)
+        if url is None:
+            return self.store
+        store = Store.open(url, self.spec.output.storage_options)
+        return arrays.of_earlier_job(store, self.spec.earlier_field)
 
     @property
     def factor_store(self) -> Store:

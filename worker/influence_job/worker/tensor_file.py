@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_job.errors import PermanentError, Reason
+from influence_job.storage import arrays
+from influence_job.storage.store import Store
 
 _DTYPES = "__dtypes__"
 
@@ -30,8 +31,8 @@ def pack(tensors: Mapping[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(data: bytes, what: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by name, each in memory that torch owns, one at a time.
+def unpack(data: bytes, store: Store, path: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name, each in memory that torch owns, one at a time, of what was read at `path`.
 
     Raises:
         PermanentError: STORE_CORRUPT if a checksum does not match.
@@ -42,10 +43,7 @@ def unpack(data: bytes, what: str) -> Iterator[tuple[str, Tensor]]:
                 value = torch.from_numpy(archive[str(index)]).clone()
                 yield name, value.view(torch.bfloat16) if dtype == "bfloat16" else value
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise PermanentError(
-            Reason.STORE_CORRUPT,
-            f"{what}: expected an intact tensor file, got {error}; restore it, or delete the store",
-        ) from error
+        raise arrays.corrupt(store, path, f"expected an intact tensor file, got {error}") from error
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:

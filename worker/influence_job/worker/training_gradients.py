@@ -48,8 +48,8 @@ def load_gradients(own: Session, start: int, stop: int) -> tuple[Left, str]:
     """Stored gradients of training examples `start` to `stop`, on the host, and their digest."""
     state = hashlib.blake2b(digest_size=16)
     loaded: Left = {}
-    for number, (block, width) in enumerate(own.layout.factor_widths.items()):
-        rows = read_rows(own, own.fit_store, gradient_path(number), start, stop, width)
+    for number, block in enumerate(own.layout.factor_widths):
+        rows = read_rows(own, own.fit_store, gradient_path(number), block, start, stop)
         state.update(arrays.digest(as_array(rows)).encode())
         loaded[block] = rows
     return loaded, state.hexdigest()

@@ -164,6 +164,20 @@ def test_a_changed_byte_of_the_metadata_is_an_error_or_changes_nothing(store: St
     assert refused > len(whole) / 3
 
 
+def test_what_is_corrupt_in_the_store_of_an_earlier_job_is_for_that_job_to_make_again(store: Store) -> None:
+    """To overwrite the present job's result would delete that, and help nothing."""
+    with pytest.raises(PermanentError) as caught:
+        arrays.array_info(store, "a")
+    place = f"{store.url}/a: expected an array, found no zarr.json; restore the object, or "
+    assert caught.value.message == f"{place}start anew with output.onExisting: Overwrite"
+    with pytest.raises(PermanentError) as caught:
+        arrays.array_info(arrays.of_earlier_job(store, "spec.gradients.url"), "a")
+    assert caught.value.reason is Reason.STORE_CORRUPT
+    assert caught.value.message == (
+        f"spec.gradients.url: {place}run the job that made it again with output.onExisting: Overwrite"
+    )
+
+
 def test_a_chunk_that_was_never_written_is_no_region(store: Store) -> None:
     arrays.create_array(store, "a", (4,), (2,), "float32", ("test",))
     with pytest.raises(PermanentError, match="a/c/1: expected a chunk, found no object"):

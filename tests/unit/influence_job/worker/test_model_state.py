@@ -107,10 +107,10 @@ def test_tensors_without_the_note_of_whose_they_are_are_not_taken(
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
 )
-def test_a_tensor_file_keeps_every_bit_of_every_dtype(dtype: torch.dtype) -> None:
+def test_a_tensor_file_keeps_every_bit_of_every_dtype(dtype: torch.dtype, store: Store) -> None:
     tensors = {"a/b.weight": torch.randn(3, 4).to(dtype), "scalar": torch.ones((), dtype=dtype)}
     data = tensor_file.pack(tensors)
-    found = dict(tensor_file.unpack(data, "there"))
+    found = dict(tensor_file.unpack(data, store, "there"))
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype is dtype
@@ -118,17 +118,17 @@ def test_a_tensor_file_keeps_every_bit_of_every_dtype(dtype: torch.dtype) -> Non
     assert tensor_file.pack(found) == data, "the same tensors give the same bytes"
 
 
-def test_a_tensor_file_with_a_changed_byte_of_data_is_named() -> None:
+def test_a_tensor_file_with_a_changed_byte_of_data_is_named(store: Store) -> None:
     data = tensor_file.pack({"weight": torch.arange(64.0)})
     place = data.index(torch.arange(64.0).numpy().tobytes())
     for position in range(place, place + 256, 5):
         changed = bytearray(data)
         changed[position] ^= 1
         with pytest.raises(PermanentError, match=r"fit/model: expected an intact tensor file") as caught:
-            dict(tensor_file.unpack(bytes(changed), "fit/model"))
+            dict(tensor_file.unpack(bytes(changed), store, "fit/model"))
         assert caught.value.reason is Reason.STORE_CORRUPT
     with pytest.raises(PermanentError, match="fit/model"):
-        dict(tensor_file.unpack(data[: len(data) // 2], "fit/model"))
+        dict(tensor_file.unpack(data[: len(data) // 2], store, "fit/model"))
 
 
 def test_checkpoints_and_their_learning_rates_are_kept_with_the_model(store: Store) -> None:
