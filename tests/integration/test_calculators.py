@@ -39,6 +39,7 @@ from influence_calculator import (
     dask_calculator,
     dask_graph,
     groups,
+    write_zarr,
 )
 from influence_calculator.chunk_tasks import WorkerSide
 
@@ -341,6 +342,59 @@ class TestOnACluster:
         client.wait_for_workers(len(before))
         assert not set(client.run(os.getpid).values()) & set(before.values())
 
+    @pytest.mark.parametrize("on_workers", [True, False], ids=["workers", "this process"])
+    def test_factors_that_were_written_again_are_read_again(self, on_workers: bool, client: Client, tmp_path):
+        """Dask calls the arrays of both stores alike, and a lazy array may be computed twice."""
+        model = CountingModel()
+        calculator = (
+            DaskInfluenceCalculator(model, TorchNumpyConverter(), client) if on_workers else local(model)
+        )
+        url, kept = str(tmp_path / "factors.zarr"), None
+        for scale in (1, 2, 3):
+            factors = da.from_array(scale * X_TEST * Y_TEST[:, None], chunks=(T, -1))
+            write_zarr(factors, url, overwrite=True)
+            stored = da.from_zarr(url)
+            lazy = calculator.influences_from_factors(stored, *training())
+            kept = lazy if kept is None else kept
+            for influences in (lazy, kept):
+                values = influences.compute() if on_workers else computed(influences)
+                assert np.allclose(values, scale * EXPECTED)
+
+    @pytest.mark.parametrize("error", [AssertionError(), ValueError("Sample larger than population")])
+    def test_a_worker_that_dies_while_the_model_is_sent_to_all_matters_to_nobody(
+        self,
+        error: Exception,
+        client: Client,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ):
+        """As Dask's scheduler then fails."""
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(client, "replicate", fails)
+        calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client)
+        assert np.allclose(calculator.influences(*queries(), *training()).compute(), EXPECTED)
+        assert type(error).__name__ in caplog.text
+
+    def test_a_graph_is_built_before_there_is_a_worker(self):
+        options = {"n_workers": 0, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+        with LocalCluster(**options) as cluster, Client(cluster, set_as_default=False) as none_yet:
+            calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), none_yet)
+            influences = none_yet.compute(calculator.influences(*queries(), *training()))
+            cluster.scale(1)
+            assert np.allclose(influences.result(), EXPECTED)
+
+    def test_a_client_that_restarted_its_workers_sends_the_model_again(self):
+        options = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+        with Client(set_as_default=False, **options) as own:
+            calculator = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), own)
+            own.compute(calculator.influences(*queries(), *training())).result()
+            own.restart()
+            influences = own.compute(calculator.influences(*queries(), *training()))
+            assert np.allclose(influences.result(), EXPECTED)
+
     def test_a_result_outlives_the_calculator_that_made_it(self, client: Client):
         """Its graph holds the model that was sent: nobody else does."""
         influences = DaskInfluenceCalculator(CountingModel(), TorchNumpyConverter(), client).influences(
@@ -374,6 +428,19 @@ class TestOnACluster:
         assert np.allclose(computed(lazy), before, atol=1e-4)
         assert np.allclose(computed(later), after, atol=1e-4)
         assert np.allclose(computed(lazy), before, atol=1e-4)
+
+    def test_a_model_whose_parameters_changed_in_place_is_sent_again(self, client: Client):
+        model, _ = _direct()
+        calculator = DaskInfluenceCalculator(model, TorchNumpyConverter(), client)
+        lazy, before = calculator.influences(*queries(), *training()), _explicit(model)
+        assert calculator.influences(*queries(), *training()).name == lazy.name
+        with torch.no_grad():
+            model.model.weight.mul_(-3)
+        after = _explicit(model)
+        assert not np.allclose(before, after, rtol=0.01)
+        later = calculator.influences(*queries(), *training())
+        assert np.allclose(lazy.compute(), before, atol=1e-4)
+        assert np.allclose(later.compute(), after, atol=1e-4)
 
     def test_a_lazy_result_shares_the_models_tensors_until_it_is_computed(self):
         model, _ = _direct()

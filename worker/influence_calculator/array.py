@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.storage import StoreLike
 
-from influence_calculator.storage import create_array, require_absent
+from influence_calculator.storage import create_array, require_free
 from influence_calculator.types import TensorType
 
 
@@ -97,10 +97,9 @@ class LazyChunkSequence(Generic[TensorType]):
 
         Raises:
             ContainsArrayError: there is an array and `overwrite` is False; nothing is computed.
+            ContainsGroupError: there is a group, which is never replaced; nothing is computed.
             ValueError: there is no chunk.
         """
-        if not overwrite:
-            require_absent(path_or_url)
         writer = _GrowingArray(path_or_url, overwrite)
         row = 0
         for chunk in self.generator_factory():
@@ -140,8 +139,6 @@ class NestedLazyChunkSequence(Generic[TensorType]):
         overwrite: bool = False,
     ) -> zarr.Array[Any] | None:
         """As `LazyChunkSequence.to_zarr`, row of chunks after row of chunks."""
-        if not overwrite:
-            require_absent(path_or_url)
         writer = _GrowingArray(path_or_url, overwrite)
         row = 0
         for chunks in self.generator_factory():
@@ -157,9 +154,14 @@ class NestedLazyChunkSequence(Generic[TensorType]):
 
 
 class _GrowingArray:
-    """A Zarr array that is created by the first block and grows with the others."""
+    """A Zarr array that is created by the first block and grows with the others.
+
+    Raises:
+        ContainsArrayError, ContainsGroupError: its place is taken, which is said before there is a block.
+    """
 
     def __init__(self, path_or_url: StoreLike, overwrite: bool) -> None:
+        require_free(path_or_url, overwrite=overwrite)
         self._place = path_or_url
         self._overwrite = overwrite
         self._array: zarr.Array[Any] | None = None

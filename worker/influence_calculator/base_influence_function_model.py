@@ -9,7 +9,7 @@ Shapes: t test examples, n training examples, P parameters, F... feature dimensi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import wraps
 from typing import Any, Generic, Self
 
@@ -37,6 +37,10 @@ class InfluenceFunctionModel(Generic[TensorType, DataLoaderType], ABC):
     revision: int = 0
     """Raised by whatever changes the numbers (fit, regularization, device), so that a calculator sends
     a changed model to its workers again."""
+
+    def as_of_now(self) -> Hashable:
+        """Differs from what it was when the numbers may have changed since."""
+        return self.revision
 
     @property
     @abstractmethod

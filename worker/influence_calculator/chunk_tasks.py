@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from distributed import warn
@@ -43,6 +44,19 @@ _one_at_a_time = threading.Lock()
 the model that they must not enter together."""
 
 
+class _Group(NamedTuple):
+    """What `WorkerSide.group` made last, and of which arrays."""
+
+    name: str
+    rows: list[weakref.ref[NDArray[Any]]]
+    together: Any
+
+    def is_of(self, name: str, rows: Sequence[NDArray[Any]]) -> bool:
+        """Whether it was made of these very arrays."""
+        same = self.name == name and len(self.rows) == len(rows)
+        return same and all(known() is chunk for known, chunk in zip(self.rows, rows, strict=True))
+
+
 class WorkerSide:
     """The model and the converter on a worker, with the factors that were used last.
 
@@ -56,7 +70,7 @@ class WorkerSide:
         self.model = model
         self.converter = converter
         self.dtype = dtype
-        self._group: tuple[str, Any] | None = None
+        self._group: _Group | None = None
         self._converted: tuple[object, Any] | None = None
         self._copied: Callable[[], InfluenceFunctionModel[Any, Any]] | None = None
 
@@ -72,12 +86,17 @@ class WorkerSide:
         self._copied = self.model.at_rest()
 
     def group(self, name: str, rows: Sequence[NDArray[Any]], turn: Callable[[Any], Any] | None = None) -> Any:
-        """The rows of the group called `name` as one tensor `[t, P]`, after `turn` if there is one."""
+        """The rows of the group called `name` as one tensor `[t, P]`, after `turn` if there is one.
+
+        Put together anew for other arrays: the name says where they come from, which may hold something else
+        by now, as a file that was written again.
+        """
         last = self._group
-        if last is None or last[0] != name:
+        if last is None or not last.is_of(name, rows):
             self._group = None
-            last = self._group = (name, self._together([chunk for chunk in rows if len(chunk)], turn))
-        return last[1]
+            together = self._together([chunk for chunk in rows if len(chunk)], turn)
+            last = self._group = _Group(name, [weakref.ref(chunk) for chunk in rows], together)
+        return last.together
 
     def converted(self, given: object, convert: Callable[[], Any]) -> Any:
         """What `convert` makes of `given`, once for all tasks in a row that are given the same object."""

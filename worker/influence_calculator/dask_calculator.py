@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Hashable
 from typing import Any, Self
 from uuid import uuid4
 
 import dask.array as da
 import numpy as np
 from dask.delayed import Delayed, delayed
-from distributed import Client
+from distributed import Client, futures_of
 
 from influence_calculator import chunk_tasks, dask_fit, dask_graph
 from influence_calculator.array import NumpyConverter
@@ -95,7 +96,7 @@ class DaskInfluenceCalculator:
         self.influence_function_model = influence_function_model
         self.numpy_converter = converter
         self.group_bytes = DEFAULT_GROUP_BYTES
-        self._sent: tuple[InfluenceFunctionModel[Any, Any], int, Delayed] | None = None
+        self._sent: tuple[InfluenceFunctionModel[Any, Any], Hashable, Delayed] | None = None
         self._client: Client | None = None
         self._tasks: float = math.inf
         if isinstance(client, Client):
@@ -249,7 +250,9 @@ class DaskInfluenceCalculator:
     def _worker_side(self) -> Delayed:
         """The model where the workers find it: a node on them, or one that each graph takes along."""
         model = self.influence_function_model
-        if self._sent is None or self._sent[0] is not model or self._sent[1] != model.revision:
+        now = model.as_of_now()
+        sent = self._sent
+        if sent is None or sent[0] is not model or sent[1] != now or _is_lost(sent[2]):
             # What is sent to workers stays as it was sent; what is not sent must be made to.
             kept = model if self._client is not None else _as_it_is(model)
             side = chunk_tasks.WorkerSide(kept, self.numpy_converter, model.factor_dtype)
@@ -257,12 +260,17 @@ class DaskInfluenceCalculator:
                 node = delayed(side, name=f"influence-model-{uuid4().hex}", traverse=False)
             else:
                 node = dask_graph.sent(self._client, "influence-model", side)
-            self._sent = (model, model.revision, node)
-        return self._sent[2]
+            self._sent = sent = (model, now, node)
+        return sent[2]
 
     def _require_fitted(self) -> None:
         if not self.influence_function_model.is_fitted:
             raise NotFittedException(type(self.influence_function_model))
+
+
+def _is_lost(node: Delayed) -> bool:
+    """Whether the workers lost what was sent for good, as when a client restarts them."""
+    return any(future.status in ("cancelled", "lost") for future in futures_of(node))
 
 
 def _as_it_is(model: InfluenceFunctionModel[Any, Any]) -> InfluenceFunctionModel[Any, Any]:

@@ -25,25 +25,32 @@ def require_aligned_pair(x: da.Array, y: da.Array, suffix: str = "") -> None:
 
     Raises:
         UnknownChunksError, UnalignedChunksError, InvalidDimensionChunksError: they do not.
+        ValueError: as `require_rows`.
     """
     for field, array in ((f"x{suffix}", x), (f"y{suffix}", y)):
         require_rows(field, array)
     if x.chunks[0] != y.chunks[0]:
-        raise UnalignedChunksError(x.chunks[0], y.chunks[0])
+        raise UnalignedChunksError(x.chunks[0], y.chunks[0], suffix)
 
 
 def require_rows(field: str, array: da.Array) -> None:
-    """`array` is chunked along its first dimension only, in chunks of known sizes.
+    """`array` holds numbers that a tensor can hold, chunked along its first dimension only, in known sizes.
 
     Raises:
         UnknownChunksError, InvalidDimensionChunksError: it is not.
-        ValueError: it has no dimension.
+        ValueError: it is no Dask array, has no dimension, or holds something else.
     """
+    _require_dask_array(field, array)
+    if array.dtype.kind in "OUS" or array.dtype in (np.longdouble, np.clongdouble):
+        raise ValueError(
+            f"{field}: expected numbers of a dtype that tensors have, got {array.dtype}; convert them, as "
+            f"with {field}.astype('float32')"
+        )
     if array.ndim == 0:
         raise ValueError(f"{field}: expected one entry per example, got an array without dimensions")
     require_known_chunks(field, array)
     if any(len(sizes) > 1 for sizes in array.chunks[1:]):
-        raise InvalidDimensionChunksError(array.chunks)
+        raise InvalidDimensionChunksError(array.chunks, field)
 
 
 def require_known_chunks(field: str, array: da.Array) -> None:
@@ -51,10 +58,24 @@ def require_known_chunks(field: str, array: da.Array) -> None:
 
     Raises:
         UnknownChunksError: they are not.
+        ValueError: it is no Dask array.
     """
+    _require_dask_array(field, array)
     for sizes in array.chunks:
         if any(math.isnan(size) for size in sizes):
             raise UnknownChunksError(field, sizes)
+
+
+def _require_dask_array(field: str, array: object) -> None:
+    if isinstance(array, da.Array):
+        return
+    cure = (
+        "give the array"
+        if array is None
+        else f"make one: da.from_array(np.asarray({field}), chunks=(256, *{field}.shape[1:])), or by "
+        "torch_dataset_to_dask_array"
+    )
+    raise ValueError(f"{field}: expected a dask.array.Array, got {type(array).__name__}; {cure}")
 
 
 def require_factors(factors: da.Array, n_parameters: int) -> None:

@@ -9,6 +9,7 @@ Shapes: T test examples, N training examples, P parameters, F... feature dimensi
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 import sys
@@ -33,6 +34,8 @@ from influence_calculator import chunk_tasks
 from influence_calculator.chunk_tasks import Rows
 from influence_calculator.groups import group_chunks, join_chunks
 from influence_calculator.types import InfluenceMode
+
+logger = logging.getLogger(__name__)
 
 Layer = dict[Any, GraphNode]
 
@@ -62,9 +65,14 @@ def sent(client: Client, name: str, value: Any) -> Delayed:
     # Dask warns of what should be scattered.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": sys.maxsize}):
         [node] = client.persist([Delayed(key, HighLevelGraph.from_collections(key, {key: load}))])
-    if not client.asynchronous:
-        # Tasks run where what they need is: all of them where one worker alone held it.
-        client.replicate([node])
+    if not client.asynchronous and client.ncores():
+        # Tasks run where what they need is: all of them where one worker alone held it. Of a worker that dies
+        # meanwhile Dask tells in many ways, and none matters: the node is made again where it is needed.
+        try:
+            client.replicate([node])
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            logger.warning("%s goes to each worker when that needs it, not at once: %s", name, why)
     return node
 
 

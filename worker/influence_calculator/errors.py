@@ -22,22 +22,32 @@ Chunks = tuple[tuple[int, ...], ...]
 
 
 class UnalignedChunksError(ValueError):
-    """x and y are not cut at the same examples."""
+    """x and y are not cut at the same examples, or are not of the same number of examples."""
 
-    def __init__(self, chunk_sizes_x: tuple[int, ...], chunk_sizes_y: tuple[int, ...]) -> None:
-        super().__init__(
-            f"x and y: expected equal chunks along the first dimension, got {chunk_sizes_x} for x and "
-            f"{chunk_sizes_y} for y; rechunk one of them: y = y.rechunk({{0: x.chunks[0]}})"
-        )
+    def __init__(
+        self, chunk_sizes_x: tuple[int, ...], chunk_sizes_y: tuple[int, ...], suffix: str = ""
+    ) -> None:
+        x, y = f"x{suffix}", f"y{suffix}"
+        if sum(chunk_sizes_x) == sum(chunk_sizes_y):
+            message = (
+                f"expected equal chunks along the first dimension, got {chunk_sizes_x} for {x} and "
+                f"{chunk_sizes_y} for {y}; rechunk one of them: {y} = {y}.rechunk({{0: {x}.chunks[0]}})"
+            )
+        else:
+            message = (
+                f"expected as many examples in both, got {sum(chunk_sizes_x)} in {x} and "
+                f"{sum(chunk_sizes_y)} in {y}; give inputs and labels of the same examples"
+            )
+        super().__init__(f"{x} and {y}: {message}")
 
 
 class InvalidDimensionChunksError(ValueError):
     """A dimension other than the first is chunked: an example must lie in one chunk."""
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(self, chunks: Chunks, field: str = "array") -> None:
         super().__init__(
-            f"chunks: expected one chunk in every dimension but the first, got {chunks}; "
-            f"use array.rechunk({{i: -1 for i in range(1, array.ndim)}})"
+            f"{field}: expected one chunk in every dimension but the first, got {chunks}; "
+            f"use {field}.rechunk({{i: -1 for i in range(1, {field}.ndim)}})"
         )
 
 

@@ -26,16 +26,20 @@ TASKS_PER_WORKER = 2
 def group_chunks(rows: Sequence[int], row_bytes: int, limit: int, score_bytes: int = 0) -> list[range]:
     """Consecutive chunks (of `rows[i]` rows each) in as few groups as fit.
 
+    Where all chunks but a shorter last one have one size, so have all groups but a shorter last one: each can
+    be a storage object.
     A group's rows take `row_bytes` each, at most `limit` together, and their scores against a training
     chunk `score_bytes` each, at most `REGION_BYTES` together. A chunk that exceeds a limit alone is a
     group of its own.
     """
     row_bytes = max(row_bytes, score_bytes * limit // REGION_BYTES)
+    is_regular = len(set(rows[:-1])) <= 1 and (not rows or rows[-1] <= rows[0])
     groups: list[range] = []
     start, used = 0, 0
     for index, count in enumerate(rows):
         needed = count * row_bytes
-        if index > start and used + needed > limit:
+        is_as_long_as_the_first = is_regular and bool(groups) and index - start == len(groups[0])
+        if index > start and (used + needed > limit or is_as_long_as_the_first):
             groups.append(range(start, index))
             start, used = index, 0
         used += needed

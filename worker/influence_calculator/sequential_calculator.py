@@ -25,10 +25,14 @@ from influence_calculator.errors import NotFittedException, OneShotIterableError
 from influence_calculator.groups import DEFAULT_GROUP_BYTES
 from influence_calculator.iterables import Readable, pair_of, require_fixed_order
 from influence_calculator.maths.errors import UnsupportedInputError
+from influence_calculator.maths.objective import batch_size
 from influence_calculator.types import InfluenceMode, as_mode
 
 Pairs = Iterable[Sequence[Tensor]]
 """Anything that iterates over (x, y)."""
+
+Arguments = tuple[Any, ...]
+"""Of one test batch: (x, y), or its factors alone."""
 
 
 class SequentialInfluenceCalculator:
@@ -40,7 +44,9 @@ class SequentialInfluenceCalculator:
 
     Attributes:
         group_bytes: memory for the factors of one group of test batches and their scores against the
-            training data (default 1 GiB). Each further group is one more pass over the training data.
+            training data (default 1 GiB), in mode perturbation with the features of its first batch. Scores
+            count where the number of training examples is known, that is of a list or a DataLoader, and are
+            not bounded otherwise. Each further group is one more pass over the training data.
 
     Example:
         ```python
@@ -92,18 +98,19 @@ class SequentialInfluenceCalculator:
         train = Readable("train_data_iterable", train_data_iterable)
         model = self.influence_function_model
         solve = self._left if mode is InfluenceMode.Up else model.influence_factors
-        rows_of = partial(_rows_of_pair, solve)
-        return NestedLazyChunkSequence(partial(self._rows, test, rows_of, train, mode), test.length)
+        side = _TestSide(test, partial(pair_of, test.field), solve)
+        return NestedLazyChunkSequence(partial(self._rows, side, train, mode), test.length)
 
     def influences_from_factors(
         self,
-        z_test_factors: Iterable[Any],
+        z_test_factors: Iterable[Any] | LazyChunkSequence[Tensor],
         train_data_iterable: Pairs,
         mode: InfluenceMode = InfluenceMode.Up,
     ) -> NestedLazyChunkSequence[Tensor]:
         """Influences from factors `[t, P]` (each as such, or wrapped in a list or tuple), lazily.
 
-        Shapes, sign, scale and errors as in `influences`.
+        What `influence_factors` returned will do, too: its chunks are computed as they are needed. Shapes,
+        sign, scale and errors as in `influences`.
         """
         self._require_fitted()
         mode = as_mode(mode)
@@ -111,8 +118,9 @@ class SequentialInfluenceCalculator:
         require_fixed_order("train_data_iterable", train_data_iterable)
         factors = Readable("z_test_factors", z_test_factors)
         train = Readable("train_data_iterable", train_data_iterable)
-        rows_of = self._left_of_factors if mode is InfluenceMode.Up else _unwrapped
-        return NestedLazyChunkSequence(partial(self._rows, factors, rows_of, train, mode), factors.length)
+        solve = self._left_of_factors if mode is InfluenceMode.Up else _as_given
+        side = _TestSide(factors, partial(_factors_of, factors.field), solve)
+        return NestedLazyChunkSequence(partial(self._rows, side, train, mode), factors.length)
 
     def self_influences(self, data_iterable: Pairs) -> LazyChunkSequence[Tensor]:
         """Each example's influence on itself, `z_i · g_i`, lazily: one chunk `[n]` per batch.
@@ -138,33 +146,29 @@ class SequentialInfluenceCalculator:
         left: Tensor = self.influence_function_model.expanded(self.influence_function_model.left(x, y))
         return left
 
-    def _left_of_factors(self, item: Any) -> Tensor:
-        left: Tensor = self.influence_function_model.left_of_factors(_unwrapped(item))
+    def _left_of_factors(self, z_test_factors: Tensor) -> Tensor:
+        left: Tensor = self.influence_function_model.left_of_factors(z_test_factors)
         return left
 
-    def _rows(
-        self,
-        test: Readable[Any],
-        rows_of: Callable[[Any], Tensor],
-        train: Readable[Any],
-        mode: InfluenceMode,
-    ) -> Iterator[Iterator[Tensor]]:
+    def _rows(self, test: _TestSide, train: Readable[Any], mode: InfluenceMode) -> Iterator[Iterator[Tensor]]:
         for items, is_last in self._groups(test, train, mode):
             if train.is_one_shot and not is_last:
                 raise OneShotIterableError(
                     train.field, f"the test side needs several groups of {self.group_bytes} bytes"
                 )
-            group = _Group(self.influence_function_model, items, rows_of, train, mode)
+            group = _Group(self.influence_function_model, items, test.solve, train, mode)
             yield from map(group.row, range(len(items)))
 
     def _groups(
-        self, test: Readable[Any], train: Readable[Any], mode: InfluenceMode
-    ) -> Iterator[tuple[list[Any], bool]]:
-        """Consecutive test items that fit together, and whether they are the last."""
-        items: list[Any] = []
+        self, test: _TestSide, train: Readable[Any], mode: InfluenceMode
+    ) -> Iterator[tuple[list[Arguments], bool]]:
+        """Consecutive test batches that fit together, and whether they are the last."""
+        model = self.influence_function_model
+        row_bytes = (model.n_parameters + _columns(train, mode)) * model.factor_dtype.itemsize
+        items: list[Arguments] = []
         used = 0
-        for item in test:
-            needed = self._bytes_of(item, train, mode)
+        for item in map(test.opened, test.items):
+            needed = batch_size(item[0]) * row_bytes
             if items and used + needed > self.group_bytes:
                 yield items, False
                 items, used = [], 0
@@ -173,20 +177,33 @@ class SequentialInfluenceCalculator:
         if items:
             yield items, True
 
-    def _bytes_of(self, item: Any, train: Readable[Any], mode: InfluenceMode) -> int:
-        """Factors of one test item, and its rows of the result as far as the training data is counted."""
-        x = pytree.tree_leaves(item)[0]
-        features = math.prod(x.shape[1:]) if mode is InfluenceMode.Perturbation else 1
-        columns = self.influence_function_model.n_parameters + (train.examples or 0) * features
-        return int(x.shape[0] * columns * self.influence_function_model.factor_dtype.itemsize)
-
     def _require_fitted(self) -> None:
         if not self.influence_function_model.is_fitted:
             raise NotFittedException(type(self.influence_function_model))
 
 
-def _rows_of_pair(solve: Callable[[Any, Any], Tensor], item: Any) -> Tensor:
-    return solve(*pair_of("test_data_iterable", item))
+@dataclass(frozen=True)
+class _TestSide:
+    """Test batches, or factors, and what is done with them."""
+
+    items: Readable[Any]
+    opened: Callable[[Any], Arguments]
+    """Of one item: what `solve` takes of it; refuses what is no such item."""
+    solve: Callable[..., Tensor]
+    """Makes what the model scores in the mode: a left representation or factors."""
+
+
+def _columns(train: Readable[Any], mode: InfluenceMode) -> int:
+    """Numbers in one row of the result, as far as the training data is counted; in mode perturbation with the
+    features that the first batch has.
+    """
+    examples = train.examples or 0
+    first = train.first() if examples and mode is InfluenceMode.Perturbation else None
+    if first is None:
+        return examples
+    x, _ = pair_of(train.field, first)
+    moving = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return examples * sum(math.prod(leaf.shape[1:]) for leaf in moving)
 
 
 def _one_array(perturbed: Any) -> Tensor:
@@ -205,8 +222,23 @@ def _one_array(perturbed: Any) -> Tensor:
     )
 
 
-def _unwrapped(item: Any) -> Tensor:
-    return item[0] if isinstance(item, list | tuple) else item
+def _factors_of(field: str, item: Any) -> tuple[Tensor]:
+    """The factors of one item, as such or wrapped.
+
+    Raises:
+        ValueError: something else.
+    """
+    factors = item[0] if isinstance(item, list | tuple) and item else item
+    if not isinstance(factors, Tensor):
+        raise ValueError(
+            f"{field}: expected tensors [t, P], got {type(factors).__name__}; pass what influence_factors of "
+            "this model returned"
+        )
+    return (factors,)
+
+
+def _as_given(z_test_factors: Tensor) -> Tensor:
+    return z_test_factors
 
 
 @dataclass
@@ -217,9 +249,9 @@ class _Group:
     """
 
     model: InfluenceFunctionModel[Any, Any]
-    items: list[Any]
-    rows_of: Callable[[Any], Tensor]
-    """Of one test item: what the model scores in the mode, a left representation or factors."""
+    items: list[Arguments]
+    solve: Callable[..., Tensor]
+    """As of `_TestSide`."""
     train: Readable[Any]
     mode: InfluenceMode
     _sizes: list[int] = field(init=False, default_factory=list)
@@ -245,7 +277,7 @@ class _Group:
 
     def _scored(self) -> Iterator[Tensor]:
         """The group against one training batch after the other."""
-        rows = [self.rows_of(item) for item in self.items]
+        rows = [self.solve(*item) for item in self.items]
         self._sizes = [len(chunk) for chunk in rows]
         together = rows[0] if len(rows) == 1 else torch.cat(rows)
         del rows

@@ -83,6 +83,11 @@ def test_a_custom_structure_may_leave_parameters_out_and_keeps_the_models_order(
         ({"a": []}, "at least one parameter name"),
         ({"a": "scale"}, "list of at least one parameter name"),
         ({}, "at least one block"),
+        (
+            "layerwise",
+            "block_structure: expected one of 'full', 'layer_wise', 'parameter_wise', or a mapping",
+        ),
+        (["scale"], "block_structure: expected one of 'full'"),
     ],
 )
 def test_a_custom_structure_that_cannot_be_meant_is_refused(

@@ -228,6 +228,36 @@ def test_a_layer_that_has_no_tokens_is_refused_by_name(case: ModelCase, names: A
         token_count(objective, fitted.layout, case.train())
 
 
+@pytest.mark.parametrize("method", [GradDot(), Ekfac(0.1)], ids=["GradDot", "EK-FAC"])
+def test_no_training_example_has_no_column_and_as_many_tokens_as_others(method: Method) -> None:
+    objective = xy_objective(READER.model(), READER.loss)
+    fitted, left = solved(objective, method, READER.train(), READER.test())
+    x, y = READER.train()
+    found = influences_by_token(fitted, objective, fitted.factors(left), (x[:0], y[:0]), 6)
+    assert found.shape == (7, 0, S)
+    assert found.dtype is torch.float64
+    model = DirectInfluence(READER.model(), READER.loss, 0.1).fit([(x, y)])
+    assert model.influences_by_token(*READER.test(), x[:0], y[:0]).shape == (7, 0, S)
+    assert model.influences_by_token(x[:0], y[:0], x, y).shape == (0, len(x), S)
+
+
+def test_where_no_example_tells_the_tokens_it_is_said() -> None:
+    class Picky(_Reader):
+        def forward(self, tokens: Tensor) -> Tensor:
+            if not tokens.any():
+                raise RuntimeError("no words at all")
+            return super().forward(tokens)
+
+    case = replace(READER, name="picky", build=Picky)
+    objective = xy_objective(case.model(), case.loss)
+    fitted, left = solved(objective, GradDot(), case.train(), case.test())
+    x, y = case.train()
+    with pytest.raises(
+        ValueError, match=r"x: expected at least one training example.*no words at all; leave"
+    ):
+        influences_by_token(fitted, objective, left, (x[:0], y[:0]), 6)
+
+
 def test_what_the_method_leaves_out_need_have_no_tokens() -> None:
     model = POOLED.model()
     model.get_submodule("embedding").scale_grad_by_freq = True  # for which EK-FAC has no formula

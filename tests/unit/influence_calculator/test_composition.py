@@ -20,6 +20,7 @@ from influence_calculator import (
     InfluenceMode,
     NestedTorchCatAggregator,
     NotFittedException,
+    Relative,
     SequentialInfluenceCalculator,
     SolverStatus,
     TorchNumpyConverter,
@@ -36,11 +37,13 @@ from influence_calculator.torch.base import (
     TorchGradientProvider,
     TorchOperatorGradientComposition,
 )
+from influence_calculator.torch.batch_operation import GaussNewtonBatchOperation
 from influence_calculator.torch.functional import LowRankProductRepresentation
 from influence_calculator.torch.operator import (
     CgOperator,
     GaussNewtonOperator,
     HessianOperator,
+    LissaOperator,
     LowRankOperator,
     MatrixOperator,
 )
@@ -164,6 +167,154 @@ class TestAModelComposedOfPieces:
             model.with_regularization({"ends": 0.5, "middle": 0.0})
         oracle.assert_close(model.influences(X_TEST, Y_TEST, X, Y), expected_influences(0.1), 1e-6)
 
+    def test_a_refused_regularization_leaves_operators_the_one_that_they_had(self) -> None:
+        """Which `_create_block` may have chosen itself."""
+
+        class Chosen(Mixture):
+            def _create_block(self, block_params: Any, data: Any, regularization: Any) -> Any:
+                return super()._create_block(block_params, data, 0.1)
+
+        chosen = Chosen(MLP.model(), BLOCKS).fit(data())
+        expected = chosen.influences(X_TEST, Y_TEST, X, Y)
+        with pytest.raises(ValueError, match="numbers above 0, got 0"):
+            chosen.with_regularization({"ends": 0.5, "middle": 0.0})
+        assert chosen.block_mapper is not None
+        assert [block.op.regularization for _, block in chosen.block_mapper.items()] == [0.1, 0.1]
+        assert torch.equal(chosen.influences(X_TEST, Y_TEST, X, Y), expected)
+
+    def test_a_regularization_relative_to_a_curvature_is_refused_with_the_cure(self, model: Mixture) -> None:
+        for relative in (Relative(0.1), {"ends": 0.1, "middle": Relative(0.1)}):
+            with pytest.raises(
+                ValueError, match=r"regularization: expected numbers.*got Relative.*_create_block"
+            ):
+                Mixture(MLP.model(), BLOCKS, relative)  # type: ignore[arg-type]
+            with pytest.raises(
+                ValueError, match=r"regularization: expected numbers.*got Relative.*_create_block"
+            ):
+                model.with_regularization(relative)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("mode", list(InfluenceMode))
+    def test_no_example_has_no_row_and_no_column(self, model: Mixture, mode: InfluenceMode) -> None:
+        none, test = (X[:0], Y[:0]), (X_TEST, Y_TEST)
+        features = MLP.features if mode is InfluenceMode.Perturbation else ()
+        for case, shape in (((*none, X, Y), (0, 23)), ((*test, *none), (7, 0)), (none, (0, 0))):
+            assert model.influences(*case, mode=mode).shape == (*shape, *features)
+            for part in model.influences_by_block(*case, mode=mode).values():
+                assert part.shape == (*shape, *features)
+        factors = model.influence_factors(*none)
+        assert factors.shape == (0, 60)
+        assert factors.dtype is torch.float64
+        assert model.influences_from_factors(factors, X, Y, mode).shape == (0, 23, *features)
+        filled = model.influence_factors(*test)
+        assert model.influences_from_factors(filled, *none, mode).shape == (7, 0, *features)
+        assert model.self_influences(*none).shape == (0,)
+
+    def test_several_inputs_are_taken_and_moved_in_their_structure(self) -> None:
+        class TwoInputs(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = MLP.model()
+
+            def forward(self, x: dict[str, Any]) -> Tensor:
+                answer: Tensor = self.net(torch.cat([x["left"], x["right"][0]], 1))
+                return answer
+
+        def inputs(x: Tensor) -> dict[str, Any]:
+            return {"left": x[:, :1], "right": [x[:, 1:]], "ids": torch.arange(len(x))}
+
+        blocks = {block: [f"net.{name}" for name in names] for block, names in BLOCKS.items()}
+
+        class Renamed(Mixture):
+            def _create_block(self, block_params: Any, data: Any, regularization: Any) -> Any:
+                curvature = GaussNewtonOperator(self.model, MLP.loss, data, restrict_to=block_params)
+                provider = TorchGradientProvider(self.model, MLP.loss, restrict_to=block_params)
+                solved = CgOperator(curvature, regularization, rtol=1e-12, atol=0.0)
+                return TorchOperatorGradientComposition(solved, provider)
+
+        mixture = Renamed(TwoInputs().eval(), blocks, 0.1).fit([(inputs(x), y) for x, y in data()])
+        asked = inputs(X_TEST), Y_TEST, inputs(X), Y
+        oracle.assert_close(mixture.influences(*asked), expected_influences(0.1), 1e-6)
+        moved = mixture.influences(*asked, mode=InfluenceMode.Perturbation)
+        expected = oracle.perturbations(MLP.model(), MLP.loss, expected_factors(0.1), X, Y)
+        assert moved["ids"] is None
+        oracle.assert_close(torch.cat([moved["left"], moved["right"][0]], -1), expected, 1e-6)
+        provider = TorchGradientProvider(mixture.model, MLP.loss, None)
+        mixed = provider.mixed_grads(TorchBatch(inputs(X[:2]), Y[:2]))
+        assert mixed["net.0.weight"]["right"][0].shape == (2, 3, 5, 4)
+
+    def test_what_is_no_tensor_is_refused_by_its_place(self, model: Mixture) -> None:
+        with pytest.raises(
+            ValueError, match=r"batch\['x'\]: expected tensors with examples first, got ndarray"
+        ):
+            model.influences(X_TEST.numpy(), Y_TEST)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"batch\['y'\]: expected tensors.*got a number of shape \[\]"):
+            model.influences(X_TEST, Y_TEST.sum())
+
+    def test_factors_of_other_blocks_or_widths_are_refused(self, model: Mixture) -> None:
+        factors = model.influence_factors_by_block(X_TEST, Y_TEST)
+        for wrong in ({}, {"ends": factors["ends"]}, {**factors, "ends": factors["ends"][:, 1:]}):
+            with pytest.raises(
+                ValueError, match=r"z_test_factors: expected \[t, width\] for each of the blocks"
+            ):
+                model.influences_from_factors_by_block(wrong, X, Y)
+        with pytest.raises(NotFittedException):
+            Mixture(MLP.model(), BLOCKS, 0.1).influences_from_factors_by_block({}, X, Y)
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            lambda _: {"batch_size": 5, "shuffle": True, "drop_last": True},
+            lambda order: {"batch_sampler": order},
+            lambda order: {"batch_size": None, "sampler": order},
+        ],
+        ids=["batches", "batches of a sampler", "no collation"],
+    )
+    def test_all_blocks_see_the_examples_that_a_loader_drew_once(self, cut: Any) -> None:
+        """Three of 23 are dropped. What a block is given still says what the user's loader says."""
+        dataset = torch.utils.data.TensorDataset(X, torch.arange(23))
+        order = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(range(23)), 5, drop_last=True)
+        loader: Any = torch.utils.data.DataLoader(dataset, **cut(order))
+        training, seen = data(), []
+
+        class Recording(Mixture):
+            def _create_block(self, block_params: Any, data: Any, regularization: Any) -> Any:
+                assert (data.dataset, data.batch_size, len(data)) == (dataset, loader.batch_size, 4)
+                seen.extend(torch.cat([numbers for _, numbers in data]).tolist() for _ in range(2))
+                return super()._create_block(block_params, training, regularization)
+
+        Recording(MLP.model(), BLOCKS, 0.1).fit(loader)
+        assert len(seen) == 4
+        assert all(numbers == seen[0] for numbers in seen)
+        assert len(set(seen[0])) == 20
+
+    def test_columns_in_another_order_are_refused(self) -> None:
+        class Reversed(Mixture):
+            turned = ""
+
+            def _create_block(self, block_params: Any, data: Any, regularization: Any) -> Any:
+                turned = dict(reversed(block_params.items()))
+                by_operator, by_gradients = (
+                    turned if self.turned == part else block_params for part in ("operator", "gradients")
+                )
+                operation = GaussNewtonBatchOperation(self.model, MLP.loss, by_operator)
+                operator: Any = LissaOperator(operation, data, regularization)
+                if "4.weight" in block_params:
+                    curvature = GaussNewtonOperator(self.model, MLP.loss, data, restrict_to=by_operator)
+                    operator = CgOperator(curvature, regularization)
+                provider = TorchGradientProvider(self.model, MLP.loss, restrict_to=by_gradients)
+                return TorchOperatorGradientComposition(operator, provider)
+
+        for blocks, block, names in (
+            ({"ends": ["4.weight", "0.bias"]}, "ends", "0.bias, 4.weight, got 4.weight, 0.bias"),
+            ({"middle": ["2.weight", "4.bias"]}, "middle", "2.weight, 4.bias, got 4.bias, 2.weight"),
+        ):
+            for part, told in (("operator", "an operator"), ("gradients", "gradients")):
+                Reversed.turned = part
+                with pytest.raises(ValueError, match=f"block '{block}': expected {told} by.*order, {names}"):
+                    Reversed(MLP.model(), blocks, 0.1).fit(data())
+            Reversed.turned = ""
+            Reversed(MLP.model(), blocks, 0.1).fit(data())
+
     def test_how_solves_ended_is_reported_over_the_blocks(self, model: Mixture) -> None:
         model.influence_factors(X_TEST, Y_TEST)
         assert model.solver_report is not None
@@ -243,6 +394,19 @@ class TestAModelComposedOfPieces:
         assert mixture.block_names == ["0", "2", "4"]
         assert mixture.influences(X_TEST, Y_TEST, X, Y).shape == (7, 23)
 
+    def test_a_change_of_an_operators_regularization_from_outside_is_noticed(self, model: Mixture) -> None:
+        """By calculators, which send a model to their workers again."""
+        composed = model
+        before = composed.as_of_now()
+        assert composed.as_of_now() == before
+        block = next(iter(composed.block_mapper.items()))[1]
+        block.op.regularization = 5.0
+        assert composed.as_of_now() != before
+        again = composed.as_of_now()
+        with torch.no_grad():
+            next(composed.model.parameters()).mul_(2)
+        assert composed.as_of_now() != again
+
 
 class TestGradients:
     @pytest.mark.parametrize("case", [MLP, CONV2D, TRANSFORMER], ids=repr)
@@ -289,6 +453,19 @@ class TestGradients:
         oracle.assert_close(provider.flat_grads(TorchBatch(X_TEST, Y_TEST)), expected, 1e-10)
         assert list(provider.params_to_restrict_to) == list(chosen)
         assert provider.to("cpu") is provider
+
+    def test_no_example_has_no_row(self) -> None:
+        """The model is not asked, for not every one answers for no example."""
+        model = MLP.model()
+        model.register_forward_hook(lambda *_: pytest.fail("asked for no example"))
+        provider, none = TorchGradientProvider(model, MLP.loss, None), TorchBatch(X[:0], Y[:0])
+        assert provider.flat_grads(none).shape == (0, 60)
+        assert provider.grads(none)["0.weight"].shape == (0, 5, 4)
+        rows = torch.ones(3, 60, dtype=torch.float64)
+        assert provider.jacobian_prod(none, rows).shape == (3, 0)
+        assert provider.mixed_grads_prod(none, rows).shape == (3, 0, 4)
+        assert provider.flat_mixed_grads(none).shape == (0, 4, 60)
+        assert provider.mixed_grads(none)["0.weight"].shape == (0, 4, 5, 4)
 
     def test_a_model_that_answers_differently_each_time_is_refused(self) -> None:
         dropping = torch.nn.Sequential(MLP.model(), torch.nn.Dropout()).train()

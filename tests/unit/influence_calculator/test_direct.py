@@ -212,16 +212,20 @@ def test_negative_eigenvalues_of_the_output_hessian_are_clipped_and_counted() ->
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
-    method = Direct(0.1, second_order=SecondOrderMode.GENERALIZED_GAUSS_NEWTON)
-    state = fit(method, xy_objective(model, saddle), TrainingSet((x, y), 2))["curvature"][""]
+    method = Direct(0.1, BlockMode.PARAMETER_WISE, SecondOrderMode.GENERALIZED_GAUSS_NEWTON)
+    objective = xy_objective(model, saddle)
+    state = fit(method, objective, TrainingSet((x, y), 2))
     expected = oracle.generalized_gauss_newton(model, saddle, x, y)
-    oracle.assert_close(state["matrix"], expected, 1e-10)
-    assert int(state["clipped"]) == 5
+    oracle.assert_close(state["curvature"]["weight"]["matrix"], expected[:6, :6], 1e-10)
+    assert [int(block["clipped"]) for block in state["curvature"].values()] == [5, 5]
+    (note,) = method.fitted(objective, state).notes
+    assert "5 negative eigenvalues of its second derivatives" in note
 
 
 def test_cross_entropy_clips_nothing() -> None:
     method = Direct(second_order=SecondOrderMode.GENERALIZED_GAUSS_NEWTON)
     assert int(_fit(MLP, method)["curvature"][""]["clipped"]) == 0
+    assert _fitted(MLP, Direct(0.1, second_order=SecondOrderMode.GENERALIZED_GAUSS_NEWTON)).notes == ()
 
 
 def test_a_test_gradient_that_is_not_finite_concerns_its_row_only() -> None:
@@ -247,6 +251,37 @@ def test_nothing_to_invert_is_refused_with_the_cure() -> None:
     state = fit(Direct(), objective, TrainingSet((x, torch.zeros(3, dtype=torch.long)), 2))
     with pytest.raises(SingularCurvatureError, match="larger regularization"):
         Direct(0.0).fitted(objective, state, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("exponent", [-0.9, -0.6, 0.6, 0.9])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["Cholesky", "LU"])
+def test_a_well_conditioned_matrix_is_inverted_whatever_its_scale(
+    dtype: torch.dtype, exponent: float, symmetric: bool
+) -> None:
+    """Squares of its entries are above the largest number of its dtype, or below the smallest."""
+    scale = float(torch.finfo(dtype).max) ** exponent
+    A = torch.randn(30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = A.T @ A / 30
+    solver = direct.DenseSolver("", (scale * matrix).to(dtype), 0.1 * scale, symmetric=symmetric)
+    solved, _ = solver.solve(scale * torch.eye(5, dtype=dtype))
+    expected = torch.linalg.inv(matrix + 0.1 * torch.eye(5, dtype=torch.float64))
+    oracle.assert_close(solved, expected, 1e-4 if dtype is torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-0.8, 0.0, 0.8])
+def test_a_singular_one_is_refused_whatever_its_scale(exponent: float) -> None:
+    scale = float(torch.finfo(torch.float32).max) ** exponent
+    A = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(SingularCurvatureError, match="larger regularization"):
+        direct.DenseSolver("", (scale * A.T @ A).float(), 0.0)
+
+
+def test_columns_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.arange(12.0, dtype=torch.float64).reshape(3, 4)
+    monkeypatch.setattr(direct, "SCALED_ELEMENTS", 3)
+    longest = direct._longest_column(matrix, 2.0)
+    assert longest == pytest.approx(float(torch.linalg.vector_norm(matrix[:, 3])) / 2)
 
 
 def test_a_training_example_that_is_not_finite_is_named_as_the_cause() -> None:

@@ -130,6 +130,19 @@ def test_matrices_count_every_example_the_same_whatever_the_batches(case: ModelC
     oracle.assert_close(found, reference(case, "empirical_fisher").curvature, 1e-10)
 
 
+def test_vectors_of_another_width_are_refused() -> None:
+    model = MLP.model()
+    parameters = get_model_parameters(model)
+    of_a_batch = functional.create_batch_hvp_function(model, MLP.loss)
+    for vec in (ROWS[0, :59], torch.cat([ROWS[0], ROWS[0, :1]]), ROWS):
+        with pytest.raises(ValueError, match=r"vec: expected a vector \[60\], got"):
+            of_a_batch(parameters, *FEW, vec)
+    of_all = functional.create_hvp_function(model, MLP.loss, loader())
+    for vec in (ROWS[0, :59], ROWS[:, 1:], ROWS[None]):
+        with pytest.raises(ValueError, match=r"vec: expected a vector \[60\] or rows \[q, 60\], got"):
+            of_all(vec)
+
+
 def test_what_has_no_effect_is_told_and_what_cannot_be_is_refused() -> None:
     model, square = MLP.model(), MatrixOperator(ROWS.T @ ROWS)
     for call, name in (

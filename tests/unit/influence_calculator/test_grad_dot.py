@@ -242,6 +242,8 @@ def test_the_plan_counts_every_checkpoint() -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "none": ([], r"checkpoints: expected at least one, got none"),
+    "no list": (Checkpoint({}), r"checkpoints: expected a list of Checkpoint.*got Checkpoint; give a list"),
+    "nothing": (None, r"checkpoints: expected a list of Checkpoint.*got NoneType"),
     "a bare state": ([{}], r"checkpoints\[0\]: expected a Checkpoint\(state, learning_rate\), got dict"),
     "a missing name": (
         [Checkpoint(lambda: MLP.model().state_dict()), Checkpoint({"0.weight": torch.ones(5, 4)})],
@@ -263,8 +265,26 @@ def test_what_is_no_checkpoint_of_the_model_is_refused_by_its_place(name: str) -
         load_checkpoints(MLP.model(), given)
 
 
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_learning_rate_is_a_finite_number_above_zero(rate: float) -> None:
+def test_checkpoints_of_an_iterator_are_all_taken() -> None:
+    states = [MLP.build().double().state_dict() for _ in range(2)]
+    taken = load_checkpoints(MLP.model(), (Checkpoint(state, 0.5) for state in states))
+    assert taken.learning_rates.tolist() == [0.5, 0.5]
+    for own, state in zip(taken.models, states, strict=True):
+        assert torch.equal(own.get_parameter("0.weight"), state["0.weight"])
+
+
+def test_a_model_that_cannot_be_copied_is_refused_with_the_cure() -> None:
+    model = MLP.model()
+    model.cached = 2 * model.get_parameter("0.weight")  # type: ignore[assignment]
+    told = "model: TracIn copies it .* cannot be copied: RuntimeError.*; remove tensors that were computed"
+    with pytest.raises(ValueError, match=f"(?s){told}"):
+        load_checkpoints(model, [Checkpoint(MLP.model().state_dict())])
+
+
+@pytest.mark.parametrize(
+    "rate", [0.0, -1.0, float("nan"), float("inf"), "0.1", None, 1j, torch.ones(2)], ids=str
+)
+def test_a_learning_rate_is_a_finite_number_above_zero(rate: Any) -> None:
     with pytest.raises(ValueError, match="learning_rate: expected a finite number above 0"):
         Checkpoint({}, rate)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 from torch import Tensor
-from zarr.errors import ContainsArrayError
+from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from influence_calculator import (
     LazyChunkSequence,
@@ -91,3 +91,22 @@ def test_what_to_zarr_wrote_is_not_readable_after_a_byte_changed(tmp_path: Path)
 def test_a_sequence_without_chunks_is_refused_by_name(tmp_path: Path):
     with pytest.raises(ValueError, match="at least one chunk"):
         LazyChunkSequence(lambda: iter(())).to_zarr(str(tmp_path / "a.zarr"), TorchNumpyConverter())
+
+
+def test_to_zarr_refuses_a_group_that_is_there_before_computing_anything(tmp_path: Path):
+    place = str(tmp_path / "g.zarr")
+    zarr.open_group(place, mode="w").create_array("other", data=WHOLE.numpy())
+    with pytest.raises(ContainsGroupError, match=r"g\.zarr: expected no group there"):
+        LazyChunkSequence(refuse_to_compute).to_zarr(place, TorchNumpyConverter())
+    with pytest.raises(ContainsGroupError):
+        LazyChunkSequence(chunks).to_zarr(place, TorchNumpyConverter(), overwrite=True)
+    assert np.array_equal(zarr.open_array(f"{place}/other", mode="r")[:], WHOLE.numpy())
+
+
+def test_the_torch_aggregators_say_which_side_is_empty():
+    with pytest.raises(ValueError, match=r"at least one chunk, got none; the data iterable is empty"):
+        LazyChunkSequence(lambda: iter(())).compute(TorchCatAggregator())
+    with pytest.raises(ValueError, match="the test data iterable is empty"):
+        NestedLazyChunkSequence(lambda: iter(())).compute(NestedTorchCatAggregator())
+    with pytest.raises(ValueError, match="the training data iterable is empty"):
+        NestedLazyChunkSequence(lambda: iter([iter(())])).compute(NestedTorchCatAggregator())

@@ -252,10 +252,16 @@ def test_without_a_regularization_a_singular_matrix_is_refused() -> None:
         LograInfluence(MLP.model(), F.mse_loss, None, RANK).fit([(x, y)])
 
 
-@pytest.mark.parametrize("rank", [0, -1])
-def test_a_rank_below_one_is_refused(rank: int) -> None:
-    with pytest.raises(ValueError, match=f"rank: expected a whole number of at least 1, got {rank}"):
+@pytest.mark.parametrize("rank", [0, -1, 2.5, True, "3", None])
+def test_a_rank_that_is_no_whole_number_above_zero_is_refused(rank: Any) -> None:
+    with pytest.raises(ValueError, match=f"rank: expected a whole number of at least 1, got {rank!r}"):
         Logra(0.1, rank)
+
+
+@pytest.mark.parametrize("seed", [1.5, False, "a", None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match=f"seed: expected a whole number, got {seed!r}"):
+        Logra(0.1, 3, seed)
 
 
 def test_a_method_travels_by_pickle() -> None:

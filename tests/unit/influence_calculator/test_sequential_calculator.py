@@ -70,6 +70,50 @@ def test_asking_computes_nothing():
     assert (dict(model.calls), reading.passes) == ({}, 0)
 
 
+class WideModel(CountingModel):
+    """Perturbations with the features of the training input, which may be a dict with ids beside it."""
+
+    def influences_from_factors(
+        self, z_test_factors: Tensor, x: Any, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
+    ) -> Tensor:
+        x = x["moves"] if isinstance(x, dict) else x
+        self.calls["scores"] += 1
+        shape = (len(z_test_factors), len(x), *(x.shape[1:] if mode is InfluenceMode.Perturbation else ()))
+        return torch.zeros(shape)
+
+
+WIDE = torch.zeros(14, 2, 50)
+WIDE_SIDES: dict[str, Any] = {
+    "list": list(zip(WIDE.split(4), Y.split(4), strict=True)),
+    "list of dicts": [
+        ({"ids": torch.zeros(len(x), 9).long(), "moves": x}, y)
+        for x, y in zip(WIDE.split(4), Y.split(4), strict=True)
+    ],
+    "loader": DataLoader(TensorDataset(WIDE, Y), batch_size=4),
+    "loader of batches": DataLoader(list(zip(WIDE.split(7), Y.split(7), strict=True)), batch_size=None),
+}
+
+
+@pytest.mark.parametrize("train", WIDE_SIDES.values(), ids=WIDE_SIDES.keys())
+@pytest.mark.parametrize("from_factors", [False, True])
+@pytest.mark.parametrize(("mode", "features"), [(InfluenceMode.Up, 1), (InfluenceMode.Perturbation, 100)])
+def test_the_scores_that_count_for_a_group_are_those_of_the_training_inputs_features(
+    train: Any, from_factors: bool, mode: InfluenceMode, features: int
+):
+    """Of batches of 3, 3, 3 and 2 rows two of three fit, and with a byte less they do not."""
+    groups: dict[int, int] = {}
+    for spare in (0, -1):
+        model = WideModel()
+        asked = calculator(model, 6 * 4 * (FEATURES + 14 * features) + spare)
+        if from_factors:
+            lazy = asked.influences_from_factors(FACTORS.split(3), train, mode)
+        else:
+            lazy = asked.influences(queries(), train, mode)
+        lazy.compute()
+        groups[spare] = model.calls["scores"] // len(list(train))
+    assert groups == {0: 2, -1: 3}
+
+
 def test_factors_come_batch_by_batch():
     lazy = calculator(CountingModel()).influence_factors(queries())
     assert lazy.len_generator == 4
@@ -129,6 +173,21 @@ def test_factors_come_as_such_or_wrapped_in_a_list_or_tuple(wrap: Any):
     lazy = calculator(model).influences_from_factors([wrap(z) for z in FACTORS.split(3)], training())
     assert torch.allclose(lazy.compute(NestedTorchCatAggregator()), EXPECTED)
     assert "factors" not in model.calls
+
+
+def test_lazy_factors_are_computed_as_they_are_needed():
+    model = CountingModel()
+    asked = calculator(model, 6 * ROW_BYTES)
+    lazy = asked.influences_from_factors(asked.influence_factors(queries()), training())
+    assert lazy.len_outer_generator == 4
+    assert not model.calls
+    assert torch.allclose(lazy.compute(NestedTorchCatAggregator()), EXPECTED)
+    assert model.calls == {"factors": 4, "scores": 2 * 4}
+    again = asked.influences_from_factors(asked.influence_factors(iter(queries())), training())
+    assert again.len_outer_generator is None
+    again.compute()
+    with pytest.raises(OneShotIterableError, match=r"^data_iterable.*read already"):
+        again.compute()
 
 
 def test_a_model_scores_in_its_own_coordinates_and_each_batch_of_factors_is_turned_once():
@@ -197,9 +256,40 @@ def test_an_unfitted_model_and_an_unknown_mode_are_refused_at_once():
 
 
 def test_items_that_are_no_pairs_are_refused_by_name():
-    lazy = calculator(CountingModel()).influences(queries(), [X])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"train_data_iterable: expected items \(x, y\), got Tensor"):
-        lazy.compute()
+    ask, expected = calculator(CountingModel()), r"expected items \(x, y\), got"
+    for lazy, message in (
+        (ask.influences(queries(), [X]), f"^train_data_iterable: {expected} Tensor"),  # type: ignore[list-item]
+        (ask.influences(queries(), [1, 2]), f"^train_data_iterable: {expected} int"),  # type: ignore[list-item]
+        (ask.influences([1, 2], training()), f"^test_data_iterable: {expected} int"),  # type: ignore[list-item]
+        (
+            ask.influences_from_factors([1, 2], training()),
+            r"^z_test_factors: expected tensors \[t, P\], got int",
+        ),
+        (ask.influences_from_factors([()], training()), "^z_test_factors: expected tensors .* got tuple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lazy.compute()
+
+
+@pytest.mark.parametrize("items", [None, 5])
+def test_what_cannot_be_iterated_over_is_refused_at_once(items: Any):
+    ask, expected = calculator(CountingModel()), "expected something to iterate over"
+    with pytest.raises(ValueError, match=f"^test_data_iterable: {expected}"):
+        ask.influences(items, training())
+    with pytest.raises(ValueError, match=f"^train_data_iterable: {expected}"):
+        ask.influences(queries(), items)
+    with pytest.raises(ValueError, match=f"^z_test_factors: {expected}"):
+        ask.influences_from_factors(items, training())
+
+
+@pytest.mark.parametrize("mode", InfluenceMode)
+def test_without_training_or_test_batches_the_side_is_named(mode: InfluenceMode):
+    ask = calculator(CountingModel())
+    for train in ([], DataLoader(TensorDataset(X[:0], Y[:0]))):
+        with pytest.raises(ValueError, match="the training data iterable is empty"):
+            ask.influences(queries(), train, mode).compute(NestedTorchCatAggregator())
+    with pytest.raises(ValueError, match="the test data iterable is empty"):
+        ask.influences([], training(), mode).compute(NestedTorchCatAggregator())
 
 
 def test_the_blocks_of_a_group_are_freed_with_the_last_of_its_rows():

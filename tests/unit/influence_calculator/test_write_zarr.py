@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import dask
@@ -9,9 +10,17 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
-from zarr.errors import ContainsArrayError
+from zarr.errors import ContainsArrayError, ContainsGroupError
 
-from influence_calculator import MisalignedChunksError, UnknownChunksError, write_zarr
+from counting_model import FEATURES, CountingModel
+from influence_calculator import (
+    DaskInfluenceCalculator,
+    DisableClientSingleThreadCheck,
+    MisalignedChunksError,
+    TorchNumpyConverter,
+    UnknownChunksError,
+    write_zarr,
+)
 
 VALUES = np.arange(70, dtype=np.float32).reshape(10, 7)
 
@@ -89,3 +98,69 @@ def test_integers_are_stored_as_they_are(tmp_path: Path):
     stored = write_zarr(da.arange(5, chunks=2), str(tmp_path / "a.zarr"))
     assert stored.dtype.kind == "i"
     assert stored[:].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_group_is_never_replaced_by_an_array(tmp_path: Path):
+    place = str(tmp_path / "g.zarr")
+    zarr.open_group(place, mode="w").create_array("other", data=VALUES)
+    for overwrite in (False, True):
+        with pytest.raises(ContainsGroupError, match=r"g\.zarr: expected no group there.*name a place in"):
+            write_zarr(array(), place, overwrite=overwrite)
+    assert np.array_equal(zarr.open_array(f"{place}/other", mode="r")[:], VALUES)
+    assert np.array_equal(write_zarr(array(), f"{place}/mine")[:], VALUES)
+
+
+READINGS: dict[str, Callable[[str], da.Array]] = {
+    "url": da.from_zarr,
+    "array": lambda place: da.from_array(zarr.open_array(place), chunks=(4, 3)),
+    "inlined": lambda place: da.from_zarr(place, inline_array=True),
+    "optimized": lambda place: dask.optimize(da.from_zarr(place) + 1)[0],
+    "optimized and inlined": lambda place: dask.optimize(da.from_zarr(place, inline_array=True) + 1)[0],
+    "another path": lambda place: da.from_zarr(f"{place}/../{Path(place).name}"),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS.values(), ids=READINGS.keys())
+def test_an_array_does_not_overwrite_what_it_reads_from(reading: Callable[[str], da.Array], tmp_path: Path):
+    place = str(tmp_path / "a.zarr")
+    write_zarr(array(), place)
+    with pytest.raises(ValueError, match=r"array: expected one that does not read from .*a\.zarr.*persist"):
+        write_zarr(reading(place) * 2, place, overwrite=True)
+    assert np.array_equal(zarr.open_array(place, mode="r")[:], VALUES)
+
+
+def test_an_array_in_memory_overwrites_what_it_was_read_from_and_others_what_they_do_not_read(tmp_path: Path):
+    place, other = str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr")
+    write_zarr(array(), place)
+    assert np.array_equal(write_zarr(da.from_zarr(place).persist() * 2, place, overwrite=True)[:], 2 * VALUES)
+    for _ in range(2):
+        assert np.array_equal(write_zarr(da.from_zarr(place), other, overwrite=True)[:], 2 * VALUES)
+
+
+def test_an_array_whose_metadata_nobody_can_read_may_be_replaced(tmp_path: Path):
+    place = tmp_path / "a.zarr"
+    write_zarr(array(), str(place))
+    (place / "zarr.json").write_text("{")
+    assert np.array_equal(write_zarr(array(), str(place), overwrite=True)[:], VALUES)
+
+
+def test_what_is_no_dask_array_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"array: expected a dask\.array\.Array, got ndarray"):
+        write_zarr(VALUES, str(tmp_path / "a.zarr"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("examples", [522, 515, 1033, 64, 10])
+def test_influences_are_written_as_they_come_from_the_calculator(examples: int, tmp_path: Path):
+    """Test examples in chunks of 64, of which more than four fit into a group, but not five."""
+    calculator = DaskInfluenceCalculator(
+        CountingModel(), TorchNumpyConverter(), DisableClientSingleThreadCheck
+    )
+    calculator.group_bytes = 270 * 4 * (FEATURES + 8)
+
+    def side(n: int, chunk: int) -> tuple[da.Array, da.Array]:
+        return da.ones((n, FEATURES), chunks=(chunk, -1), dtype="f4"), da.ones(n, chunks=chunk, dtype="f4")
+
+    influences = calculator.influences(*side(examples, 64), *side(20, 8))
+    assert np.array_equal(
+        write_zarr(influences, str(tmp_path / "a.zarr"))[:], np.full((examples, 20), FEATURES, np.float32)
+    )

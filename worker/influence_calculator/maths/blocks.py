@@ -83,7 +83,14 @@ def names_of_blocks(tracked: tuple[str, ...], structure: BlockStructure) -> dict
     """Block -> names of its parameters, of those that are tracked."""
     if isinstance(structure, Mapping):
         return _custom(structure)
-    match BlockMode(structure):
+    try:
+        mode = BlockMode(structure)
+    except ValueError as error:
+        raise BlocksError(
+            f"block_structure: expected one of {', '.join(repr(known.value) for known in BlockMode)}, or a "
+            f"mapping of blocks to names of parameters, got {structure!r}; BlockMode names them"
+        ) from error
+    match mode:
         case BlockMode.FULL:
             return {"": tracked}
         case BlockMode.PARAMETER_WISE:

@@ -25,6 +25,7 @@ from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.capture import CapturedLayer, Recording, of_the_losses, record
 from influence_calculator.maths.errors import UnsupportedModelError
@@ -58,7 +59,12 @@ def influences_by_token(
     Raises:
         UnsupportedModelError: a tracked parameter of a layer without a token dimension, or layers called with
             different numbers of tokens; names them.
+        ValueError: no training example, and the model does not tell S of one of zeros.
     """
+    if batch_size(batch) == 0:
+        rows = factors[fitted.layout.blocks[0]]
+        S = _count_of_zeros(objective, fitted.layout, batch)
+        return rows.new_zeros(len(rows), 0, S, dtype=score_dtype(rows))
     result: Tensor | None = None
     for piece in micro_batches(IndexedBatch(0, batch), micro_batch):
         parts = _summed(objective, fitted.layout, factors, piece.batch)
@@ -77,6 +83,20 @@ def token_count(objective: Objective, layout: Layout, batch: Batch) -> int:
     """
     state, own = next(summed_states(objective, layout))
     return _count(state, _recorded(_treated(state, own), batch))
+
+
+def _count_of_zeros(objective: Objective, layout: Layout, batch: Batch) -> int:
+    """S of examples of the shapes of a batch that has none."""
+    one = pytree.tree_map(lambda leaf: leaf.new_zeros(1, *leaf.shape[1:]), batch)
+    try:
+        return token_count(objective, layout, one)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            "x: expected at least one training example to tell the number of tokens from, got none, and the "
+            f"model refuses one of zeros with {type(error).__name__}: {error}; leave empty batches out"
+        ) from error
 
 
 def product_bytes(shapes: ModelShapes, micro_batch: int) -> int:

@@ -429,8 +429,9 @@ class _KeptStorages:
         self._tensors: list[Tensor] = []
 
     def add(self, tensor: Tensor) -> Tensor:
-        self._tensors.append(tensor)
-        return tensor
+        # An operation that keeps its own output through a hook would keep itself alive by it.
+        self._tensors.append(tensor.detach())
+        return self._tensors[-1]
 
     def bytes_beside(self, others: Sequence[Tensor]) -> int:
         """Bytes of the storages, without those that `others` use."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,13 @@ class Checkpoint:
     """η, the checkpoint's weight."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+        try:
+            is_rate = math.isfinite(self.learning_rate) and self.learning_rate > 0
+        except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
+            is_rate = False
+        if not is_rate:
             raise ValueError(
-                f"learning_rate: expected a finite number above 0, got {self.learning_rate}; 1 weighs all "
+                f"learning_rate: expected a finite number above 0, got {self.learning_rate!r}; 1 weighs all "
                 "checkpoints alike"
             )
 
@@ -53,12 +57,19 @@ class Checkpoints(nn.Module):
         return len(self.models)
 
 
-def load_checkpoints(model: nn.Module, given: Sequence[Checkpoint]) -> Checkpoints:
+def load_checkpoints(model: nn.Module, given: Iterable[Checkpoint]) -> Checkpoints:
     """A copy of `model` per checkpoint, on its device and in its dtypes; `model` itself is left alone.
 
     Raises:
-        ValueError: no checkpoint, or one whose state cannot be had or is not that of this model; names which.
+        ValueError: no checkpoint, one whose state cannot be had or is not that of this model (names which),
+            or a model that cannot be copied.
     """
+    if not isinstance(given, Iterable):
+        raise ValueError(
+            f"checkpoints: expected a list of Checkpoint(state, learning_rate), got {type(given).__name__}; "
+            "give a list, of one too"
+        )
+    given = list(given)
     if not given:
         raise ValueError(
             "checkpoints: expected at least one, got none; give a Checkpoint(state, learning_rate) for each "
@@ -82,7 +93,7 @@ def _loaded(model: nn.Module, place: str, checkpoint: Checkpoint) -> nn.Module:
             f"{place}: expected a state dict, name -> tensor, got {type(state).__name__}; give "
             "model.state_dict()"
         )
-    own = copy.deepcopy(model)
+    own = _copied(model)
     try:
         own.load_state_dict(state)
     except (RuntimeError, AttributeError) as error:
@@ -91,6 +102,16 @@ def _loaded(model: nn.Module, place: str, checkpoint: Checkpoint) -> nn.Module:
             "change some of them give {**model.state_dict(), **changes}"
         ) from error
     return own
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            "model: TracIn copies it for each checkpoint, and it cannot be copied: "
+            f"{type(error).__name__}: {error}; remove tensors that were computed from parameters"
+        ) from error
 
 
 def _state_dict(checkpoint: Checkpoint) -> StateDict:

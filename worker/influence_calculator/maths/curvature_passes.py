@@ -70,7 +70,9 @@ class CurvaturePass(FitPass):
 
 @dataclass(frozen=True)
 class MatrixPass(CurvaturePass):
-    """The dense matrix of every block: `matrix`, `[P_b, P_b]`, the mean over examples."""
+    """The dense matrix of every block: `matrix`, `[P_b, P_b]`, the mean over examples, and how many negative
+    eigenvalues by the outputs, `clipped`, it leaves out.
+    """
 
     name = "curvature"
 

@@ -27,7 +27,7 @@ from influence_calculator.maths.curvature_methods import CurvatureMethod
 from influence_calculator.maths.curvature_passes import MatrixPass
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError, SingularCurvatureError
 from influence_calculator.maths.finite import finite_rows
-from influence_calculator.maths.flat import flat_note
+from influence_calculator.maths.flat import clipped_note, flat_note
 from influence_calculator.maths.footprints import (
     block_widths,
     capture_bytes,
@@ -43,6 +43,9 @@ from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.seeded_rows import generator, normal_rows
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.singularity import is_singular, rounding_of_sums
+
+SCALED_ELEMENTS = 1 << 20
+"""Of a matrix whose columns are measured: 4 MiB in float32."""
 
 INVERSE_ITERATIONS = 3
 """To tell how small the smallest eigenvalue is: each takes what one right-hand side takes."""
@@ -72,16 +75,18 @@ class Direct(CurvatureMethod):
     def fitted(self, objective: Objective, state: FitState, data: TrainingData | None = None) -> Fitted:
         layout = self.layout(objective)
         regularization = checked_regularization(self.regularization)
-        solvers, holds_any = {}, []
+        solvers, holds_any, clipped = {}, [], 0
         for block, width in layout.widths.items():
             matrix = fitted_tensor(state, MatrixPass.name, block, "matrix", (width, width)).to(
                 objective.device
             )
             holds_any.append(matrix.any())
+            # Of the outputs, so each block counts the same ones.
+            clipped = int(state[MatrixPass.name][block]["clipped"])
             trace = float(matrix.diagonal().sum())
             λ = block_regularization(regularization, block, trace, width)
             solvers[block] = DenseSolver(block, matrix, λ)
-        return BlockwiseFitted(layout, objective, solvers, flat_note(holds_any))
+        return BlockwiseFitted(layout, objective, solvers, (*flat_note(holds_any), *clipped_note(clipped)))
 
     def footprint(self, shapes: ModelShapes, micro_batch: int, rows: int) -> Footprint:
         widths = block_widths(shapes, self.blocks)
@@ -116,12 +121,14 @@ class DenseSolver:
     def __init__(self, block: str, matrix: Tensor, λ: float, *, symmetric: bool = True) -> None:
         shifted = matrix.clone()
         shifted.diagonal().add_(λ)
-        largest = float(torch.linalg.vector_norm(shifted, dim=0).max())  # of an eigenvalue, from below
+        # Lengths are of the matrix over its largest entry: squares of the entries may leave the dtype.
+        scale = float(torch.linalg.vector_norm(shifted, torch.inf))
+        largest = _longest_column(shifted, scale)  # of an eigenvalue, from below
         if not self._factorized(shifted, symmetric):
             raise _no_inverse(block, matrix, λ)
         del shifted  # a solve holds as much
         # Where an eigenvalue is rounding, so are all numbers that come of it.
-        if is_singular(self._smallest_eigenvalue(), rounding_of_sums(matrix.dtype, λ), largest):
+        if is_singular(self._smallest_eigenvalue(scale), rounding_of_sums(matrix.dtype, λ), largest):
             raise _no_inverse(block, matrix, λ)
 
     def _factorized(self, shifted: Tensor, symmetric: bool) -> bool:
@@ -145,12 +152,19 @@ class DenseSolver:
             return torch.cholesky_solve(columns, self._cholesky)
         return torch.linalg.lu_solve(*self._lu, columns)
 
-    def _smallest_eigenvalue(self) -> Tensor:
-        """Its modulus from above, by inverse iteration; a pivot may be large beside it."""
-        u = normal_rows(1, len(self._cholesky), generator(0, "smallest"), self._cholesky).T
+    def _smallest_eigenvalue(self, scale: float) -> Tensor:
+        """Its modulus over `scale` from above, by inverse iteration; a pivot may be large beside it."""
+        u = normal_rows(1, len(self._cholesky), generator(0, "smallest"), self._cholesky).T.double()
         for _ in range(INVERSE_ITERATIONS):
-            u = self._solved(u / torch.linalg.vector_norm(u))
+            u = self._solved((u / torch.linalg.vector_norm(u) * scale).to(self._cholesky.dtype)).double()
         return 1 / torch.linalg.vector_norm(u)
+
+
+def _longest_column(matrix: Tensor, scale: float) -> float:
+    """The largest length of a column of `matrix / scale`; no copy of it is made as a whole."""
+    pieces = matrix.split(max(1, SCALED_ELEMENTS // len(matrix)), dim=1)
+    lengths = [torch.linalg.vector_norm(piece / scale, dim=0).max() for piece in pieces]
+    return float(torch.stack(lengths).max())
 
 
 def _no_inverse(block: str, matrix: Tensor, λ: float) -> CalculatorError:

@@ -34,8 +34,13 @@ def pull_back(function: Callable[[Any], Any], at: Any) -> tuple[Any, Callable[[A
 
     Attention is computed by operations that have second derivatives.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        value, pull = vjp(function, at)[:2]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            value, pull = vjp(function, at)[:2]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return value, lambda cotangent: pull(cotangent)[0]
 
 
@@ -62,7 +67,8 @@ def activation_elements(objective: Objective, batch: Batch) -> int:
         nonlocal counted
         if saved.untyped_storage().data_ptr() not in own:
             counted += saved.numel()
-        return saved
+        # An operation that keeps its own output through a hook would keep itself alive by it.
+        return saved.detach()
 
     # `requires_grad_` on a detached tensor leaves the user's parameters, frozen ones too, as they are.
     parameters = {name: value.requires_grad_() for name, value in objective.parameters().items()}

@@ -53,7 +53,7 @@ from influence_calculator.maths.layers import (
     uncaptured_parameters,
 )
 from influence_calculator.maths.method import FitPass, FitState, Sums
-from influence_calculator.maths.objective import Batch, IndexedBatch, Objective
+from influence_calculator.maths.objective import Batch, IndexedBatch, Objective, version_of
 from influence_calculator.maths.traced_gradients import TracedGradients, traced_gradients
 
 COVARIANCE = "covariance"
@@ -292,9 +292,8 @@ class _Kept(NamedTuple):
 
 
 def _versions(layers: Iterable[LayerCalls]) -> list[int]:
-    """How often each input was changed in place; what inference mode made does not tell."""
-    inputs = (inputs for layer in layers for inputs, _ in layer.pieces)
-    return [0 if tensor.is_inference() else tensor._version for tensor in inputs]
+    """How often each input was changed in place."""
+    return [version_of(inputs) for layer in layers for inputs, _ in layer.pieces]
 
 
 def backward_passes(

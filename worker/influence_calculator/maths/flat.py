@@ -1,4 +1,6 @@
-"""A curvature without anything in it, which methods tell of: else gradients divided by λ pass for influences.
+"""What methods tell of a curvature that has nothing in it, or less than the loss says.
+
+Without anything in it gradients divided by λ pass for influences.
 
 Mostly the loss is such a one. What is 0 but for rounding is none: here every number is 0. Told by methods
 whose fit leaves the curvature, or its eigenvalues: products with a solve's right-hand sides may be 0 too.
@@ -20,3 +22,13 @@ FLAT = (
 def flat_note(of_blocks: Iterable[Tensor]) -> tuple[str, ...]:
     """What is to be told, by each block's eigenvalues, or by whether its matrix holds anything."""
     return () if any(bool(values.any()) for values in of_blocks) else (FLAT,)
+
+
+def clipped_note(count: int) -> tuple[str, ...]:
+    """What is to be told where a generalized Gauss-Newton matrix leaves out `count` negative eigenvalues."""
+    if not count:
+        return ()
+    return (
+        f"the loss is not convex in the model's outputs: {count} negative eigenvalues of its second "
+        "derivatives by them count as 0 in the generalized Gauss-Newton matrix",
+    )

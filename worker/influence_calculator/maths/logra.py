@@ -44,6 +44,7 @@ from influence_calculator.maths.projected_methods import (
 )
 from influence_calculator.maths.projection import Projection
 from influence_calculator.maths.shapes import ModelShapes
+from influence_calculator.maths.trak import require_rank_and_seed
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ class Logra(Method):
 
     def __post_init__(self) -> None:
         checked_regularization(self.regularization)
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}; 64 is a start")
+        require_rank_and_seed(self.rank, self.seed, usual=64)
 
     def narrow(self) -> Logra:
         """The same in coordinates."""

@@ -96,7 +96,13 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     """
     if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(batch)):
         raise ValueError(_not_of_examples(batch))
-    return pytree.tree_map(lambda leaf: leaf.to(device), batch)
+    # What inference mode made cannot be kept for a backward pass.
+    return pytree.tree_map(lambda leaf: (leaf.clone() if leaf.is_inference() else leaf).to(device), batch)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for what inference mode made, which does not tell."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:

@@ -60,7 +60,7 @@ def probe(objective: Objective, batch: Batch) -> Objective:
             "model: expected at least one tracked parameter, got none; unfreeze parameters "
             "(requires_grad_(True)) or widen the selection"
         )
-    _refuse_training_mode(objective.model)
+    refuse_training_mode(objective.model)
     _refuse_sparse_gradients(objective)
     few = slice_batch(batch, 0, min(PROBED, batch_size(batch)))
     _refuse_random_outputs(objective, few)
@@ -94,6 +94,12 @@ def refuse_meta(model: nn.Module) -> None:
 
 def _refuse_what_is_not_differentiated(objective: Objective) -> None:
     """Scripts take no other parameters in place of their own; of complex ones no inner product is defined."""
+    inference = [name for name, value in objective.model.named_parameters() if value.is_inference()]
+    if inference:
+        raise UnsupportedModelError(
+            f"{', '.join(inference[:3])}: expected parameters that can be differentiated, got some that were "
+            "made under torch.inference_mode; make or load the model outside of it"
+        )
     scripted = [name or "model" for name, m in objective.model.named_modules() if isinstance(m, ScriptModule)]
     if scripted:
         raise UnsupportedModelError(
@@ -124,7 +130,12 @@ def _checkpointing_named() -> Iterator[None]:
         ) from error
 
 
-def _refuse_training_mode(model: nn.Module) -> None:
+def refuse_training_mode(model: nn.Module) -> None:
+    """Refuses a model that would answer otherwise the next time, or for other examples beside.
+
+    Raises:
+        TrainingModeError: names the modules whose dropout or batch statistics are on.
+    """
     named = [(name or type(model).__name__, module) for name, module in model.named_modules()]
     random = [name for name, module in named if module.training and _dropout(module) > 0]
     mixing = [name for name, module in named if isinstance(module, _NormBase) and _uses_batch(module)]

@@ -132,6 +132,7 @@ def _vectors(
     try:
         with torch.enable_grad():
             (pseudo, are_sound), one_by_one = _of_each(one, leaves, batch, indices)
+            total = pseudo.sum()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError):
@@ -139,7 +140,7 @@ def _vectors(
     if are_weighed and not bool(are_sound.all()):
         return None
     floats = [leaf for leaf in leaves if leaf.is_floating_point()]
-    v = torch.autograd.grad(pseudo.sum(), floats, allow_unused=True, materialize_grads=True)
+    v = torch.autograd.grad(total, floats, allow_unused=True, materialize_grads=True)
     return _Vectors(list(v), are_weighed, one_by_one)
 
 

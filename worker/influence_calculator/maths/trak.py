@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 
 from typing_extensions import override
 
@@ -60,8 +61,7 @@ class Trak(Method):
 
     def __post_init__(self) -> None:
         checked_regularization(self.regularization)
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}; 2048 is a start")
+        require_rank_and_seed(self.rank, self.seed, usual=2048)
 
     def narrow(self) -> Trak:
         """The same in coordinates."""
@@ -132,6 +132,22 @@ class ProjectedPass(FisherPass):
         layout = block_layout(objective, BlockMode.FULL)
         projection = _projection(objective, layout, self.rank, self.seed)
         return {BLOCK: projection.rank}, partial(_parts, layout, projection)
+
+
+def require_rank_and_seed(rank: int, seed: int, usual: int) -> None:
+    """What a projection is made of: whole numbers. `usual` is a rank to begin with.
+
+    Raises:
+        ValueError: another rank than a whole number of at least 1, or a seed that is none.
+    """
+    if not _is_whole(rank) or rank < 1:
+        raise ValueError(f"rank: expected a whole number of at least 1, got {rank!r}; {usual} is a start")
+    if not _is_whole(seed):
+        raise ValueError(f"seed: expected a whole number, got {seed!r}; 0 is as good as any")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _projection(objective: Objective, layout: Layout, rank: int, seed: int) -> Projection:

@@ -13,7 +13,7 @@ import math
 import operator
 import warnings
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self, SupportsIndex
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from influence_calculator.base_influence_function_model import FitsInParts, InfluenceFunctionModel
 from influence_calculator.errors import NotFittedException, SolverWarning
@@ -29,7 +30,6 @@ from influence_calculator.maths.blocks import BlockMode, Regularization
 from influence_calculator.maths.by_token import influences_by_token
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.checkpoints import Checkpoints
-from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.layout import Layout, Left
 from influence_calculator.maths.method import (
@@ -51,8 +51,9 @@ from influence_calculator.maths.objective import (
     on_device,
     xy_objective,
 )
+from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.maths.perturbation import perturbations
-from influence_calculator.maths.probe import probe
+from influence_calculator.maths.probe import probe, refuse_training_mode
 from influence_calculator.maths.training_batches import JoinedBatches, KeptBatches
 from influence_calculator.memory import available_bytes
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
@@ -69,7 +70,7 @@ from influence_calculator.torch.tensor_operator import (
     TorchOperatorType,
 )
 from influence_calculator.torch.training_data import IterableTrainingData
-from influence_calculator.torch.util import LossType, factor_dtype_of, require_factor_width
+from influence_calculator.torch.util import LossType, factor_dtype_of, require_factor_width, versions_of
 from influence_calculator.types import InfluenceMode, as_mode
 
 __all__ = [
@@ -135,20 +136,30 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         self.warn_on_max_iteration = warn_on_max_iteration
         self.checkpoints: Checkpoints | None = None
         self._seen = Seen()
+        self._tracked: tuple[str, ...] | None = None
         self._state: FitState | None = None
         self._data: IterableTrainingData | None = None
         self._fitted: Fitted | None = None
 
     @property
     def objective(self) -> Objective:
-        """What is differentiated: the loss of one example."""
-        objective = xy_objective(self.model, self.loss)
+        """What is differentiated: the loss of one example; once fitted, by the parameters of the fit."""
+        return self._objective_by(self._tracked)
+
+    def _objective_by(self, names: tuple[str, ...] | None) -> Objective:
+        """By parameters of these names; None: by those that require grad now."""
+        objective = xy_objective(self.model, self.loss, names)
         return replace(objective, checkpoints=self.checkpoints).with_seen(self._seen)
 
     @property
     def layout(self) -> Layout:
         """Where each parameter's columns lie in the factors."""
         return self.method.layout(self.objective)
+
+    @override
+    def as_of_now(self) -> Hashable:
+        """By the model's tensors too: whoever trains on changes them in place."""
+        return self.revision, versions_of(self.model)
 
     @property
     def n_parameters(self) -> int:
@@ -192,10 +203,10 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     @property
     def factor_dtype(self) -> np.dtype[Any]:
-        """The parameters' dtype; float32 for half precision."""
-        return factor_dtype_of(self.model_dtype)
+        """The tracked parameters' dtype; float32 for half precision."""
+        return factor_dtype_of(self.objective.dtype)
 
-    @denormals_flushed()
+    @own_modes()
     def fit(self, data: Iterable[Any]) -> Self:
         """Fits the method to training data: a DataLoader (shuffled or not) or any iterable of (x, y).
 
@@ -218,16 +229,17 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         return self
 
     def _look_at(self, first: tuple[Any, Any]) -> None:
-        seen = self.method.looked_at(probe(self.objective, first), lambda: first)
+        objective = self._objective_by(None)
+        seen = self.method.looked_at(probe(objective, first), lambda: first)
         self.method.try_on(seen, first)
-        self._seen = seen.seen
+        self._tracked, self._seen = objective.names, seen.seen
 
     def _take(self, state: FitState, data: IterableTrainingData | None) -> None:
         self._state, self._data = state, data
         self._refresh()
         self._tell_notes()
 
-    @denormals_flushed()
+    @own_modes()
     def begin_fit(self, x: Tensor, y: Tensor) -> tuple[FitPass, ...]:
         """As `fit` begins, with the first training examples, for a fit whose passes others run.
 
@@ -247,14 +259,14 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         """What a pass sums and finishes independently, in a fixed order."""
         return step.units(self.objective)
 
-    @denormals_flushed()
+    @own_modes()
     def fit_sums(self, step: FitPass, state: FitState, start: int, x: Tensor, y: Tensor) -> Sums:
         """A pass's sums over consecutive training examples, the first of which has the index `start`."""
         objective, batch = self.objective, self._batch(x, y)
         pieces = micro_batches(IndexedBatch(start, batch), self._micro_batch(batch))
         return step.accumulate(objective, pieces, self._on_device(state))
 
-    @denormals_flushed()
+    @own_modes()
     def fitted_unit(
         self, step: FitPass, unit: str, sums: Mapping[str, Tensor], length: int, state: FitState
     ) -> dict[str, Tensor]:
@@ -277,7 +289,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             self._refresh()
         return self
 
-    @denormals_flushed()
+    @own_modes()
     def solve(self, x: Tensor, y: Tensor) -> Solved:
         """Factors of each example by block (`left`), and how each right-hand side ended.
 
@@ -299,14 +311,14 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         if batch_size(batch) > 0:
             return fitted.gradients(self.objective, batch)
         # Not every model answers for no example.
-        dtype = accumulation_dtype(self.model_dtype)
+        dtype = accumulation_dtype(self.objective.dtype)
         widths = fitted.layout.factor_widths
         return {b: torch.zeros(0, width, dtype=dtype, device=self.device) for b, width in widths.items()}
 
     def _influence_factors(self, x: Tensor, y: Tensor) -> Tensor:
         return self._require_fitted().layout.flatten(self.solve(x, y).left)
 
-    @denormals_flushed()
+    @own_modes()
     def left(self, x: Tensor, y: Tensor) -> Tensor:
         """The method's left representation of each example: `[t, P]`, or `[t, K]` in a narrower form.
 
@@ -321,7 +333,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
                 return compact.rows
         return fitted.layout.flatten_left(fitted.scored(self._solved(x, y).left))
 
-    @denormals_flushed()
+    @own_modes()
     def expanded(self, left: Tensor) -> Tensor:
         """What is scored of what `left` returned: `[t, P]`, or in the coordinates of the method.
 
@@ -334,7 +346,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             return fitted.expanded(left.to(self.model_device))
         return self._checked(left, left=True)
 
-    @denormals_flushed()
+    @own_modes()
     def left_of_factors(self, z_test_factors: Tensor) -> Tensor:
         """The same from factors `[t, P]` that `influence_factors` returned.
 
@@ -356,7 +368,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             left[rows] = flat
         return left
 
-    @denormals_flushed()
+    @own_modes()
     def influences_from_left(self, left: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Influences `[t, n]` of (x, y) from what `expanded` or `left_of_factors` of this model returned.
 
@@ -379,14 +391,14 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             return self._on_each_other(x_test, y_test)
         return self._scores(*self._sides(x_test, y_test, x, y, mode), mode)
 
-    @denormals_flushed()
+    @own_modes()
     def _on_each_other(self, x: Tensor, y: Tensor) -> Tensor:
         """`[t, t]`: each example is differentiated once, its gradient being the training side too."""
         fitted, gradients = self._require_fitted(), self._gradients(x, y)
         left = self._noted(fitted.solve(gradients)).left
         return torch.stack([left[block] @ gradients[block].T for block in fitted.layout.blocks]).sum(0)
 
-    @denormals_flushed()
+    @own_modes()
     def self_influences(self, x: Tensor, y: Tensor) -> Tensor:
         """`z_i · g_i` of each example of (x, y), `[n]`; each is differentiated once.
 
@@ -396,7 +408,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         fitted, gradients = self._require_fitted(), self._gradients(x, y)
         return region.self_influences(self._noted(fitted.solve(gradients)).left, gradients)
 
-    @denormals_flushed()
+    @own_modes()
     def influences_by_token(self, x_test: Tensor, y_test: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """The part of each token of (x, y) in `influences`, `[t, n, S]`; over S they sum to it.
 
@@ -431,7 +443,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
         require_factor_width(z_test_factors, layout.left_width if left else layout.width)
         return z_test_factors.detach().to(self.model_device)
 
-    @denormals_flushed()
+    @own_modes()
     def _scores(self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode) -> Tensor:
         """Influences of `rows`: a left representation as it is scored in mode Up, factors in mode
         Perturbation.
@@ -441,13 +453,13 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
             return region.influences(fitted, rows, batch, self._scored_at_once(batch))
         return perturbations(fitted, self.objective, rows, batch, self._micro_batch(batch))
 
-    @denormals_flushed()
+    @own_modes()
     def _scored(self, factors: Left, mode: InfluenceMode) -> Left:
         """What `_scores` takes in place of factors."""
         fitted = self._require_fitted()
         return fitted.scored(fitted.left(factors)) if mode is InfluenceMode.Up else factors
 
-    @denormals_flushed()
+    @own_modes()
     def _sides(
         self, x_test: Tensor, y_test: Tensor, x: Tensor | None, y: Tensor | None, mode: InfluenceMode
     ) -> tuple[Left, tuple[Tensor, Tensor]]:
@@ -460,6 +472,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """The examples on the model's device; x is whatever pytree `model(x)` takes."""
+        refuse_training_mode(self.model)
         moved: tuple[Any, Any] = on_device((x, y), self.model_device)
         return moved
 

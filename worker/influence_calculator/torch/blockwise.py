@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 from influence_calculator.base_influence_function_model import ComposableInfluence, require_both_or_none
 from influence_calculator.maths import region
 from influence_calculator.maths.blocks import Regularization
-from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Left
 from influence_calculator.maths.method import Fitted, Method
+from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.maths.perturbation import perturbations_by_block
 from influence_calculator.torch.base import TorchInfluenceFunctionModel, regularization_of
+from influence_calculator.torch.util import require_block_widths
 from influence_calculator.types import InfluenceMode, as_mode
 
 
@@ -63,18 +64,12 @@ class TorchInfluenceByBlock(TorchInfluenceFunctionModel, ABC):
         Raises:
             ValueError: factors of other blocks, or of other widths.
         """
-        widths = self.layout.widths
-        given = {block: list(rows.shape[1:]) for block, rows in z_test_factors.items()}
-        if given != {block: [width] for block, width in widths.items()}:
-            raise ValueError(
-                f"z_test_factors: expected [t, width] for each of the blocks {widths}, got widths {given}; "
-                f"pass what influence_factors_by_block of this model returned"
-            )
+        require_block_widths(z_test_factors, self.layout.widths)
         mode = as_mode(mode)
         factors = {block: rows.detach().to(self.model_device) for block, rows in z_test_factors.items()}
         return self._scores_by_block(self._scored(factors, mode), self._batch(x, y), mode)
 
-    @denormals_flushed()
+    @own_modes()
     def _scores_by_block(
         self, rows: Left, batch: tuple[Tensor, Tensor], mode: InfluenceMode
     ) -> OrderedDict[str, Tensor]:

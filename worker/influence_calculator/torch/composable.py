@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from influence_calculator.base_influence_function_model import (
     ComposableInfluence,
@@ -24,6 +25,7 @@ from influence_calculator.base_influence_function_model import (
 from influence_calculator.errors import NotFittedException
 from influence_calculator.maths.blocks import (
     BlockMode,
+    Relative,
     check_coverage,
     checked_regularization,
     model_layout,
@@ -33,9 +35,17 @@ from influence_calculator.maths.layout import Layout
 from influence_calculator.torch.block_mapper import TorchBlockMapper, TorchOperatorGradientComposition
 from influence_calculator.torch.buffers import by_reference, with_state
 from influence_calculator.torch.data_operators import InverseHarmonicMeanOperator
-from influence_calculator.torch.gradient_provider import TorchBatch
+from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
 from influence_calculator.torch.inverse_operators import InverseOperator
-from influence_calculator.torch.util import factor_dtype_of, require_factor_width
+from influence_calculator.torch.iterative_operators import CgOperator, LissaOperator
+from influence_calculator.torch.tensor_operator import TensorDictOperator, TensorOperator
+from influence_calculator.torch.training_data import drawn_once
+from influence_calculator.torch.util import (
+    factor_dtype_of,
+    require_block_widths,
+    require_factor_width,
+    versions_of,
+)
 from influence_calculator.types import InfluenceMode, as_mode
 
 
@@ -51,8 +61,8 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         regularization: λ given to `_create_block`: one number, or one per block; None stays None.
 
     Raises:
-        ValueError: a negative λ, a mapping that does not name every block and nothing else, or blocks that
-            overlap, are empty or name what is not tracked.
+        ValueError: a negative λ, `Relative`, a mapping that does not name every block and nothing else, or
+            blocks that overlap, are empty or name what is not tracked.
     """
 
     def __init__(
@@ -74,7 +84,7 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         """What is done to the gradients of one block, and where they come from.
 
         `block_params` are the block's parameters, detached, in the order of columns: pass them on as
-        `restrict_to`.
+        `restrict_to`. `data` is what `fit` was given; of a shuffled loader, one whose order stays.
         """
 
     @property
@@ -122,12 +132,19 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         return lambda: with_state(kind, state())
 
     def fit(self, data: Iterable[Any]) -> Self:
-        """Creates every block from training data: anything that iterates over (x, y)."""
+        """Creates every block from training data: anything that iterates over (x, y).
+
+        All blocks see the same examples, also of a loader that draws them.
+
+        Raises:
+            ValueError: a block's operator or gradients are not by its parameters, in their order.
+        """
+        drawn = drawn_once(data)
         blocks = [
-            (block, self._create_block(parameters, data, self.regularization[block]))
+            (block, self._create_block(parameters, drawn, self.regularization[block]))
             for block, parameters in self.parameter_dict.items()
         ]
-        self._check_widths(blocks)
+        self._check_columns(blocks)
         self.block_mapper = TorchBlockMapper(OrderedDict(blocks))
         self.revision += 1
         return self
@@ -151,22 +168,30 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         """
         changed = self._by_block(regularization)
         operators = {} if self.block_mapper is None else {k: b.op for k, b in self.block_mapper.items()}
+        before: dict[str, float | None] = {}
         for block, operator in operators.items():
             if not isinstance(operator, InverseOperator | InverseHarmonicMeanOperator):
                 raise ValueError(
                     f"block {block!r}: expected an operator whose regularization can be changed, got "
                     f"{type(operator).__name__}; override with_regularization, or fit a new model"
                 )
+            before[block] = operator.regularization
         try:
             for block, operator in operators.items():
                 operator.regularization = changed[block]
-        except ValueError:
+        except Exception:
             for block, operator in operators.items():
-                operator.regularization = self.regularization[block]
+                operator.regularization = before[block]
             raise
         self.regularization = changed
         self.revision += 1
         return self
+
+    def as_of_now(self) -> Hashable:
+        """By the model's tensors and the operators' λ too, which may be changed from outside."""
+        blocks = {} if self.block_mapper is None else dict(self.block_mapper.items())
+        λ = tuple(getattr(block.op, "regularization", None) for block in blocks.values())
+        return self.revision, λ, versions_of(self.model)
 
     def influence_factors_by_block(self, x: Tensor, y: Tensor) -> OrderedDict[str, Tensor]:
         """Block -> factors `[t, P_b]`; how its solves ended is in `solver_report` afterwards."""
@@ -192,9 +217,16 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         y: Tensor,
         mode: InfluenceMode = InfluenceMode.Up,
     ) -> OrderedDict[str, Tensor]:
-        """Block -> influences from this block's factors `[t, P_b]`."""
+        """Block -> influences from this block's factors `[t, P_b]`.
+
+        Raises:
+            NotFittedException: `fit` has not run.
+            ValueError: factors of other blocks, or of other widths.
+        """
+        blocks = self._blocks
+        require_block_widths(z_test_factors, self.layout.widths)
         factors = OrderedDict((block, z_test_factors[block]) for block in self.block_names)
-        return self._blocks.interactions_from_transformed_grads(factors, TorchBatch(x, y), as_mode(mode))
+        return blocks.interactions_from_transformed_grads(factors, TorchBatch(x, y), as_mode(mode))
 
     def influences_from_factors(
         self, z_test_factors: Tensor, x: Tensor, y: Tensor, mode: InfluenceMode = InfluenceMode.Up
@@ -242,6 +274,12 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         return solved
 
     def _by_block(self, given: float | Mapping[str, float | None] | None) -> dict[str, float | None]:
+        values = list(given.values()) if isinstance(given, Mapping) else [given]
+        if any(isinstance(value, Relative) for value in values):
+            raise ValueError(
+                "regularization: expected numbers, one or one per block, got Relative: only your operators "
+                "know the curvature that it is relative to; compute λ in _create_block"
+            )
         if isinstance(given, Mapping):
             checked_regularization({block: λ or 0.0 for block, λ in given.items()})
             check_coverage({block: λ or 0.0 for block, λ in given.items()}, self.layout.blocks)
@@ -249,7 +287,8 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
         checked_regularization(given)
         return dict.fromkeys(self.layout.blocks, given)
 
-    def _check_widths(self, blocks: list[tuple[str, TorchOperatorGradientComposition[Any]]]) -> None:
+    def _check_columns(self, blocks: list[tuple[str, TorchOperatorGradientComposition[Any]]]) -> None:
+        """As many as the block has, and as far as parts tell, of its parameters in their order."""
         for block, created in blocks:
             width = self.layout.widths[block]
             if created.op.input_size != width:
@@ -257,7 +296,37 @@ class TorchComposableInfluence(ComposableInfluence[Tensor, Iterable[Any]], ABC):
                     f"block {block!r}: expected an operator of {width} columns, one per parameter of the "
                     f"block, got {created.op.input_size}; give it restrict_to=block_params"
                 )
+            names = [slot.name for slot in self.layout.slots_of(block)]
+            for part, own in (("an operator", _names_of(created.op)), ("gradients", _names_of(created.gp))):
+                if own is not None and own != names:
+                    raise ValueError(
+                        f"block {block!r}: expected {part} by the block's parameters in their order, "
+                        f"{', '.join(names)}, got {', '.join(own)}; give it restrict_to=block_params"
+                    )
+
+
+def _names_of(part: TensorOperator | TorchGradientProvider) -> list[str] | None:
+    """The parameters that columns belong to, in order; None of one that does not know them."""
+    match part:
+        case CgOperator(operator=inner):
+            return _names_of(inner)
+        case LissaOperator(batch_operation=operation):
+            return list(operation.input_dict_structure)
+        case TensorDictOperator():
+            return list(part.input_dict_structure)
+        case TorchGradientProvider():
+            return list(part.params_to_restrict_to)
+        case _:
+            return None
 
 
 def _sum(by_block: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(by_block.values())).sum(0)
+    """The sum over the blocks: of one tensor each, or of several inputs that move, in their structure."""
+    first, *others = by_block.values()
+
+    def added(*parts: Tensor | None) -> Tensor | None:
+        told = [part for part in parts if part is not None]
+        return torch.stack(told).sum(0) if told else None
+
+    total: Tensor = pytree.tree_map(added, first, *others)
+    return total

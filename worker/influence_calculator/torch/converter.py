@@ -34,23 +34,44 @@ class TorchNumpyConverter(NumpyConverter[Tensor]):
         return values
 
     def from_numpy(self, x: NDArray[Any]) -> Tensor:
-        """The values as a tensor; memory is shared where the array is writable and already in place."""
-        if not x.flags.writeable:  # what Dask received over the network; torch cannot share it
+        """The values as a tensor; memory is shared where the array is writable and torch has its layout."""
+        if not x.dtype.isnative:
+            x = x.astype(x.dtype.newbyteorder("="))
+        # Torch cannot share what Dask received over the network, and steps forward by whole numbers alone.
+        if not x.flags.writeable or any(stride < 0 or stride % x.itemsize for stride in x.strides):
             x = x.copy()
         tensor = torch.from_numpy(x)
         return tensor if self.device is None else tensor.to(self.device)
 
 
 class TorchCatAggregator(SequenceAggregator[Tensor]):
-    """The chunks as one tensor."""
+    """The chunks as one tensor.
+
+    Raises:
+        ValueError: no chunk.
+    """
 
     def __call__(self, tensor_sequence: LazyChunkSequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensor_sequence.generator_factory()))
+        return _joined("data iterable", list(tensor_sequence.generator_factory()))
 
 
 class NestedTorchCatAggregator(NestedSequenceAggregator[Tensor]):
-    """Rows of chunks as one tensor."""
+    """Rows of chunks as one tensor.
+
+    Raises:
+        ValueError: no row, or rows without chunks.
+    """
 
     def __call__(self, nested_sequence_of_tensors: NestedLazyChunkSequence[Tensor]) -> Tensor:
         rows = nested_sequence_of_tensors.generator_factory()
-        return torch.cat([torch.cat(list(row), dim=1) for row in rows])
+        joined = [_joined("training data iterable", list(row), dim=1) for row in rows]
+        return _joined("test data iterable", joined)
+
+
+def _joined(data: str, chunks: list[Tensor], dim: int = 0) -> Tensor:
+    if not chunks:
+        raise ValueError(
+            f"sequence: expected at least one chunk, got none; the {data} is empty: give it a batch, "
+            "or compute without an aggregator"
+        )
+    return torch.cat(chunks, dim=dim)

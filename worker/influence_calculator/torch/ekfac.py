@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from influence_calculator.errors import NotImplementedLayerRepresentationException
 from influence_calculator.maths.blocks import Regularization
-from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.ekfac import Ekfac, Unsupported
 from influence_calculator.maths.ekfac_passes import uncaptured_blocks
 from influence_calculator.maths.expectation import Expectation
+from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.torch.base import regularization_of
 from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
 from influence_calculator.torch.util import LossType
@@ -112,7 +112,7 @@ class EkfacInfluence(TorchBlockwiseInfluence):
         """Each layer's influences, from its factors."""
         return self.influences_from_factors_by_block(z_test_factors, x, y, mode)
 
-    @denormals_flushed()
+    @own_modes()
     def explore_hessian_regularization(
         self, x: Tensor, y: Tensor, regularization_values: Iterable[float]
     ) -> dict[float, OrderedDict[str, Tensor]]:

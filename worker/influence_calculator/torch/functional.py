@@ -27,6 +27,7 @@ from influence_calculator.maths.gradients import accumulation_dtype
 from influence_calculator.maths.krylov import MOST_RESTARTS, Krylov, search_in
 from influence_calculator.maths.layout import Layout, Slot, columns_of, tensors_of
 from influence_calculator.maths.objective import xy_objective
+from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.maths.preconditioners import NystroemPreconditioner, fitted_to
 from influence_calculator.maths.training_batches import JoinedBatches
 from influence_calculator.torch.data_operators import HessianOperator
@@ -87,9 +88,8 @@ def create_empirical_loss_function(
     losses = create_per_sample_loss_function(model, loss)
 
     def empirical_loss(parameters: Parameters) -> Tensor:
-        device = next(iter(parameters.values())).device
-        of_batches = [losses(parameters, x.to(device), y.to(device)) for x, y in data_loader]
-        return torch.cat(of_batches).mean()
+        data = IterableTrainingData(data_loader, next(iter(parameters.values())).device, passes=1)
+        return torch.cat([losses(parameters, *batch) for _, batch in data.batches()]).mean()
 
     return empirical_loss
 
@@ -116,11 +116,20 @@ def hvp(
 def create_batch_hvp_function(
     model: nn.Module, loss: LossType, reverse_only: bool = True
 ) -> Callable[[Parameters, Tensor, Tensor, Tensor], Tensor]:
-    """`(parameters, x, y, v) -> (1/n) Σ ∇² ℓ_i v`, all `[P]`."""
+    """`(parameters, x, y, v) -> (1/n) Σ ∇² ℓ_i v`, all `[P]`.
+
+    The function raises ValueError for a v of another shape.
+    """
     batch_loss = create_batch_loss_function(model, loss)
 
     def product(parameters: Parameters, x: Tensor, y: Tensor, vec: Tensor) -> Tensor:
         slots = _slots(parameters)
+        width = sum(slot.size for slot in slots)
+        if vec.shape != (width,):
+            raise ValueError(
+                f"vec: expected a vector [{width}], got {list(vec.shape)}; it has one entry per entry of the "
+                "parameters given"
+            )
         row = {name: value[0] for name, value in tensors_of(vec[None], slots, vec.dtype).items()}
         multiplied = hvp(lambda values: batch_loss(values, x, y), parameters, row, reverse_only)
         return torch.cat([value.flatten() for value in multiplied.values()])
@@ -149,6 +158,8 @@ def create_hvp_function(
         reverse_only: kept for pyDVL's signature: only reverse passes are made.
         track_gradients: must be False.
 
+    The function raises ValueError for a vector or rows of another width.
+
     Raises:
         ValueError: `track_gradients`.
     """
@@ -159,7 +170,17 @@ def create_hvp_function(
     if not precompute_grad:
         return operator.apply
     product = operator.products()
-    return lambda vec: product(vec) if vec.ndim == 2 else product(vec[None])[0]
+
+    @own_modes()
+    def multiplied(vec: Tensor) -> Tensor:
+        if vec.ndim not in (1, 2) or vec.shape[-1] != operator.input_size:
+            raise ValueError(
+                f"vec: expected a vector [{operator.input_size}] or rows [q, {operator.input_size}], got "
+                f"{list(vec.shape)}; the last dimension has one entry per parameter"
+            )
+        return product(vec) if vec.ndim == 2 else product(vec[None])[0]
+
+    return multiplied
 
 
 def hessian(

@@ -8,15 +8,16 @@ Shapes: q rows, P parameters restricted to.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from influence_calculator.maths.blocks import BlockMode, block_layout
 from influence_calculator.maths.gradients import accumulation_dtype
-from influence_calculator.maths.objective import batch_size, xy_objective
-from influence_calculator.maths.probe import probe
+from influence_calculator.maths.objective import batch_size, on_device, xy_objective
+from influence_calculator.maths.own_modes import own_modes
+from influence_calculator.maths.probe import probe, refuse_training_mode
 from influence_calculator.torch.util import LossType
 
 RestrictTo = Mapping[str, Tensor]
@@ -61,13 +62,15 @@ class RestrictedModel:
         """Rows where the parameters are, in the dtype that gradients are summed in."""
         return tensor.detach().to(self.device, accumulation_dtype(self.dtype))
 
-    def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Examples where the parameters are.
+    @own_modes()
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Examples where the parameters are; x may be a pytree of tensors.
 
         Raises:
             ValueError: the first examples ever seen cannot be differentiated in a batch (`probe`).
         """
-        pair = (x.to(self.device), y.to(self.device))
+        pair: tuple[Any, Any] = on_device((x, y), self.device)
+        refuse_training_mode(self.model)
         if not self._is_probed and batch_size(pair) > 0:
             self.objective = probe(self.objective, pair)
             self._is_probed = True

@@ -17,9 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.conjugate_gradients import Rows
-from influence_calculator.maths.denormals import denormals_flushed
 from influence_calculator.maths.layout import Layout, columns_of, tensors_of
 from influence_calculator.maths.method import SolverReport
+from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
 from influence_calculator.types import BilinearForm, Operator
 
@@ -149,7 +149,7 @@ class TensorOperator(Operator[Tensor, OperatorBilinearForm], ABC):
             )
 
     @override
-    @denormals_flushed()
+    @own_modes()
     def _apply(self, tensor: Tensor) -> Tensor:
         here = tensor.detach().to(self.device)
         applied = self._apply_to_vec(here) if here.ndim == 1 else self._apply_to_mat(here)

@@ -1,7 +1,8 @@
 """What `fit` was given, as training data that can be read as often as a method needs.
 
 A shuffled loader is put into one order at the start and keeps it, so that every pass (and every
-iteration of a solver) sees the same examples under the same index.
+iteration of a solver) sees the same examples under the same index. Methods keep batches and join them: of
+data that may fill its tensors again for the next batch they are given copies.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from influence_calculator.errors import OneShotIterableError
@@ -31,6 +34,7 @@ class IterableTrainingData:
         """
         self.device = device
         self._items = Readable("data", in_one_order(items))
+        self._lends = _lends(items)
         self._peeked: Iterator[tuple[Any, Any]] | None = None
         self._length: int | None = None
         if self._items.is_one_shot and passes > 1:
@@ -52,7 +56,7 @@ class IterableTrainingData:
         """
         pairs, taken, count = self._read(), [], 0
         for pair in pairs:
-            taken.append(IndexedBatch(count, pair))
+            taken.append(IndexedBatch(count, self._owned(pair)))
             count += batch_size(pair[0])
             if count >= PROBED:
                 break
@@ -68,7 +72,7 @@ class IterableTrainingData:
         """One pass over all examples."""
         start = 0
         for pair in self._read():
-            x, y = self._on_device(pair)
+            x, y = self._on_device(self._owned(pair))
             yield IndexedBatch(start, (x, y))
             start += batch_size(x)
         self._length = start
@@ -80,6 +84,18 @@ class IterableTrainingData:
             return pairs
         pairs = (pair_of("data", item) for item in self._items)
         return (pair for pair in pairs if batch_size(pair[0]) > 0)
+
+    def _owned(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+        """The pair as it stays when the next one is read."""
+        if not self._lends:
+            return pair
+        owned: tuple[Any, Any] = pytree.tree_map_only(Tensor, self._copy, pair)
+        return owned
+
+    def _copy(self, leaf: Tensor) -> Tensor:
+        """The tensor on the device, with memory of its own."""
+        moved = leaf.to(self.device)
+        return moved.detach().clone() if moved is leaf else moved
 
     def _on_device(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
         x, y = on_device(pair, self.device)
@@ -132,3 +148,38 @@ def in_one_order(items: Iterable[Any]) -> Iterable[Any]:
     if isinstance(items, DataLoader) and not isinstance(items.dataset, IterableDataset):
         return _LoaderInOneOrder(items)
     return items
+
+
+def drawn_once(items: Iterable[Any]) -> Iterable[Any]:
+    """`items`, a shuffled loader as one of the same batches that draws them no more.
+
+    For whoever reads it through several `in_one_order`: one that draws examples, as `drop_last` does, would
+    give each of them others.
+    """
+    if not isinstance(items, DataLoader) or isinstance(items.dataset, IterableDataset):
+        return items
+    if items.batch_size is None and items.batch_sampler is not None:
+        order: dict[str, Any] = {"batch_sampler": list(items.batch_sampler)}
+    else:
+        order = {"sampler": list(items.sampler), "batch_size": items.batch_size, "drop_last": items.drop_last}
+    return DataLoader(
+        items.dataset,
+        **order,
+        num_workers=items.num_workers,
+        collate_fn=items.collate_fn,
+        pin_memory=items.pin_memory,
+        timeout=items.timeout,
+        worker_init_fn=items.worker_init_fn,
+        multiprocessing_context=items.multiprocessing_context,
+        generator=items.generator,
+        prefetch_factor=items.prefetch_factor,
+        persistent_workers=items.persistent_workers,
+    )
+
+
+def _lends(items: Iterable[Any]) -> bool:
+    """Whether the tensors of a batch may be filled again for the next one."""
+    if isinstance(items, DataLoader):
+        # Torch collates into new tensors, and those of another process are new here.
+        return items.collate_fn is not default_collate and items.num_workers == 0
+    return not isinstance(items, list | tuple)

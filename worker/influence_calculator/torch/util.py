@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from influence_calculator.maths import curvature
 from influence_calculator.maths.blocks import BlockMode
 from influence_calculator.maths.gradients import accumulation_dtype
+from influence_calculator.maths.objective import version_of
 from influence_calculator.torch.converter import (
     NestedTorchCatAggregator,
     TorchCatAggregator,
@@ -44,7 +45,13 @@ def second_order_of(mode: SecondOrderMode | curvature.SecondOrderMode | str) -> 
     Raises:
         ValueError: no such mode.
     """
-    public = SecondOrderMode(mode.value if isinstance(mode, Enum) else mode)
+    try:
+        public = SecondOrderMode(mode.value if isinstance(mode, Enum) else mode)
+    except ValueError as error:
+        modes = ", ".join(repr(known.value) for known in SecondOrderMode)
+        raise ValueError(
+            f"second_order_mode: expected one of {modes}, got {mode!r}; SecondOrderMode names them"
+        ) from error
     if public is SecondOrderMode.GAUSS_NEWTON:
         warnings.warn(
             "second_order_mode: GAUSS_NEWTON means the empirical Fisher matrix, as in pyDVL; say "
@@ -61,6 +68,12 @@ def factor_dtype_of(dtype: torch.dtype) -> np.dtype[Any]:
     return np.dtype(str(accumulation_dtype(dtype)).removeprefix("torch."))
 
 
+def versions_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a parameter or buffer is replaced or changed in place."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors)
+
+
 def require_factor_width(z_test_factors: Tensor, width: int) -> None:
     """Factors have one column per parameter.
 
@@ -71,6 +84,20 @@ def require_factor_width(z_test_factors: Tensor, width: int) -> None:
         raise ValueError(
             f"z_test_factors: expected shape [t, {width}] (one column per parameter), got "
             f"{list(z_test_factors.shape)}; pass what influence_factors of this model returned"
+        )
+
+
+def require_block_widths(z_test_factors: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    """Factors of every block and of no other, with one column per parameter of the block.
+
+    Raises:
+        ValueError: factors of other blocks, or of other widths.
+    """
+    given = {block: list(rows.shape[1:]) for block, rows in z_test_factors.items()}
+    if given != {block: [width] for block, width in widths.items()}:
+        raise ValueError(
+            f"z_test_factors: expected [t, width] for each of the blocks {dict(widths)}, got widths {given}; "
+            "pass what influence_factors_by_block of this model returned"
         )
 
 
