@@ -8,7 +8,9 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,13 +37,17 @@ from influence_calculator.maths import errors as maths_errors
 from influence_calculator.maths.ekfac import Unsupported
 from influence_calculator.maths.expectation import Expectation
 from influence_job import errors
+from influence_job.driver.stages import Stages
 from influence_job.exit_codes import ExitCode
 from influence_job.job_file import load_job
-from influence_job.spec import InfluenceJob
+from influence_job.plan import Plan
+from influence_job.progress import Stage
+from influence_job.spec import InfluenceJob, InfluenceJobSpec, Operation
 from influence_job.task import InfluenceTask
 
 ROOT = Path(__file__).parents[2]
 README, JOBS, LIBRARY = ROOT / "README.md", ROOT / "docs/jobs.md", ROOT / "docs/library.md"
+RESOURCE = ROOT / "docs/custom-resource.md"
 DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -103,7 +109,7 @@ def test_every_python_example_is_one_that_is_run_here_or_by_a_job() -> None:
     assert {name: count for name, count in counted.items() if count} == {
         "README.md": 2,
         "jobs.md": 1,
-        "library.md": 10,
+        "library.md": 11,
     }
 
 
@@ -139,8 +145,8 @@ def test_the_readmes_job_example_is_a_task_that_its_manifest_calls(names: dict[s
 
 
 def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any]) -> None:
-    cluster, factors, on_workers, sequential, reports, ekfac, spectral, lissa, products, blocks = examples(
-        LIBRARY, "python"
+    cluster, factors, on_workers, sequential, itself, reports, ekfac, spectral, lissa, products, blocks = (
+        examples(LIBRARY, "python")
     )
     run(cluster, names)
     expected = in_memory(names, names["model"])
@@ -156,6 +162,10 @@ def test_the_library_pages_examples_run_one_after_the_other(names: dict[str, Any
     run(sequential, names)
     assert np.allclose(names["influences"], expected, rtol=1e-6)
     assert np.allclose(zarr.open_array("sequential.zarr", mode="r")[:], expected, rtol=1e-6)
+
+    run(itself, names)
+    training = names["train_set"].tensors
+    assert np.allclose(names["on_themselves"], names["model"].influences(*training, *training).diag())
 
     run(reports, names)
     assert isinstance(names["model"], CgInfluence)
@@ -210,6 +220,41 @@ def test_the_table_of_reasons_says_what_the_code_says() -> None:
     assert [name for name, _ in written] == [str(reason) for reason in errors.Reason]
     shown = [[name, text] for name, text in table(JOBS, "reason")]
     assert shown == [[name, text.replace("`", "")] for name, text in written]
+
+
+def test_the_table_of_stages_has_the_order_in_which_each_operation_runs_them() -> None:
+    """All but Preflight and Loading, which come before, and Verifying, with which all end."""
+    steps = {
+        "fit": Stage.FITTING,
+        "gradients": Stage.GRADIENTS,
+        "factors": Stage.FACTORS,
+        "scores": Stage.SCORES,
+        "self_influences": Stage.SCORES,
+        "verify": Stage.VERIFYING,
+    }
+    shown = {name: stages.split(" → ") for name, stages in table(JOBS, "operation")}
+    assert set(shown) == set(Operation)
+    for operation in Operation:
+        stages: Any = object.__new__(Stages)
+        stages.spec, stages.plan = (
+            SimpleNamespace(operation=operation),
+            Plan.model_construct(operation=operation),
+        )
+        entered: list[Stage] = []
+        for name, stage in steps.items():
+            setattr(stages, name, partial(entered.append, stage))
+        stages.run()
+        assert entered == [*shown[operation], Stage.VERIFYING]
+
+
+def test_the_table_of_deadlines_has_each_with_its_default() -> None:
+    shown = {name: default for name, default, *_ in table(RESOURCE, "deadline")}
+    fields = {field.alias: field.default for field in InfluenceJobSpec.model_fields.values()}
+    assert shown == {
+        name: "none" if default is None else str(default)
+        for name, default in fields.items()
+        if name is not None and name.endswith("DeadlineSeconds")
+    }
 
 
 def test_the_table_of_exit_codes_has_each_once() -> None:
