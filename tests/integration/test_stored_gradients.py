@@ -226,13 +226,24 @@ def test_factors_as_narrow_as_another_operation_takes_them_are_refused(jobs: Job
     """Scores with the rest of the columns would be of whatever lay in memory."""
     path, (trak, _) = tmp_path / "influences.zarr", METHODS["Trak"]
     jobs.finish(jobs.manifest(at_once(trak)), output=path)
-    from_factors = {**at_once(trak), "operation": "InfluencesFromFactors", "factors": {"url": str(path)}}
-    run = jobs.run(jobs.manifest(from_factors), output=tmp_path / "result.zarr", workers=1)
-    assert run.code == 64
-    assert (
-        f"StoreMismatch: spec.factors.url: {path}/factors/0 holds 7 columns of block '', this job has 53 of "
-        "block ''; take the store of an InfluenceFactors job" in " ".join(run.stderr.split())
-    )
+    result = tmp_path / "result.zarr"
+    shutil.copytree(path, result)
+    from_factors = {
+        **at_once(trak),
+        "operation": "InfluencesFromFactors",
+        "factors": {"url": str(path)},
+        "output": {"onExisting": "Overwrite"},
+    }
+    run = jobs.run(jobs.manifest(from_factors), output=result, workers=1)
+    planned = jobs.plan(jobs.manifest(from_factors), "--output", str(result))
+    for code, said in ((run.code, run.stderr), (planned.returncode, planned.stderr)):
+        assert code == 64
+        assert (
+            f"StoreMismatch: spec.factors.url: {path}/factors/0 holds 7 columns of block '', this job has 53 "
+            "of block ''; take the store of an InfluenceFactors job" in " ".join(said.split())
+        )
+    before, after = (stored.contents(stored.open_store(store)) for store in (path, result))
+    assert before.items() <= after.items()
 
 
 @pytest.mark.parametrize("written", ["file://{}/", "{}/../gradients.zarr", "{folder}/link", "{folder}"])

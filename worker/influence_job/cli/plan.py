@@ -39,18 +39,17 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     influence plan job.yaml --json | jq .regions
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
     job = read_job(file, device=device, output=output)
+    from influence_job.driver import earlier_job
     from influence_job.methods import method_of
     from influence_job.plan import make_plan
     from influence_job.worker.loading import measure_job
 
     sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
-    if job.spec.earlier_store is not None:
-        from influence_job.driver.earlier_job import read_record, refuse_own_store
-
-        # Refused in the words of a run.
-        refuse_own_store(job.spec)
-        read_record(job.spec)
+    # Refused in the words of a run.
+    earlier_job.refuse_own_store(job.spec)
+    earlier_job.read_record(job.spec)
     sizes = measure_job(job.spec)
+    earlier_job.refuse_other_rows(job.spec, sizes.blocks)
     made = make_plan(job.spec, method_of(job.spec), sizes)
     if as_json:
         click.echo(json.dumps(as_document(job, sizes, made), indent=2))

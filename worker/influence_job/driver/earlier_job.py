@@ -6,7 +6,7 @@ It must be complete, and of the same model and method.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from influence_job.errors import PermanentError, Reason
 from influence_job.spec import InfluenceJobSpec
 from influence_job.storage import arrays
 from influence_job.storage.store import Store
-from influence_job.worker.factors import factor_path
+from influence_job.worker.factors import factor_path, rows_info
 from influence_job.worker.training_gradients import gradient_path
 
 SHARED = ("numericsVersion", "method", "precision", "model", UNTRACKED)
@@ -33,8 +33,8 @@ class Taken:
     url: str
     maker: str
     """Whose store it is."""
-    array: str
-    """One array that it holds."""
+    array: Callable[[int], str]
+    """The array of one block."""
     side: str
     """Whose coordinates come along: test or train."""
     shared: tuple[str, ...]
@@ -45,11 +45,11 @@ def taken(spec: InfluenceJobSpec) -> Taken | None:
     if spec.factors is not None:
         maker = "an InfluenceFactors job"
         shared = (*SHARED, "factorDtype")
-        return Taken("factors", spec.earlier_field, spec.factors.url, maker, factor_path(0), "test", shared)
+        return Taken("factors", spec.earlier_field, spec.factors.url, maker, factor_path, "test", shared)
     if spec.gradients is not None:
         maker = "a TrainingGradients job"
         return Taken(
-            "gradients", spec.earlier_field, spec.gradients.url, maker, gradient_path(0), "train", SHARED
+            "gradients", spec.earlier_field, spec.gradients.url, maker, gradient_path, "train", SHARED
         )
     return None
 
@@ -98,13 +98,13 @@ def read_record(spec: InfluenceJobSpec) -> dict[str, Any] | None:
     with _open(spec, wanted) as store:
         record = dict(arrays.read_attributes(store).get(arrays.OURS, {}))
         if record.get("finished") is True:
-            if not arrays.has_array(store, wanted.array):
+            if not arrays.has_array(store, wanted.array(0)):
                 raise PermanentError(
                     Reason.INVALID_SPEC,
                     f"{wanted.field}: expected the store of {wanted.maker}, got {wanted.url}, of operation "
                     f"{record['plan']['operation']}, which holds no {wanted.what}",
                 )
-            arrays.array_info(store, wanted.array)
+            arrays.array_info(store, wanted.array(0))
     if not record:
         raise PermanentError(
             Reason.INVALID_SPEC,
@@ -187,3 +187,18 @@ def refuse_other(spec: InfluenceJobSpec, record: dict[str, Any] | None, fingerpr
             f"{wanted.field}: {wanted.url} holds the {wanted.what} of another job:{lines}\nuse {wanted.what} "
             f"of this model and method: run {wanted.maker} with the same task and method",
         )
+
+
+def refuse_other_rows(spec: InfluenceJobSpec, blocks: Mapping[str, int]) -> None:
+    """Refuses rows that are not those of this job's blocks, name -> columns: such as factors that another
+    operation left, which takes fewer columns.
+
+    Raises:
+        PermanentError: STORE_MISMATCH.
+    """
+    wanted = taken(spec)
+    if wanted is None:
+        return
+    with _open(spec, wanted) as store:
+        for number, (block, width) in enumerate(blocks.items()):
+            rows_info(spec, store, wanted.array(number), block, width)

@@ -98,6 +98,7 @@ def _compute(
     fingerprint = fingerprints.with_model(opened.fingerprint, loaded)
     fingerprints.refuse_differences(opened.store.url, opened.record.get("fingerprint"), fingerprint, [])
     earlier_job.refuse_other(job.spec, opened.earlier, fingerprint)
+    earlier_job.refuse_other_rows(job.spec, loaded.sizes.blocks)
     opened.ledger.refuse_other(loaded.environment)
     plan = _plan(job, opened, loaded)
     if opened.begun:

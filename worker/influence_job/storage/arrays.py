@@ -150,6 +150,11 @@ def of_earlier_job(store: Store, field: str) -> Store:
     return store
 
 
+def earlier_field(store: Store) -> str | None:
+    """The field that names the store, if it is that of an earlier job."""
+    return _fields.get(store)
+
+
 def write_chunk(store: Store, path: str, chunk_index: Sequence[int], block: np.ndarray[Any, Any]) -> str:
     """Writes one chunk in one PUT and returns the digest of the block's C-order bytes."""
     info = array_info(store, path)
@@ -364,7 +369,7 @@ def _seal(document: Mapping[str, Any]) -> str:
 
 def corrupt(store: Store, path: str, what: str) -> PermanentError:
     """The error for an object that is missing or damaged, with who makes it again."""
-    found, field = f"{store.url}/{path}: {what}; restore the object, or ", _fields.get(store)
+    found, field = f"{store.url}/{path}: {what}; restore the object, or ", earlier_field(store)
     if field is None:
         return PermanentError(Reason.STORE_CORRUPT, f"{found}start anew with output.onExisting: Overwrite")
     return PermanentError(

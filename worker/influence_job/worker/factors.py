@@ -14,7 +14,7 @@ from influence_calculator.maths.method import Solved, SolverReport, SolverStatus
 from influence_calculator.maths.objective import IndexedBatch, Objective, micro_batches
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan.basis import Basis, stored_basis
-from influence_job.spec import Mode
+from influence_job.spec import InfluenceJobSpec, Mode
 from influence_job.storage import arrays
 from influence_job.storage.arrays import ArrayInfo
 from influence_job.storage.ledger import Row
@@ -148,8 +148,8 @@ def read_rows(own: Session, store: Store, path: str, block: str, start: int, sto
     Raises:
         PermanentError: STORE_MISMATCH where it is of another block, or of other columns.
     """
-    info, width = arrays.array_info(store, path), own.layout.factor_widths[block]
-    _refuse_other(own, store, path, info, block, width)
+    width = own.layout.factor_widths[block]
+    info = rows_info(own.spec, store, path, block, width)
     # Memory that torch allocated: the alignment of foreign memory changes bits.
     into = torch.empty(stop - start, width, dtype=own.result_dtype)
     height, across = info.chunks
@@ -162,16 +162,22 @@ def read_rows(own: Session, store: Store, path: str, block: str, start: int, sto
     return into
 
 
-def _refuse_other(own: Session, store: Store, path: str, info: ArrayInfo, block: str, width: int) -> None:
-    """Refuses an array whose columns are not those of a block."""
+def rows_info(spec: InfluenceJobSpec, store: Store, path: str, block: str, width: int) -> ArrayInfo:
+    """The array of a block's rows, of `width` columns.
+
+    Raises:
+        PermanentError: STORE_MISMATCH where it is of another block, or of other columns.
+    """
+    info = arrays.array_info(store, path)
     kept = (info.attributes.get("block", block), info.shape[1])
     if kept == (block, width):
-        return
-    if store is own.store:
+        return info
+    field = arrays.earlier_field(store)
+    if field is None:
         field, cure = "spec.output.url", "start anew with output.onExisting: Overwrite"
     else:
-        maker = "a TrainingGradients" if own.spec.factors is None else "an InfluenceFactors"
-        field, cure = own.spec.earlier_field, f"take the store of {maker} job with the same task and method"
+        maker = "a TrainingGradients" if spec.factors is None else "an InfluenceFactors"
+        cure = f"take the store of {maker} job with the same task and method"
     raise PermanentError(
         Reason.STORE_MISMATCH,
         f"{field}: {store.url}/{path} holds {kept[1]} columns of block {kept[0]!r}, this job has {width} of "
