@@ -284,6 +284,9 @@ def test_a_loss_that_means_and_one_that_sums_are_alike() -> None:
     ("arguments", "named"),
     [
         ({"rank": 0}, "rank: expected a whole number of at least 1, got 0"),
+        ({"rank": 1.5}, "rank: expected a whole number of at least 1, got 1.5"),
+        ({"rank": 10**9}, "rank: expected at most 100000, got 1000000000"),
+        ({"seed": 0.5}, "seed: expected a whole number, got 0.5"),
         ({"rank": 5, "krylov_dimension": 5}, "krylov_dimension: expected more than rank = 5, got 5"),
         ({"tol": 0.0}, "tol: expected a number above 0"),
         ({"max_iter": -1}, "max_iter: expected at least 0"),

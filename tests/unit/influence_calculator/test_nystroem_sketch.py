@@ -176,9 +176,11 @@ def test_a_relative_regularization_without_a_positive_trace_is_refused() -> None
         fitted_case(LINEAR, method, state)
 
 
-def test_a_rank_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank: expected a whole number of at least 1, got 0"):
-        NystroemSketch(0.1, 0)
+@pytest.mark.parametrize("rank", [0, 1.5, True, 10**9])
+def test_a_rank_of_nothing_or_without_end_is_refused(rank: Any) -> None:
+    expected = "at most 100000" if rank == 10**9 else "a whole number of at least 1"
+    with pytest.raises(ValueError, match=f"rank: expected {expected}, got {rank!r}"):
+        NystroemSketch(0.1, rank)
 
 
 def test_float32_keeps_the_directions_of_a_wide_model() -> None:

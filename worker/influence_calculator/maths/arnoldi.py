@@ -38,6 +38,7 @@ from influence_calculator.maths.krylov_passes import (
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverStatus
 from influence_calculator.maths.objective import Objective, TrainingData
+from influence_calculator.maths.seeded_rows import require_rank_and_seed
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.spectral import (
     EigenspaceFitted,
@@ -74,8 +75,7 @@ class Arnoldi(CurvatureMethod):
         checked_regularization(self.regularization)
         if self.complement:
             require_positive(self.regularization, "outside of the eigenvectors the inverse is 1/λ")
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}")
+        require_rank_and_seed(self.rank, self.seed, usual=10)
         if self.krylov_dimension is not None and self.krylov_dimension <= self.rank:
             raise ValueError(
                 f"krylov_dimension: expected more than rank = {self.rank}, got {self.krylov_dimension}; "

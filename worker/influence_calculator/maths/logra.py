@@ -43,8 +43,8 @@ from influence_calculator.maths.projected_methods import (
     coordinates_like,
 )
 from influence_calculator.maths.projection import Projection
+from influence_calculator.maths.seeded_rows import require_rank_and_seed
 from influence_calculator.maths.shapes import ModelShapes
-from influence_calculator.maths.trak import require_rank_and_seed
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, SolverStatus
 from influence_calculator.maths.objective import Objective, TrainingData
 from influence_calculator.maths.preconditioners import NystroemPreconditioner, sketch_bytes
+from influence_calculator.maths.seeded_rows import require_rank_and_seed
 from influence_calculator.maths.shapes import ModelShapes
 from influence_calculator.maths.spectral import InverseEverywhere, Spectrum
 
@@ -69,8 +70,7 @@ class NystroemSketch(CurvatureMethod):
 
     def __post_init__(self) -> None:
         require_positive(self.regularization, "outside of the sketch the inverse is 1/λ")
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a whole number of at least 1, got {self.rank}")
+        require_rank_and_seed(self.rank, self.seed, usual=10)
 
     @override
     def layout(self, objective: Objective) -> Layout:

@@ -6,9 +6,31 @@ Shapes: q rows, P_b parameters of block b.
 from __future__ import annotations
 
 import hashlib
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+MOST_ROWS = 100_000
+"""A rank at most, as in the spec of a job."""
+
+
+def require_rank_and_seed(rank: int, seed: int, usual: int) -> None:
+    """What random rows are made of: whole numbers. `usual` is a rank to begin with.
+
+    Raises:
+        ValueError: another rank than a whole number from 1 to `MOST_ROWS`, or a seed that is none.
+    """
+    if not _is_whole(rank) or rank < 1:
+        raise ValueError(f"rank: expected a whole number of at least 1, got {rank!r}; {usual} is a start")
+    if rank > MOST_ROWS:
+        raise ValueError(f"rank: expected at most {MOST_ROWS}, got {rank}; {usual} is a start")
+    if not _is_whole(seed):
+        raise ValueError(f"seed: expected a whole number, got {seed!r}; 0 is as good as any")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def generator(seed: int, *key: object) -> torch.Generator:
