@@ -194,6 +194,34 @@ def test_outputs_of_one_dimension_have_the_influences_of_two(build: Build, mode:
     oracle.assert_close(found[0], found[1], 1e-9)
 
 
+class _Scaled(nn.Module):
+    """Logits times a number that is learned, of shape `[]` or `[1]`."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 3), nn.Parameter(torch.full(shape, 1.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.linear(x) * self.scale
+        return scaled
+
+
+@pytest.mark.parametrize("mode", list(InfluenceMode))
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_parameter_of_no_dimension_has_the_influences_of_one_of_one(name: str, mode: InfluenceMode) -> None:
+    build = partial(EkfacInfluence, unsupported="diagonal", loss=F.cross_entropy, expectation="exact")
+    found = []
+    for shape in ((), (1,)):
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            model = _Scaled(*shape).double()
+        influence = (
+            build(model, regularization=λ) if name == "ekfac" else BUILDS[name](model, F.cross_entropy)
+        ).fit(PARTS)
+        found.append(influence.influences(X_TEST, Y_TEST, X, Y, mode))
+    oracle.assert_close(found[0], found[1], 1e-9)
+
+
 class TestOneTrainingExample:
     def test_every_model_answers_with_finite_numbers(self, build: Build) -> None:
         influence = build(MLP.model(), MLP.loss).fit([(X[:1], Y[:1])])
@@ -455,6 +483,30 @@ class TestLayers:
         ids = torch.arange(44).reshape(11, 4) % 10
         with pytest.raises(ValueError, match=r"_embedding_bag_backward.*Take empirical_fisher"):
             influence.fit([(ids, Y)])
+
+    @pytest.mark.parametrize("mode", ["hessian", "generalized_gauss_newton"])
+    def test_a_function_of_the_users_that_torch_does_not_transform_is_named_too(self, mode: str) -> None:
+        class Tanh(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.save_for_backward(x.tanh())
+                return x.tanh()
+
+            @staticmethod
+            def backward(ctx: Any, gradient: Tensor) -> Any:
+                return gradient * (1 - ctx.saved_tensors[0].square())
+
+        class Net(nn.Sequential):
+            def forward(self, x: Tensor) -> Tensor:
+                return self[1](Tanh.apply(self[0](x)))
+
+        model = Net(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+        influence = CgInfluence(model, F.cross_entropy, λ, second_order_mode=SecondOrderMode(mode))
+        with pytest.raises(ValueError, match=r"setup_context.*Take empirical_fisher"):
+            influence.fit([(X, Y)])
+        CgInfluence(model, F.cross_entropy, λ, second_order_mode=SecondOrderMode.EMPIRICAL_FISHER).fit(
+            [(X, Y)]
+        )
 
     @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
     def test_a_layer_with_parameters_of_others_is_none(self) -> None:

@@ -680,6 +680,36 @@ def test_an_argument_without_effect_says_so_where_the_model_is_made(build: Build
     assert [warning.filename for warning in told] == [__file__]
 
 
+class TestWarnings:
+    """Python shows a warning once per line and text: each is told at the line that called the library."""
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda influence: influence.influences(X, Y),
+            lambda influence: influence.influences(X, Y, X, Y),
+            lambda influence: influence.influence_factors(X, Y),
+            lambda influence: influence.self_influences(X, Y),
+        ],
+    )
+    def test_solves_that_end_early_are_told_where_they_were_asked_for(
+        self, call: Callable[[CgInfluence], Any]
+    ) -> None:
+        influence = conjugate(maxiter=1).fit([(X, Y)])
+        with pytest.warns(SolverWarning, match="did not converge") as told:
+            call(influence)
+        assert {warning.filename for warning in told} == {__file__}
+
+    @pytest.mark.parametrize("build", [arnoldi, nystroem])
+    def test_a_test_example_that_is_not_finite_is_told_by_all(self, build: Build) -> None:
+        influence = build().fit([(X, Y)])
+        spoiled = X.clone()
+        spoiled[1] = torch.nan
+        with pytest.warns(SolverWarning, match=rf"1 of {len(X)} right-hand sides .*1 not_finite") as told:
+            influence.influences(spoiled, Y, X, Y)
+        assert {warning.filename for warning in told} == {__file__}
+
+
 class TestExamplesScoredAtOnce:
     """On a processor, with a layer of a million parameters whose gradients leave its cache."""
 

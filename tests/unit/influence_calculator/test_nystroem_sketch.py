@@ -143,18 +143,20 @@ def test_influences_are_symmetric() -> None:
     oracle.assert_close(fitted.score(solved[0], b), fitted.score(solved[1], a).T, 1e-10)
 
 
-def test_an_indefinite_hessian_is_told_with_the_regularization_that_would_do() -> None:
+@pytest.mark.parametrize(("times", "status"), [(0.5, SolverStatus.INDEFINITE), (1.1, SolverStatus.CONVERGED)])
+def test_an_indefinite_hessian_is_told(times: float, status: SolverStatus) -> None:
+    """Where λ makes it positive too: the sketch takes for 0 what is negative, at full rank as well."""
     smallest = oracle.smallest_eigenvalue(reference(MLP, HESSIAN).curvature)
-    method = NystroemSketch(-smallest / 2, 6)
-    state = fit_case(MLP, method)
-    fitted = fitted_case(MLP, method, state)
+    λ = -smallest * times
+    method = NystroemSketch(λ, FULL_RANK)
+    fitted = fitted_case(MLP, method)
     (note,) = fitted.notes
-    assert "the Hessian has an eigenvalue of about" in note
-    enough = float(note.split("a regularization of ")[1].split(" ")[0])
-    assert -smallest < enough < -2 * smallest
-    report = fitted.solve(fitted.gradients(xy_objective(MLP.model(), MLP.loss), MLP.test())).report
-    assert report.status.tolist() == [SolverStatus.INDEFINITE] * 7
-    assert fitted_case(MLP, replace(method, regularization=enough), state).notes == ()
+    assert float(note.split("an eigenvalue of about ")[1].split(",")[0]) == pytest.approx(smallest, rel=0.1)
+    assert "the sketch takes negative curvature for 0" in note
+    solved = fitted.solve(fitted.gradients(xy_objective(MLP.model(), MLP.loss), MLP.test()))
+    assert solved.report.status.tolist() == [status] * 7
+    error = oracle.relative_error(solved.left[""], reference(MLP, HESSIAN).factors(λ))
+    assert error > 0.01, "else there would be nothing to tell"
 
 
 def test_matrices_that_are_positive_are_not_probed() -> None:

@@ -173,4 +173,9 @@ def tensors_of(columns: Tensor, slots: Iterable[Slot], dtype: torch.dtype) -> di
 
 def columns_of(tensors: Mapping[str, Tensor], slots: Iterable[Slot], dtype: torch.dtype) -> Tensor:
     """One `[q, *shape]` per parameter as columns `[q, P_b]`; the inverse of `tensors_of`."""
-    return torch.cat([tensors[slot.name].flatten(1).to(dtype) for slot in slots], dim=1)
+    return torch.cat([rows_of(tensors[slot.name]).to(dtype) for slot in slots], dim=1)
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """`[q, *shape]` as `[q, numel]`; of shape `[]` too."""
+    return values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)

@@ -53,6 +53,9 @@ from influence_calculator.maths.spectral import InverseEverywhere, Spectrum
 PROBE = Krylov(rank=1, dimension=48, restarts=0, wanted=Wanted.SMALLEST)
 """Twelve passes of four products: finds negative eigenvalues from about a hundredth of the largest one on."""
 
+NEGATIVE = 1e-3
+"""Beside the largest eigenvalue: less of a negative curvature is not told, for no more is looked for."""
+
 
 @dataclass(frozen=True)
 class NystroemSketch(CurvatureMethod):
@@ -99,10 +102,10 @@ class NystroemSketch(CurvatureMethod):
         for block, width in layout.widths.items():
             λ = fitted_regularization(self.regularization, state, block, width)
             smallest, bound = self._smallest_eigenvalue(state, block, width)
+            spectra[block] = spectrum = self._spectrum(objective, state, block, width, λ, smallest)
             negative = negative or smallest < 0
-            if smallest < -λ:
+            if -smallest > NEGATIVE * float(spectrum.eigenvalues.max()):
                 notes.append(_indefinite(block, bound, λ))
-            spectra[block] = self._spectrum(objective, state, block, width, λ, smallest)
         solvers = {block: InverseEverywhere(spectrum) for block, spectrum in spectra.items()}
         if not negative:  # else there was something, which the sketch takes for 0
             notes.extend(flat_note(spectrum.eigenvalues for spectrum in spectra.values()))
@@ -150,7 +153,7 @@ class NystroemSketch(CurvatureMethod):
 
 def _indefinite(block: str, bound: float, λ: float) -> str:
     return (
-        f"block {block!r}: the Hessian has an eigenvalue of about {bound:.2g}, below -λ = {-λ:g}, and the "
-        f"Nyström method needs H + λI positive; a regularization of {-1.1 * bound:.2g} would do, or "
-        "another second-order mode"
+        f"block {block!r}: the Hessian has an eigenvalue of about {bound:.2g}, and the sketch takes negative "
+        f"curvature for 0, which is wrong beside λ = {λ:g}; take another second-order mode, none of which "
+        "has any, or conjugate gradients, Arnoldi or Direct, which solve with it"
     )

@@ -20,6 +20,7 @@ from typing_extensions import override
 from influence_calculator.maths.directional import GRAPH_COPIES, pull_back
 from influence_calculator.maths.errors import UnsupportedLossError
 from influence_calculator.maths.gradients import accumulation_dtype
+from influence_calculator.maths.layout import rows_of
 from influence_calculator.maths.log_probabilities import continued
 from influence_calculator.maths.objective import Batch, Objective, batch_size, only_tensors
 from influence_calculator.maths.recognised_losses import is_recognised, of_positive_weights
@@ -36,7 +37,7 @@ def float_outputs(outputs: Any) -> Tensor:
     """
     require_real(outputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _is_float(leaf)]
-    return torch.cat([leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in leaves], dim=1)
+    return torch.cat([rows_of(leaf) for leaf in leaves], dim=1)
 
 
 def require_real(outputs: Any) -> None:
@@ -69,7 +70,7 @@ class OutputEigenpairs(NamedTuple):
     """How many negative eigenvalues were taken as 0 (those within rounding of 0 not counted)."""
 
 
-_UNDERIVED = re.compile("derivative for .* is not implemented")
+_UNDERIVED = re.compile("derivative for .* is not implemented|must override the setup_context")
 
 
 def has_no_derivative(error: RuntimeError) -> bool:

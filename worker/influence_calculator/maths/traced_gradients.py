@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.layers import EmbeddingSpec
+from influence_calculator.maths.layout import rows_of
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch, unsqueezed
 
 Calls = dict[str, list[Tensor]]
@@ -72,7 +73,7 @@ def traced_gradients(
     except (RuntimeError, ValueError):
         # Control flow that depends on data (`.item()`, `if`) cannot be vmapped: one example at a time.
         rows, lookups = _one_by_one(traced, parameters, batch)
-    return TracedGradients({name: rows.pop(name).flatten(1) for name in names}, lookups)
+    return TracedGradients({name: rows_of(rows.pop(name)) for name in names}, lookups)
 
 
 def positions(objective: Objective, example: Batch, embeddings: Sequence[EmbeddingSpec]) -> dict[str, int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from abc import ABC
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -70,6 +69,7 @@ from influence_calculator.torch.tensor_operator import (
     TorchOperatorType,
 )
 from influence_calculator.torch.training_data import IterableTrainingData
+from influence_calculator.torch.user_warnings import warn_user
 from influence_calculator.torch.util import LossType, factor_dtype_of, require_factor_width, versions_of
 from influence_calculator.types import InfluenceMode, as_mode
 
@@ -504,8 +504,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
 
     def _noted(self, solved: Solved) -> Solved:
         self.solver_report = solved.report
-        if self.warn_on_max_iteration:
-            warn_of_report(solved.report, stacklevel=4)
+        warn_of_report(solved.report, only_not_finite=not self.warn_on_max_iteration)
         return solved
 
     def _refresh(self) -> None:
@@ -518,7 +517,7 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def _tell_notes(self) -> None:
         """Warns of what the fit cannot promise."""
         for note in self._fitted.notes if self._fitted is not None else ():
-            warnings.warn(note, SolverWarning, stacklevel=4)
+            warn_user(note, SolverWarning)
 
     def _require_fitted(self) -> Fitted:
         if self._state is None:

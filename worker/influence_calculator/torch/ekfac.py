@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from influence_calculator.maths.expectation import Expectation
 from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.torch.base import regularization_of
 from influence_calculator.torch.blockwise import TorchBlockwiseInfluence
+from influence_calculator.torch.user_warnings import warn_user
 from influence_calculator.torch.util import LossType
 from influence_calculator.types import InfluenceMode
 
@@ -65,7 +65,7 @@ class EkfacInfluence(TorchBlockwiseInfluence):
         unsupported: Unsupported | str = Unsupported.REFUSE,
     ) -> None:
         if progress:
-            warnings.warn("progress has no effect", UserWarning, stacklevel=2)
+            warn_user("progress has no effect", UserWarning)
         if regularization is not None and hessian_regularization != 0.0:
             raise TypeError(
                 "regularization: expected one of regularization and hessian_regularization, got both"

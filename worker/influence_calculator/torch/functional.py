@@ -9,7 +9,6 @@ Shapes: n examples, q rows, P parameters, r directions, F... feature dimensions 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +35,7 @@ from influence_calculator.torch.low_rank import LowRankProductRepresentation
 from influence_calculator.torch.restricted_model import RestrictedModel, RestrictTo
 from influence_calculator.torch.tensor_operator import TensorOperator
 from influence_calculator.torch.training_data import IterableTrainingData
+from influence_calculator.torch.user_warnings import warn_user
 from influence_calculator.torch.util import LossType
 
 __all__ = [
@@ -164,8 +164,8 @@ def create_hvp_function(
         ValueError: `track_gradients`.
     """
     _refuse_tracking(track_gradients)
-    warn_of_no_effect(ONE_MEAN, stacklevel=2, use_average=not use_average)
-    warn_of_no_effect("only reverse passes are made", stacklevel=2, reverse_only=not reverse_only)
+    warn_of_no_effect(ONE_MEAN, use_average=not use_average)
+    warn_of_no_effect("only reverse passes are made", reverse_only=not reverse_only)
     operator = HessianOperator(model, loss, data_loader)
     if not precompute_grad:
         return operator.apply
@@ -205,7 +205,7 @@ def hessian(
         ValueError: `track_gradients`.
     """
     _refuse_tracking(track_gradients)
-    warn_of_no_effect(ONE_MEAN, stacklevel=2, use_hessian_avg=not use_hessian_avg)
+    warn_of_no_effect(ONE_MEAN, use_hessian_avg=not use_hessian_avg)
     return _matrix(SecondOrderMode.HESSIAN, RestrictedModel(model, loss, restrict_to), data_loader)
 
 
@@ -284,7 +284,7 @@ def randomized_nystroem_approximation(
         mat_vec_device: where columns are made.
         seed: of Ω.
     """
-    warn_of_no_effect(NO_SHIFT, stacklevel=2, shift_func=shift_func is not None)
+    warn_of_no_effect(NO_SHIFT, shift_func=shift_func is not None)
     multiply = (lambda columns: mat_mat_prod @ columns) if isinstance(mat_mat_prod, Tensor) else mat_mat_prod
     like = torch.zeros(input_dim, dtype=input_type, device=mat_vec_device)
     return _nystroem(lambda rows: multiply(rows.T).T, like, rank, seed)
@@ -299,7 +299,7 @@ def model_hessian_nystroem_approximation(
     seed: int = 0,
 ) -> LowRankProductRepresentation:
     """`operator_nystroem_approximation` of the training data's Hessian."""
-    warn_of_no_effect(NO_SHIFT, stacklevel=2, shift_func=shift_func is not None)
+    warn_of_no_effect(NO_SHIFT, shift_func=shift_func is not None)
     return operator_nystroem_approximation(HessianOperator(model, loss, data_loader), rank, seed=seed)
 
 
@@ -317,7 +317,7 @@ def operator_nystroem_approximation(
         shift_func: kept for pyDVL's signature: small and negative eigenvalues of the sketch are dropped.
         seed: of Ω.
     """
-    warn_of_no_effect(NO_SHIFT, stacklevel=2, shift_func=shift_func is not None)
+    warn_of_no_effect(NO_SHIFT, shift_func=shift_func is not None)
     return _nystroem(operator.products(), _like(operator), rank, seed)
 
 
@@ -342,7 +342,7 @@ def operator_spectral_approximation(
         seed: of the rows that the search starts from.
     """
     where = "the search runs where the operator is"
-    warn_of_no_effect(where, stacklevel=2, eigen_computation_on_gpu=eigen_computation_on_gpu)
+    warn_of_no_effect(where, eigen_computation_on_gpu=eigen_computation_on_gpu)
     search = Krylov(rank, krylov_dimension, tol, MOST_RESTARTS if max_iter is None else max_iter)
     found = search_in(search, operator.products(), _like(operator), seed)
     if not found.converged:
@@ -350,7 +350,7 @@ def operator_spectral_approximation(
             f"the {len(found.eigenvalues)} eigenpairs of largest modulus have not converged; raise max_iter "
             "or krylov_dimension, or lower the rank"
         )
-        warnings.warn(message, SolverWarning, stacklevel=2)
+        warn_user(message, SolverWarning)
     return LowRankProductRepresentation(found.eigenvalues.to(found.eigenvectors), found.eigenvectors.T)
 
 

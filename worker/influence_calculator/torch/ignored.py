@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
+from influence_calculator.torch.user_warnings import warn_user
 
 SEE_REPORT = "see solver_report"
 
 
-def warn_of_no_effect(why: str, *, stacklevel: int, **given: bool) -> None:
-    """One UserWarning for each argument that was given; `stacklevel` as seen from the caller."""
+def warn_of_no_effect(why: str, **given: bool) -> None:
+    """One UserWarning for each argument that was given."""
     for name, value in given.items():
         if value:
-            warnings.warn(f"{name} has no effect: {why}", UserWarning, stacklevel=stacklevel + 1)
+            warn_user(f"{name} has no effect: {why}", UserWarning)

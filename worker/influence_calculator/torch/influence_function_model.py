@@ -114,7 +114,7 @@ class CgInfluence(TorchBlockwiseInfluence):
         block_structure: GivenBlocks = BlockMode.FULL,
         second_order_mode: SecondOrderMode | curvature.SecondOrderMode = SecondOrderMode.HESSIAN,
     ) -> None:
-        warn_of_no_effect(SEE_REPORT, stacklevel=3, progress=progress, precompute_grad=precompute_grad)
+        warn_of_no_effect(SEE_REPORT, progress=progress, precompute_grad=precompute_grad)
         method = Cg(
             regularization=regularization_of(regularization),
             rtol=rtol,

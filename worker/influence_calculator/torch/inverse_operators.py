@@ -70,8 +70,7 @@ class InverseOperator(RowsOperator, ABC):
             self._solver = self._new_solver()
         wide = rows.to(accumulation_dtype(self.dtype))
         solved, self.solver_report = solve_finite_rows(self._solver, wide)
-        if self.warn_on_max_iteration:
-            warn_of_report(self.solver_report, stacklevel=6)
+        warn_of_report(self.solver_report, only_not_finite=not self.warn_on_max_iteration)
         return solved
 
     def __getstate__(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class CgOperator(InverseOperator):
         use_block_cg: bool = False,
         warn_on_max_iteration: bool = True,
     ) -> None:
-        warn_of_no_effect(SEE_REPORT, stacklevel=2, progress=progress)
+        warn_of_no_effect(SEE_REPORT, progress=progress)
         self.operator = operator
         self._method = Cg(
             rtol=rtol, atol=atol, maxiter=maxiter, simultaneous=use_block_cg, preconditioner=preconditioner
@@ -150,7 +150,7 @@ class LissaOperator(InverseOperator, Generic[BatchOperationType]):
         progress: bool = False,
         warn_on_max_iteration: bool = True,
     ) -> None:
-        warn_of_no_effect(SEE_REPORT, stacklevel=2, progress=progress)
+        warn_of_no_effect(SEE_REPORT, progress=progress)
         self.batch_operation = batch_operation
         self.data = data
         self._method = Lissa(maxiter=maxiter, dampen=dampen, scale=scale, rtol=rtol)

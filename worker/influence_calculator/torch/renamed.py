@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
+
+from influence_calculator.torch.user_warnings import warn_user
 
 Arguments = ParamSpec("Arguments")
 
@@ -30,7 +31,7 @@ def accepts_old_names(*old: str) -> Callable[[Callable[Arguments, None]], Callab
                         raise TypeError(
                             f"{name}: expected one of {name} and {new}, got both; give {new} alone"
                         )
-                    warnings.warn(f"{name} is called {new} now", DeprecationWarning, stacklevel=2)
+                    warn_user(f"{name} is called {new} now", DeprecationWarning)
                     kwargs[new] = kwargs.pop(name)
             constructor(*args, **kwargs)
 

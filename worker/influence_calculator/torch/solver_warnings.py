@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable
 
 from influence_calculator.errors import SolverWarning
 from influence_calculator.maths.method import SolverReport, SolverStatus
+from influence_calculator.torch.user_warnings import warn_user
 
 
-def warn_of_report(report: SolverReport, *, stacklevel: int) -> None:
-    """A SolverWarning with what did not converge, and one per note; `stacklevel` as seen from the caller."""
-    ended = _not_converged(report)
-    for sentence in (*([ended] if ended else []), *report.notes):
-        warnings.warn(sentence, SolverWarning, stacklevel=stacklevel + 1)
+def warn_of_report(report: SolverReport, *, only_not_finite: bool) -> None:
+    """A SolverWarning with what did not converge, and one per note; or of what is not finite alone."""
+    told = [SolverStatus.NOT_FINITE] if only_not_finite else list(SolverStatus)
+    ended = _not_converged(report, told)
+    for sentence in (*([ended] if ended else []), *(() if only_not_finite else report.notes)):
+        warn_user(sentence, SolverWarning)
 
 
-def _not_converged(report: SolverReport) -> str | None:
-    """One sentence with the number of solves per status; None if all converged."""
+def _not_converged(report: SolverReport, told: Iterable[SolverStatus]) -> str | None:
+    """One sentence with the number of solves per status; None if there is nothing to tell."""
     counts = {
         status.name.lower(): int((report.status == status.value).sum())
-        for status in SolverStatus
+        for status in told
         if status is not SolverStatus.CONVERGED
     }
     ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)

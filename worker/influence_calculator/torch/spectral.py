@@ -62,7 +62,7 @@ class ArnoldiInfluence(TorchBlockwiseInfluence):
         seed: int = 0,
     ) -> None:
         where = "the search runs where the model is"
-        warn_of_no_effect(where, stacklevel=3, eigen_computation_on_gpu=eigen_computation_on_gpu)
+        warn_of_no_effect(where, eigen_computation_on_gpu=eigen_computation_on_gpu)
         method = Arnoldi(
             regularization_of(regularization),
             rank,
@@ -83,14 +83,16 @@ class ArnoldiInfluence(TorchBlockwiseInfluence):
 class NystroemSketchInfluence(TorchBlockwiseInfluence):
     """Solves with `HΩ (ΩᵀHΩ)^+ ΩᵀH + λI` in place of each block's curvature, for a seeded random Ω.
 
-    Meant for a positive curvature. With a Hessian, `fit` also looks for its smallest eigenvalue: one below -λ
-    is told in a `SolverWarning`, with the λ that would do, and in `solver_report` for every right-hand side.
+    Meant for a positive curvature: what is negative counts as 0. With a Hessian, `fit` also looks for its
+    smallest eigenvalue: a negative one is told in a `SolverWarning`, and one below -λ in `solver_report` for
+    every right-hand side.
 
     Args:
         model: in eval mode; parameters that do not require grad are not tracked.
         loss: `loss(model(x), y)`; its reduction over a batch does not matter.
         regularization: λ > 0, added to the curvature's diagonal; one number, or one per block.
-        rank: columns of Ω; with as many as a block has parameters the solve is exact.
+        rank: columns of Ω; with as many as a block has parameters the solve is exact, if no
+            eigenvalue is negative.
         block_structure: which parameters are solved together.
         second_order_mode: which matrix stands for the curvature.
         seed: of Ω.

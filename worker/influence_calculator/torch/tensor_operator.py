@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from influence_calculator.maths.conjugate_gradients import Rows
-from influence_calculator.maths.layout import Layout, columns_of, tensors_of
+from influence_calculator.maths.layout import Layout, columns_of, rows_of, tensors_of
 from influence_calculator.maths.method import SolverReport
 from influence_calculator.maths.own_modes import own_modes
 from influence_calculator.torch.gradient_provider import TorchBatch, TorchGradientProvider
@@ -68,7 +68,7 @@ class DictBilinearForm(OperatorBilinearForm):
         left_grads = gradient_provider.grads(left)
         right_grads = left_grads if right is None else gradient_provider.grads(right)
         transformed = self.operator.apply_to_dict(left_grads)
-        parts = [rows.flatten(1) @ right_grads[name].flatten(1).T for name, rows in transformed.items()]
+        parts = [rows_of(rows) @ rows_of(right_grads[name]).T for name, rows in transformed.items()]
         return torch.stack(parts).sum(0)
 
     @override
@@ -76,7 +76,7 @@ class DictBilinearForm(OperatorBilinearForm):
         self, left: TorchBatch, right: TorchBatch | None, gradient_provider: TorchGradientProvider
     ) -> Tensor:
         transformed = self.operator.apply_to_dict(gradient_provider.grads(left))
-        rows = torch.cat([values.flatten(1) for values in transformed.values()], dim=1)
+        rows = torch.cat([rows_of(values) for values in transformed.values()], dim=1)
         return gradient_provider.mixed_grads_prod(left if right is None else right, rows)
 
 

@@ -67,7 +67,7 @@ class LissaInfluence(TorchBlockwiseInfluence):
         batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        warn_of_no_effect(SEE_REPORT, stacklevel=3, progress=progress)
+        warn_of_no_effect(SEE_REPORT, progress=progress)
         method = Lissa(
             regularization=regularization_of(regularization),
             maxiter=maxiter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -20,6 +19,7 @@ from influence_calculator.torch.converter import (
     TorchCatAggregator,
     TorchNumpyConverter,
 )
+from influence_calculator.torch.user_warnings import warn_user
 from influence_calculator.torch_dataset import torch_dataset_to_dask_array
 
 LossType = Callable[[Tensor, Tensor], Tensor]
@@ -53,11 +53,10 @@ def second_order_of(mode: SecondOrderMode | curvature.SecondOrderMode | str) -> 
             f"second_order_mode: expected one of {modes}, got {mode!r}; SecondOrderMode names them"
         ) from error
     if public is SecondOrderMode.GAUSS_NEWTON:
-        warnings.warn(
+        warn_user(
             "second_order_mode: GAUSS_NEWTON means the empirical Fisher matrix, as in pyDVL; say "
             "EMPIRICAL_FISHER, or GENERALIZED_GAUSS_NEWTON if you want that matrix",
             DeprecationWarning,
-            stacklevel=4,
         )
         public = SecondOrderMode.EMPIRICAL_FISHER
     return curvature.SecondOrderMode(public.value)
