@@ -104,7 +104,9 @@ class Replica:
         self._settings = settings
         self._metrics = Metrics()
         self._api = Api(configuration, self._metrics)
-        self._lease = Lease(self._api, settings.namespace, settings.pod, settings.lease_seconds)
+        self._lease = Lease(
+            self._api, settings.namespace, settings.lease_name, settings.pod, settings.lease_seconds
+        )
         self._cache = Cache()
         self._drivers, self._schedulers = DriverClient(), SchedulerClient()
         self._reconciler = self._make_reconciler()

@@ -74,9 +74,10 @@ class Reconciler:
         if event_type == "DELETED":
             key, changed = self._cache.remove(kind, obj), True
         else:
+            listed = event_type is None
             before = self._cache.find(kind, obj)
-            key = self._cache.put(kind, obj)
-            if before is not None and version(obj) <= version(before):
+            key = self._cache.put(kind, obj, listed)
+            if before is not None and not _news(obj, before, listed):
                 return  # the answer to a write of ours, which a pass has seen
             changed = kind == INFLUENCE_JOB and (before is None or _intent(before) != _intent(obj))
         if key is not None:
@@ -148,6 +149,7 @@ class Reconciler:
             await self._write(key, job, decision, memory)
         if outcome.error:
             raise outcome.error
+        memory.looked = snapshot.now if decision.again_after else None
         self._queue.done(key)
         if outcome.done or (write_now and decision.urgent):
             self._queue.add(key)  # whatever was done, the next pass sees it
@@ -172,6 +174,12 @@ class Reconciler:
         if any(cluster["metadata"].get("deletionTimestamp") for cluster in children.dask_clusters):
             self._queue.add_after(key, ORPHAN_SECONDS)
         return "gone"
+
+
+def _news(obj: Object, before: Object, listed: bool) -> bool:
+    """Whether the cache now holds another version than before."""
+    given, known = version(obj), version(before)
+    return given != known if listed else given > known
 
 
 def _intent(job: Object) -> tuple[object, object]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from influence_job.spec import Quantity
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -13,15 +15,15 @@ class Defaults:
 
     image: str
     """Worker image of jobs without `spec.image`."""
-    image_pull_policy: str = "IfNotPresent"
-    driver_cpu: str = "500m"
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    driver_cpu: Quantity = field(default=Quantity("500m"))
     """Requested by a driver's container; no limit."""
-    driver_memory: str = "2Gi"
+    driver_memory: Quantity = field(default=Quantity("2Gi"))
     """Requested by a driver's container, and its limit."""
-    scheduler_cpu: str = "500m"
-    scheduler_memory: str = "2Gi"
-    worker_cpu: str = "1"
-    worker_memory: str = "4Gi"
+    scheduler_cpu: Quantity = field(default=Quantity("500m"))
+    scheduler_memory: Quantity = field(default=Quantity("2Gi"))
+    worker_cpu: Quantity = field(default=Quantity("1"))
+    worker_memory: Quantity = field(default=Quantity("4Gi"))
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Settings:
     """Where this operator runs and holds its Lease."""
     pod: str = "influence-operator"
     """This replica's name, its identity in the Lease."""
+    lease_name: str = "influence-operator"
+    """The Lease that the replicas of one installation contend for; another installation in the namespace has
+    another."""
     operator_selector: Mapping[str, str] = field(
         default_factory=lambda: {"app.kubernetes.io/name": "influence-operator"}
     )
@@ -66,10 +71,11 @@ def read(environ: Mapping[str, str]) -> Settings:
         ValueError: naming the variable, what was expected and what came.
     """
     given = {name[len(PREFIX) :].lower(): value for name, value in environ.items() if name.startswith(PREFIX)}
-    names = {f.name: f.type for f in fields(Defaults)}
     if not given.get("image"):
         raise ValueError(f"{PREFIX}IMAGE: expected the image of drivers and workers, got nothing")
-    defaults = Defaults(**{name: given.pop(name) for name in list(given) if name in names})
+    kinds = {f.name: str(f.type) for f in fields(Defaults) if f.name in given}
+    chosen = {name: _parse(name, kind, given.pop(name)) for name, kind in kinds.items()}
+    defaults = Defaults(**chosen)  # type: ignore[arg-type]
     values: dict[str, object] = {}
     for name, text in given.items():
         kind = {f.name: str(f.type) for f in fields(Settings)}.get(name)
@@ -85,6 +91,8 @@ def _parse(name: str, kind: str, text: str) -> object:
     try:
         if kind in ("int", "float"):
             return _positive(kind, text)
+        if kind == "Quantity":
+            return Quantity(text)
         if kind.startswith("tuple"):
             return tuple(part for part in text.split(",") if part)
         if kind.startswith("Mapping"):
@@ -101,6 +109,7 @@ def _parse(name: str, kind: str, text: str) -> object:
 _EXPECTED = {
     "int": "a whole number above 0",
     "float": "a number above 0",
+    "Quantity": "a quantity such as 16Gi, 500m or 1",
     "Mapping": "key=value,key=value",
 }
 

@@ -215,7 +215,7 @@ def test_a_release_for_one_namespace_needs_no_rights_beyond_it(cluster: Cluster,
     )
     replicas = chart.replicas(cluster, namespace=namespace)
     assert [ready(pod) for pod in replicas] == [True, True]
-    assert chart.leader(cluster, namespace) in chart.names(replicas)
+    assert chart.leader(cluster, namespace, "own-influence-operator") in chart.names(replicas)
     user = f"system:serviceaccount:{namespace}:own-influence-operator"
     assert may(cluster, "list", JOBS, user, namespace)
     assert not may(cluster, "list", JOBS, user, NAMESPACE)

@@ -11,18 +11,25 @@ from typing import Any
 import pytest
 import yaml
 
-from chart import CHART, INSTALL
+from chart import CHART, DASK_OPERATOR, INSTALL, OPERATOR
 from cluster import Cluster, CommandError, tool
 
 Manifest = dict[str, Any]
-LISTS = {
+OTHERS = {
     "watchNamespaces": ["one", "two"],
     "apiAudiences": ["one", "two"],
     "imagePullSecrets": [{"name": "changed"}],
     "tolerations": [{"key": "changed", "operator": "Exists"}],
     "daskOperator.extraEnv": [],
+    "networkPolicy.singlePorts": [7443],
+    "image.pullPolicy": "Always",
+    "worker.image.pullPolicy": "Always",
+    "log.format": "plain",
+    "log.level": "debug",
+    "metrics.namespace": "monitoring",
+    **{f"{role}.{what}": "3" for role in ("driver", "scheduler", "worker") for what in ("cpu", "memory")},
 }
-"""Other values for those that are lists."""
+"""Other values for those that not every value of their type may replace."""
 WITHOUT_CREATING = {"serviceAccount.create": {"serviceAccount.name": "existing"}}
 """Values that another value needs."""
 
@@ -40,6 +47,8 @@ VALUES = dict(leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
 
 def changed(name: str, value: Any) -> Any:
     """Another value of the same type."""
+    if name in OTHERS:
+        return OTHERS[name]
     match value:
         case bool():
             return not value
@@ -49,13 +58,24 @@ def changed(name: str, value: Any) -> Any:
             return f"{value}1"
         case dict():
             return {"changed": "yes"}
-    return LISTS[name]
+    raise AssertionError(f"{name}: no other value is known")
 
 
-def rendered(cluster: Cluster, values: Manifest) -> str:
+def template(cluster: Cluster, *options: str, release: str = OPERATOR) -> str:
+    whole = (*options, "--namespace", "influence-system", "--kube-version", "1.35.0")
+    return cluster.helm("template", release, str(CHART), *whole)
+
+
+def rendered(cluster: Cluster, values: Manifest, release: str = OPERATOR) -> str:
     options = [f"--set-json={name}={json.dumps(value)}" for name, value in values.items()]
-    options += ["--namespace", "influence-system", "--kube-version", "1.35.0"]
-    return cluster.helm("template", "influence-operator", str(CHART), *options)
+    return template(cluster, *options, release=release)
+
+
+def manifests(cluster: Cluster, values: Manifest, release: str = OPERATOR) -> dict[tuple[str, str], Manifest]:
+    """All that is installed, but for CRDs, by kind and name."""
+    text = rendered(cluster, {"crds.influence": False, "crds.dask": False, **values}, release)
+    loaded = yaml.load_all(text, Loader=yaml.CSafeLoader)
+    return {(m["kind"], m["metadata"]["name"]): m for m in loaded if m}
 
 
 def objects(cluster: Cluster, values: Manifest) -> list[tuple[str, str, str]]:
@@ -114,6 +134,86 @@ def test_without_the_dask_operator_nothing_is_named_after_it(cluster: Cluster) -
     made = objects(cluster, {"daskOperator.enabled": False})
     assert [found for found in made if "dask" in found[2]] == []
     assert ("Deployment", "influence-system", "influence-operator") in made
+
+
+def test_two_releases_in_one_namespace_contend_for_two_leases(cluster: Cluster) -> None:
+    for release, name in (("influence-operator", "influence-operator"), ("own", "own-influence-operator")):
+        made = manifests(cluster, {}, release)
+        variables = made["Deployment", name]["spec"]["template"]["spec"]["containers"][0]["env"]
+        assert {"name": "INFLUENCE_OPERATOR_LEASE_NAME", "value": name} in variables
+        rules = made["Role", f"{name}-leader"]["rules"]
+        assert [rule.get("resourceNames") for rule in rules] == [[name], None]
+
+
+def test_the_operator_is_kept_from_pickles_as_the_dask_operator_is_if_somebody_asks(cluster: Cluster) -> None:
+    made = manifests(cluster, {"networkPolicy.operatorEgress": True})
+    ours, theirs = made["NetworkPolicy", OPERATOR]["spec"], made["NetworkPolicy", DASK_OPERATOR]["spec"]
+    assert ours["policyTypes"] == theirs["policyTypes"] == ["Ingress", "Egress"]
+    assert ours["egress"] == theirs["egress"]
+
+
+def test_without_egress_rules_the_dask_operators_policy_still_lets_nobody_in(cluster: Cluster) -> None:
+    made = manifests(cluster, {"networkPolicy.daskOperatorEgress": False})
+    policy = made["NetworkPolicy", DASK_OPERATOR]["spec"]
+    assert (policy["policyTypes"], policy.keys() & {"ingress", "egress"}) == (["Ingress"], set())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "watchNamespace=team-a",
+        "metrics.namspace=monitoring",
+        "worker.memroy=1Gi",
+        "daskOperator.enable=false",
+        "watchNamespaces=team-a",
+        "worker.memory=4GB",
+        "worker.memory=",
+        "worker.memory=null",
+        "driver.cpu=-1",
+        "image.pullPolicy=Sometimes",
+        "worker.image.tag=20261130",
+        "image.tag=12345",
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name(cluster: Cluster, value: str) -> None:
+    with pytest.raises(CommandError) as caught:
+        template(cluster, f"--set={value}")
+    assert "the schema" in caught.value.output
+    for part in value.partition("=")[0].split("."):
+        assert part in caught.value.output
+
+
+def test_port_8786_is_not_opened_by_name_either(cluster: Cluster) -> None:
+    with pytest.raises(CommandError, match=r"networkPolicy\.singlePorts: expected ports of DNS .* got 8786"):
+        rendered(cluster, {"networkPolicy.singlePorts": [53, 8786]})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--set=image.tag=null",
+        "--set-string=worker.image.tag=20261130",
+        "--set=worker.image.tag=1.0@sha256:00",
+        "--set=worker.cpu=2",
+        "--set-json=worker.cpu=0.5",
+        "--set=nodeSelector=null",
+        "--set=nodeSelector.a=b",
+        "--set-json=affinity={}",
+        "--set=watchNamespaces={a,b}",
+        "--set=resources.limits.memory=null",
+        "--set=global.registry=example",
+        "--set=daskOperator.global.registry=example",
+        "--set=daskOperator.nodeSelector.a=b",
+        "--set=daskOperator.metrics.worker.enabled=true",
+    ],
+)
+def test_a_value_that_the_chart_can_do_something_with_is_taken(cluster: Cluster, option: str) -> None:
+    assert "kind: Deployment" in template(cluster, option)
+
+
+def test_a_tag_of_digits_stays_as_it_was_written(cluster: Cluster) -> None:
+    tag = "20261130"
+    assert f"influence-worker:{tag}" in template(cluster, f"--set-string=worker.image.tag={tag}")
 
 
 def test_an_account_that_exists_must_be_named(cluster: Cluster) -> None:

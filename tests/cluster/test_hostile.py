@@ -68,7 +68,7 @@ def test_hostile_answers_at_progress_change_nothing(job: ClusterJob, answers: li
     processes = operator_processes(job.cluster)
     job.apply_misbehaving(**environment(ANSWERS=",".join(answers)))
     job.wait_until(lambda: answered(job), "the driver's first hostile answer", 60)
-    before = job.wait_until(lambda: settled(job), "a settled status", 20)
+    before = job.wait_until(lambda: settled(job), "a settled status", 60)
     requests, begin = Requests(job.namespace), time.monotonic()
     told = len(answered(job))
     time.sleep(WINDOW_SECONDS)
@@ -86,11 +86,11 @@ def test_hostile_answers_at_progress_change_nothing(job: ClusterJob, answers: li
 
 
 def settled(job: ClusterJob) -> dict[str, Any] | None:
-    """The job, once what its honest answers said is written."""
+    """The job, once what its honest answers said is written, and that no other answer can be read."""
     found = job.get()
     reasons = {c["type"]: c["reason"] for c in found["status"].get("conditions", [])}
-    preflight = reasons.get("ClusterReady") == "Preflight"
-    return found if preflight and found["status"].get("stage") == "Preflight" else None
+    unreachable = reasons.get("ClusterReady") == "DriverUnreachable"
+    return found if unreachable and found["status"].get("stage") == "Preflight" else None
 
 
 def log(job: ClusterJob) -> str:

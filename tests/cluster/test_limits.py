@@ -112,7 +112,7 @@ def kinds_left(job: ClusterJob) -> set[str]:
     ("policy", "left"),
     [
         ("Workers", {"Job", "Pod", "ConfigMap"}),
-        ("All", set()),
+        ("All", {"ConfigMap"}),
         (
             "None",
             {"Job", "Pod", "ConfigMap", "Secret", "NetworkPolicy", "DaskCluster", "Deployment", "Service"},

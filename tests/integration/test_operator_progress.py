@@ -102,7 +102,9 @@ def test_a_port_on_which_nobody_listens_is_a_problem_too():
     with hostile_server(silent) as server:
         port = server.port
 
-    assert "127.0.0.1" in (report(port).problem or "")
+    problem = report(port).problem or ""
+    assert problem.startswith(f"http://127.0.0.1:{port}/progress: ")
+    assert problem.endswith(f"; let the operator's pods reach TCP port {port} of the driver's pod")
 
 
 def test_of_a_document_of_another_contract_the_version_is_what_counts():

@@ -36,7 +36,7 @@ def settings(cluster: Cluster) -> list[str]:
         "daskOperator.image.name": images.dask_operator.repository,
         "daskOperator.image.tag": images.dask_operator.tag,
     }
-    return [f"--set={name}={value}" for name, value in values.items()]
+    return [f"--set-string={name}={value}" for name, value in values.items()]
 
 
 def install(cluster: Cluster) -> None:
@@ -106,14 +106,14 @@ def names(found: list[Manifest]) -> set[str]:
     return {pod["metadata"]["name"] for pod in found}
 
 
-def lease(cluster: Cluster, namespace: str = NAMESPACE) -> Any:
-    """The lease that our replicas of a namespace contend for."""
-    return client.CoordinationV1Api(cluster.api).read_namespaced_lease("influence-operator", namespace).spec
+def lease(cluster: Cluster, namespace: str = NAMESPACE, name: str = OPERATOR) -> Any:
+    """The lease that the replicas of a Deployment contend for."""
+    return client.CoordinationV1Api(cluster.api).read_namespaced_lease(name, namespace).spec
 
 
-def leader(cluster: Cluster, namespace: str = NAMESPACE) -> str:
+def leader(cluster: Cluster, namespace: str = NAMESPACE, name: str = OPERATOR) -> str:
     """The name of the pod that leads; empty while none does."""
-    return str(lease(cluster, namespace).holder_identity or "")
+    return str(lease(cluster, namespace, name).holder_identity or "")
 
 
 @contextmanager

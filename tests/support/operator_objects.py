@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import kopf
+from kopf._cogs.configs.progress import ProgressRecord
+from kopf._cogs.structs.ids import HandlerId
+
 from influence_job.progress import Progress
 from influence_operator.decisions.actions import (
     Action,
@@ -154,6 +158,12 @@ class World:
     objects: list[Object] = field(default_factory=list)
     report: Progress | None = None
     """What the driver answers at /progress, while its pod is there."""
+    problem: str = ""
+    """Why it cannot be read, if it cannot be."""
+    unread_since: datetime | None = None
+    """Since when, of a driver that is ready."""
+    looked: datetime | None = None
+    """When this process last made a pass; None for a new operator."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further fields of the snapshot."""
     settings: Settings = SETTINGS
@@ -179,9 +189,12 @@ class World:
         for thing in self.objects:
             lists[_LISTS[thing["kind"]]].append(thing)
         children = Children(**{name: tuple(things) for name, things in lists.items()})
-        said = self.report if self.find("Pod", "driver") else None
-        report = DriverReport(said.attempt, said) if said else None
-        return Snapshot(self.job, children, self.now, driver=report, **self.more)
+        report = None
+        if self.problem and self.find("Pod", "driver"):
+            report = DriverReport(self.attempt, None, self.problem, self.unread_since)
+        elif self.report and self.find("Pod", "driver"):
+            report = DriverReport(self.report.attempt, self.report)
+        return Snapshot(self.job, children, self.now, driver=report, looked=self.looked, **self.more)
 
     def decide(self) -> Decision:
         """What would be done."""
@@ -191,11 +204,16 @@ class World:
         """Time passes, and one pass is made."""
         self.now += timedelta(seconds=seconds)
         decision = self.decide()
+        self.looked = self.now if decision.again_after else None
         self.job = copy.deepcopy(self.job) | {"status": json.loads(json.dumps(decision.status))}
         self.events += [event.reason for event in decision.events]
         for action in decision.actions:
             self._do(action)
         return decision
+
+    def unreadable(self, problem: str) -> None:
+        """From now on the driver's `/progress` cannot be read."""
+        self.problem, self.unread_since = problem, self.now
 
     def change(self, **spec: Any) -> None:
         """The user changes the spec."""
@@ -269,6 +287,24 @@ def dask_parts(attempt: int, workers: int) -> list[Object]:
         child("DaskWorkerGroup", group, attempt, cluster, spec={"worker": {"replicas": workers}}),
         *(worker_deployment(attempt, index) for index in range(workers)),
     ]
+
+
+def kept_by_kopf(thing: Object, handler: str, message: str) -> None:
+    """dask-kubernetes' handler of `thing` failed and will be repeated: kopf keeps so in annotations."""
+    record = ProgressRecord(
+        started=stamp(NOW),
+        stopped=None,
+        delayed=stamp(NOW + timedelta(seconds=60)),
+        purpose="create",
+        retries=1,
+        success=False,
+        failure=False,
+        message=message,
+        subrefs=None,
+    )
+    body, patch = kopf.Body(thing), kopf.Patch()
+    kopf.AnnotationsProgressStorage().store(key=HandlerId(handler), record=record, body=body, patch=patch)
+    thing["metadata"]["annotations"] = dict(patch["metadata"]["annotations"])
 
 
 def worker_deployment(attempt: int, index: int) -> Object:

@@ -14,6 +14,7 @@
   "WATCH_NAMESPACES" (join "," .Values.watchNamespaces)
   "API_AUDIENCES" (join "," .Values.apiAudiences)
   "RESYNC_SECONDS" .Values.resyncSeconds
+  "LEASE_NAME" (include "influence-operator.name" .)
   "LEASE_SECONDS" .Values.leaseSeconds
   "STATUS_WRITES_PER_SECOND" .Values.statusWritesPerSecond
   "LOG_FORMAT" .Values.log.format

@@ -34,12 +34,22 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
   namespace: {{ .Release.Namespace }}
 {{- end }}
 
-{{/* Egress to everything but TCP 8786, which needs no knowledge of the API server's address and port. */}}
+{{/*
+Egress to everything but TCP 8786, which needs no knowledge of the API server's address. A network plugin that knows no
+`endPort` takes a range for its first port: what must be reached is named one by one, too.
+*/}}
 {{- define "influence-operator.egress" -}}
 - ports:
     - {protocol: TCP, port: 1, endPort: 8785}
     - {protocol: TCP, port: 8787, endPort: 65535}
     - {protocol: UDP, port: 1, endPort: 65535}
+    {{- range .Values.networkPolicy.singlePorts }}
+    {{- if eq (int .) 8786 }}
+    {{- fail "networkPolicy.singlePorts: expected ports of DNS and of the API server, got 8786, which egress is kept from: leave it out" }}
+    {{- end }}
+    - {protocol: TCP, port: {{ int . }}}
+    - {protocol: UDP, port: {{ int . }}}
+    {{- end }}
 {{- end }}
 
 {{/*

@@ -44,7 +44,9 @@ class JobKey(NamedTuple):
 
 
 class Cache:
-    """Objects by UID. An older version never replaces a newer one."""
+    """Objects by UID. An older version never replaces a newer one, but from a list: what the API server keeps
+    may have been restored, and is counted on from there.
+    """
 
     def __init__(self) -> None:
         self._jobs: dict[str, Object] = {}
@@ -53,19 +55,22 @@ class Cache:
         """Of each child, the job under which it is kept."""
         self._gone: OrderedDict[str, None] = OrderedDict()
 
-    def put(self, kind: Kind, obj: Object) -> JobKey | None:
-        """Takes up an object as the API server sent it; returns the job that it concerns."""
+    def put(self, kind: Kind, obj: Object, listed: bool = False) -> JobKey | None:
+        """Takes up an object as the API server sent it; returns the job that it concerns.
+
+        A list may have been made before a write of ours; the watch that follows it tells of that again.
+        """
         key, uid = _key(kind, obj), obj["metadata"]["uid"]
         if key is None or uid in self._gone:
             return key
         if kind == INFLUENCE_JOB:
-            self._jobs[uid] = _newer(self._jobs.get(uid), _trimmed(kind, obj))
+            self._jobs[uid] = _newer(None if listed else self._jobs.get(uid), _trimmed(kind, obj))
             return key
         if self._places.setdefault(uid, key) != key:
             self._take_out(uid)  # somebody changed its labels
             self._places[uid] = key
         siblings = self._children.setdefault(key, {})
-        known = siblings.get(uid)
+        known = None if listed else siblings.get(uid)
         siblings[uid] = (kind, _newer(known[1] if known else None, _trimmed(kind, obj)))
         return key
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from influence_job.document import PROGRESS_PORT
 from influence_job.progress import CONTRACT_VERSION, Progress
 from influence_operator.cluster.bounded_http import BoundedHttp, host
-from influence_operator.cluster.errors import ClusterError
+from influence_operator.cluster.errors import ClusterError, UnreachableError
+from influence_operator.decisions.driver import Envelope
 from influence_operator.decisions.snapshot import DriverReport
 
 SECONDS = 2.0
 MOST_BYTES = 64 * 1024
 AT_ONCE = 16
-
-
-class _Envelope(BaseModel):
-    """What documents of every contract version have."""
-
-    contract_version: int = Field(alias="contractVersion")
-    job_uid: str = Field(alias="jobUid", max_length=64)
-    attempt: int = Field(ge=0)
 
 
 class DriverClient:
@@ -35,6 +28,9 @@ class DriverClient:
         url = f"http://{host(pod_ip)}:{self._port}/progress"
         try:
             answer = await self._http.fetch("GET", url, seconds=SECONDS, most_bytes=MOST_BYTES)
+        except UnreachableError as error:
+            cure = f"let the operator's pods reach TCP port {self._port} of the driver's pod"
+            return DriverReport(attempt, None, f"{error}; {cure}")
         except ClusterError as error:
             return DriverReport(attempt, None, str(error))
         return parse(answer, job_uid, attempt)
@@ -47,14 +43,14 @@ class DriverClient:
 def parse(answer: bytes, job_uid: str, attempt: int) -> DriverReport:
     """The document in `answer`, if it is one about this attempt of this job."""
     try:
-        envelope = _Envelope.model_validate_json(answer)
+        envelope = Envelope.model_validate_json(answer)
     except ValidationError as error:
         return DriverReport(attempt, None, _problem(error))
     if (envelope.job_uid, envelope.attempt) != (job_uid, attempt):
         return DriverReport(
             attempt,
             None,
-            f"/progress: expected attempt {attempt} of job {job_uid}, got attempt {envelope.attempt} of "
+            f"expected attempt {attempt} of job {job_uid}, got attempt {envelope.attempt} of "
             f"{envelope.job_uid}",
         )
     try:
@@ -62,14 +58,10 @@ def parse(answer: bytes, job_uid: str, attempt: int) -> DriverReport:
     except ValidationError as error:
         if envelope.contract_version == CONTRACT_VERSION:
             return DriverReport(attempt, None, _problem(error))
-    # Of another contract: whoever decides needs the version, which is all that can be read for certain.
-    return DriverReport(
-        attempt,
-        Progress(contract_version=envelope.contract_version, job_uid=job_uid, attempt=attempt),
-    )
+    return DriverReport(attempt, envelope.progress())
 
 
 def _problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "document"
-    return f"/progress: {field}: {first['msg']}"[:512]
+    return f"{field}: {first['msg']}"[:512]

@@ -8,9 +8,10 @@ whatever was found in the way of a child last time.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from influence_job.status import ConditionType
@@ -21,6 +22,8 @@ from influence_operator.cluster.errors import ApiError
 from influence_operator.cluster.events import Events
 from influence_operator.cluster.kinds import CONFIG_MAP, INFLUENCE_JOB, KINDS
 from influence_operator.cluster.memory import Memory
+from influence_operator.decisions import observed
+from influence_operator.decisions.driver import UNREAD_SECONDS
 from influence_operator.decisions.snapshot import (
     Children,
     Conflict,
@@ -32,6 +35,8 @@ from influence_operator.manifests.names import ATTEMPT, ROLE, Role
 
 FRESH_SECONDS = 1.0
 """A driver that was asked so short a time ago is not asked again."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Gatherer:
             missing=source[1],
             warnings=warnings,
             dask_operator=self.dask_operator(),
+            looked=memory.looked,
         )
 
     async def _conflicts(self, key: JobKey, known: tuple[Conflict, ...]) -> tuple[Conflict, ...]:
@@ -105,12 +111,27 @@ class Gatherer:
         made = [pod for pod in children.pods if _role(pod) == Role.DRIVER and _controller(pod) in jobs]
         running = [pod for pod in made if pod.get("status", {}).get("phase") == "Running" and _address(pod)]
         if not running:
+            memory.driver = None
             return None
         pod = max(running, key=lambda pod: (attempt(pod), pod["metadata"].get("creationTimestamp", "")))
-        asked = time.monotonic()
-        if memory.driver is None or asked >= memory.driver[0] + FRESH_SECONDS:
-            memory.driver = asked, await self.drivers.report(_address(pod), key.uid, attempt(pod))
-        return memory.driver[1]
+        asked, last = time.monotonic(), memory.driver
+        if last is None or asked >= last[0] + FRESH_SECONDS:
+            report = await self.drivers.report(_address(pod), key.uid, attempt(pod))
+            if report.problem and observed.ready(pod):
+                report = self._dated(key, report, last, asked)
+            memory.driver = last = asked, report
+        return last[1]
+
+    def _dated(
+        self, key: JobKey, report: DriverReport, last: tuple[float, DriverReport] | None, asked: float
+    ) -> DriverReport:
+        """The report, with the time since when the driver could not be read; logged once, when it is told."""
+        now = self.clock()
+        since = (last[1].unread_since if last else None) or now
+        silent = (now - since).total_seconds()
+        if last and silent >= UNREAD_SECONDS > silent - (asked - last[0]):
+            log.warning("%s: attempt %d: cannot read /progress: %s", key, report.attempt, report.problem)
+        return replace(report, unread_since=since)
 
     async def _warnings(self, key: JobKey, job: Object, children: Children) -> tuple[Object, ...]:
         idle = ended(job) or job["spec"].get("suspend") or not children.driver_jobs

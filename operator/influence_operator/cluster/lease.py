@@ -19,7 +19,6 @@ from influence_operator.cluster.api import Api
 from influence_operator.cluster.errors import ApiError, ClusterError, LeaseLostError
 from influence_operator.cluster.kinds import LEASE
 
-NAME = "influence-operator"
 RENEWALS = 5
 """The holder renews so often in the time after which it would be followed; a try takes no longer than the
 wait between two, so that another can follow one that gets no answer."""
@@ -43,12 +42,14 @@ class Lease:
         self,
         api: Api,
         namespace: str,
+        name: str,
         identity: str,
         seconds: int,
         clock: Callable[[], float] = boot_time,
     ) -> None:
         self._api = api
         self._namespace = namespace
+        self._name = name
         self._identity = identity
         self._seconds = seconds
         self._clock = clock
@@ -127,7 +128,7 @@ class Lease:
 
     async def _look(self) -> None:
         """Whose the lease is. Ours in another version is what a write without an answer has made of it."""
-        found = await self._api.get(LEASE, self._namespace, NAME)
+        found = await self._api.get(LEASE, self._namespace, self._name)
         holder = (found.get("spec") or {}).get("holderIdentity")
         if holder != self._identity:
             raise LeaseLostError(f"{holder or 'nobody'} holds the lease")
@@ -136,7 +137,7 @@ class Lease:
     async def _try(self) -> str:
         """Takes the lease if it is free or has run out; returns who holds it."""
         try:
-            found = await self._api.get(LEASE, self._namespace, NAME)
+            found = await self._api.get(LEASE, self._namespace, self._name)
         except ApiError as error:
             if not error.not_found:
                 raise
@@ -162,7 +163,7 @@ class Lease:
         body = {
             "apiVersion": LEASE.api_version,
             "kind": LEASE.kind,
-            "metadata": {"name": NAME, "namespace": self._namespace},
+            "metadata": {"name": self._name, "namespace": self._namespace},
             "spec": self._spec({}, self._identity, self._seconds),
         }
         self._held = await self._api.create(LEASE, self._namespace, body)
@@ -173,7 +174,7 @@ class Lease:
         asked = self._clock()
         body = {**self._held, "spec": self._spec(self._held.get("spec") or {}, holder, seconds)}
         self._unsure = True
-        self._held = await self._api.update(LEASE, self._namespace, NAME, body, timeout)
+        self._held = await self._api.update(LEASE, self._namespace, self._name, body, timeout)
         self._unsure = False
         if holder:
             self._renewed = asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from influence_operator.cluster.errors import ClusterError
@@ -36,6 +37,8 @@ class Memory:
     """The status that was wanted, and what the API server made of it."""
     driver: tuple[float, DriverReport] | None = None
     """When the driver was last asked, and what it said."""
+    looked: datetime | None = None
+    """When the last pass was carried through, if one is due by the clock."""
 
     def learn(self, standing: tuple[Conflict, ...], outcome: Outcome) -> None:
         """Takes up how a pass went; `standing` are the conflicts that it found still there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from influence_job.progress import CONTRACT_VERSION, Progress
+from influence_job.progress import Progress
 from influence_job.status import ConditionType
 from influence_operator.decisions import attempts, deadlines, driver, observed, remains
 from influence_operator.decisions.attempts import Ending, Verdict
@@ -112,7 +112,7 @@ def _listen(view: View, course: Course) -> Course:
     if report is None:
         return replace(course, incompatible=_still_incompatible(view))
     if not driver.understood(report):
-        return replace(course, incompatible=_other_contract(report))
+        return replace(course, incompatible=driver.other_contract(report))
     return _hear(course, report)
 
 
@@ -121,13 +121,6 @@ def _hear(course: Course, progress: Progress | None) -> Course:
         return course
     recorded = max(course.attempts.recorded, driver.recorded(progress))
     return replace(course, progress=progress).with_attempts(recorded=recorded)
-
-
-def _other_contract(progress: Progress) -> str:
-    return (
-        f"the driver's image speaks contract version {progress.contract_version}, expected "
-        f"{CONTRACT_VERSION} or {CONTRACT_VERSION - 1}; set image to one of this operator's release"
-    )
 
 
 def _still_incompatible(view: View) -> str | None:

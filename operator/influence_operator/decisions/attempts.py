@@ -1,8 +1,8 @@
 """What the end of an attempt means: is the job done or failed, may another attempt follow, does it count.
 
 Exit code 0 is the result, 64 what no retry can cure. 75, infrastructure lost, counts against `backoffLimit`
-only if the attempt recorded no region, and so does an exit code that cannot be read any more; every other
-failure counts.
+only if the attempt recorded no region, and so does an exit code that cannot be read any more, unless no
+container of the pod ever ran; every other failure counts.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ def judge(end: DriverEnd, recorded: int) -> Ending:
         end: the end.
         recorded: ledger rows that the attempt is known to have written.
     """
-    problem = _problem(end.progress)
+    problem = _problem(end.progress) if end.progress else None
     match end.exit_code:
         case ExitCode.DONE:
             return Ending(Verdict.COMPLETE, Reason.COMPLETE, "the result is stored", end.at, exit_code=0)
         case ExitCode.PERMANENT:
             verdict, counted, otherwise = Verdict.FAILED, False, Reason.PERMANENT_ERROR
         case ExitCode.RETRY | None:
-            verdict, counted, otherwise = Verdict.AGAIN, recorded == 0, Reason.DRIVER_LOST
+            counted = recorded == 0 and end.ran
+            verdict, otherwise = Verdict.AGAIN, Reason.DRIVER_LOST
         case _:
             verdict, counted, otherwise = Verdict.AGAIN, True, Reason.DRIVER_FAILED
     if end.out_of_memory:
@@ -65,12 +66,15 @@ def judge(end: DriverEnd, recorded: int) -> Ending:
             message="the driver was killed at its memory limit; raise driver.resources.limits.memory",
         )
     reason = words.reason_or(problem.reason, otherwise) if problem else otherwise
-    message = words.sentence(problem.message if problem else _without_problem(end))
+    said = problem.message if problem else _without_problem(end)
+    message = words.sentence(f"{end.cause}; {said}" if end.cause else said)
     return Ending(verdict, reason, message, end.at, counted, end.exit_code)
 
 
-def _problem(progress: Progress | None) -> Problem | None:
-    return progress.last_error if progress and driver.understood(progress) else None
+def _problem(progress: Progress) -> Problem | None:
+    if not driver.understood(progress):
+        return Problem(reason=Reason.IMAGE_INCOMPATIBLE, message=driver.other_contract(progress))
+    return progress.last_error
 
 
 def _without_problem(end: DriverEnd) -> str:

@@ -5,6 +5,7 @@ Its `status.phase` lies, so that the objects themselves are counted. Read by sca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from influence_operator.manifests import names
 
 _KOPF = "kopf.zalando.org/"
 _LAST_HANDLED = f"{_KOPF}last-handled-configuration"
+_BATCH = "Added maximum number of workers"
+"""What a handler that makes workers in batches ends with: no error."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class ClusterParts:
     """Of workers, those that are being deleted left out."""
     unfinished: bool
     """Whether dask-kubernetes has noted on the DaskWorkerGroup what it has yet to do, or to repeat."""
+    failure: str
+    """What dask-kubernetes was told when it last failed to make a part, which it repeats; else empty."""
 
     @property
     def settled(self) -> bool:
@@ -77,7 +82,8 @@ def cluster_parts(view: View, course: Course) -> ClusterParts | None:
         asked=_replicas(cluster),
         grouped=_replicas(group) if group is not None else 0,
         deployments=tuple(observed.name(made) for made in view.worker_deployments(course.number)),
-        unfinished=_unfinished(group),
+        unfinished=bool(_unfinished(group)),
+        failure=next(filter(None, map(_error, (*_unfinished(cluster), *_unfinished(group)))), ""),
     )
 
 
@@ -85,11 +91,20 @@ def _has(things: tuple[Object, ...], name: str) -> bool:
     return any(observed.name(thing) == name and not observed.being_deleted(thing) for thing in things)
 
 
-def _unfinished(group: Object | None) -> bool:
+def _unfinished(thing: Object | None) -> list[object]:
     """kopf, of which dask-kubernetes is made, keeps the state of its handlers so until the last has ended."""
-    annotations = observed.look(group, "metadata", "annotations")
-    keys = annotations if isinstance(annotations, Mapping) else ()
-    return any(str(key).startswith(_KOPF) and key != _LAST_HANDLED for key in keys)
+    annotations = observed.look(thing, "metadata", "annotations")
+    states = sorted(annotations.items(), key=str) if isinstance(annotations, Mapping) else ()
+    return [state for key, state in states if str(key).startswith(_KOPF) and key != _LAST_HANDLED]
+
+
+def _error(state: object) -> str:
+    """What a handler's last try ended with."""
+    try:
+        said = observed.text(json.loads(state), "message") if isinstance(state, str) else ""
+    except (ValueError, RecursionError):
+        return ""
+    return "" if said.startswith(_BATCH) else said
 
 
 def _replicas(thing: Object) -> int:

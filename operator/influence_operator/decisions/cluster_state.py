@@ -30,6 +30,10 @@ def cluster_state(view: View, course: Course) -> ClusterState:
         return ClusterState(False, Reason.FINISHED, "the job has ended")
     if view.spec.suspend:
         return ClusterState(False, Reason.SUSPENDED, "the job is suspended")
+    unread = driver.unread(view, course.number) if course.open else ""
+    if unread:
+        reason = Reason.DRIVER_UNREACHABLE
+        return ClusterState(False, reason, _steady(view, reason, unread), wrong=True)
     problem = diagnose(view, course)
     waiting = _waiting(view, course)
     if waiting:
@@ -86,11 +90,15 @@ def _between_attempts(view: View, course: Course) -> ClusterState:
 
 
 def _steady(view: View, reason: Reason, message: str) -> str:
-    """A kubelet says in turns that an image cannot be pulled and that it waits: the first words stay."""
+    """A kubelet says in turns that an image cannot be pulled and that it waits; a user's code may have the
+    driver answer anything in turns: the first words stay.
+    """
     stored = view.condition(ConditionType.CLUSTER_READY)
-    if stored is None or reason is not Reason.IMAGE_PULL_FAILED or stored.reason != reason:
+    if stored is None or stored.reason != reason:
         return message
-    return stored.message if _subject(stored.message) == _subject(message) else message
+    if reason is Reason.IMAGE_PULL_FAILED:
+        return stored.message if _subject(stored.message) == _subject(message) else message
+    return stored.message if reason is Reason.DRIVER_UNREACHABLE else message
 
 
 def _subject(message: str) -> str:

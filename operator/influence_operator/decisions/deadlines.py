@@ -2,7 +2,7 @@
 
 None runs while a job is suspended. The startup deadline runs while something is awaited, the progress
 deadline while a worker is ready, so that one of both always does. Both begin anew when they passed while no
-operator looked.
+operator looked; one that is lowered below what has passed is over.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import replace
 from datetime import datetime
 
 from influence_job.status import ConditionType
-from influence_operator.decisions import words
+from influence_operator.decisions import driver, words
 from influence_operator.decisions.attempts import Ending, Verdict
 from influence_operator.decisions.course import Course
 from influence_operator.decisions.reasons import Reason
-from influence_operator.decisions.view import View
+from influence_operator.decisions.view import View, seconds_between
 
 LATE_SECONDS = 60.0
 """A deadline is looked at when it passes; nobody who is there comes so late."""
@@ -55,7 +55,8 @@ def passed(view: View, course: Course) -> Ending | None:
             f"no stage change, region or fit step for progressDeadlineSeconds, "
             f"{spec.progress_deadline_seconds} s, while a worker was ready"
         )
-        reason = Reason.PROGRESS_DEADLINE_EXCEEDED
+        reason, unread = Reason.PROGRESS_DEADLINE_EXCEEDED, driver.unread(view, course.number)
+        message = words.sentence(f"{message}; {unread}" if unread else message)
         return Ending(Verdict.AGAIN, reason, message, view.now, counted=True)
     return None
 
@@ -81,9 +82,11 @@ def _seconds_left(view: View, course: Course) -> dict[str, float]:
 
 def _nobody_looked(view: View, since: datetime | None, limit: int) -> bool:
     """Whether the deadline passed while no operator was there, who would have acted on it: what was awaited
-    may have waited for the operator.
+    may have waited for the operator. One that lies before a look was lowered after it.
     """
-    return view.seconds_since(since) >= limit + LATE_SECONDS
+    looked = view.snapshot.looked
+    lowered = looked is not None and seconds_between(since, looked) >= limit
+    return view.seconds_since(since) >= limit + LATE_SECONDS and not lowered
 
 
 def _moved(view: View, course: Course) -> bool:

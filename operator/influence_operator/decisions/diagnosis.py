@@ -33,6 +33,7 @@ def diagnose(view: View, course: Course) -> Problem | None:
         or _role(view, course, Role.SCHEDULER)
         or _role(view, course, Role.WORKER)
         or _deployments(view, course)
+        or _unmade(view, course)
     )
 
 
@@ -93,6 +94,14 @@ def _deployments(view: View, course: Course) -> Problem | None:
             found = refusal(observed.text(failure, "message"))
             return found.of(f"Deployment {observed.name(deployment)}")
     return None
+
+
+def _unmade(view: View, course: Course) -> Problem | None:
+    """Why a part of the cluster is not there: dask-kubernetes keeps what the API server told it."""
+    parts = cluster_parts(view, course)
+    if parts is None or parts.complete or not parts.failure:
+        return None
+    return refusal(parts.failure).of("dask-kubernetes")
 
 
 def _is_to_run(pod: Object) -> bool:

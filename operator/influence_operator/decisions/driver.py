@@ -1,4 +1,5 @@
-"""How the driver of an attempt stands: whether it has ended, with which exit code and which last words.
+"""How the driver of an attempt stands: whether it can be read, whether it has ended, with which exit code and
+which last words.
 
 The Job's conditions decide, because its controller replaces a pod that was disrupted: that pod's end is not
 the attempt's. The last words are the progress document in the pod's termination message; a job's pods run
@@ -10,16 +11,34 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from pydantic import BaseModel, Field
+
 from influence_job.exit_codes import ExitCode
 from influence_job.progress import CONTRACT_VERSION, Progress
-from influence_job.status import AttemptsStatus
-from influence_operator.decisions import observed
+from influence_job.status import AttemptsStatus, ConditionType
+from influence_operator.decisions import observed, words
+from influence_operator.decisions.reasons import Reason
 from influence_operator.decisions.snapshot import Object
 from influence_operator.decisions.view import View, of_this_job
 from influence_operator.manifests.names import Role
 
 MESSAGE_CHARACTERS = 64 * 1024
 """The kubelet keeps 4 KiB; more than this nobody parses."""
+UNREAD_SECONDS = 20.0
+"""A ready driver that cannot be read for so long is told of; a single answer may be late."""
+_RAN = (("state", "running"), ("state", "terminated"), ("lastState", "terminated"))
+
+
+class Envelope(BaseModel):
+    """What documents of every contract version have."""
+
+    contract_version: int = Field(alias="contractVersion")
+    job_uid: str = Field(alias="jobUid", max_length=64)
+    attempt: int = Field(ge=0)
+
+    def progress(self) -> Progress:
+        """The document of another contract, as far as it can be read for certain."""
+        return Progress(contract_version=self.contract_version, job_uid=self.job_uid, attempt=self.attempt)
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,10 @@ class DriverEnd:
     at: datetime
     words: str = ""
     """The kubelet's or our own, when the driver left none."""
+    cause: str = ""
+    """Why the kubelet ended its pod, or did not take it: an eviction, a node that was full."""
+    ran: bool = True
+    """Whether any container of its pod ever did."""
     out_of_memory: bool = False
     progress: Progress | None = None
     """What it left in its termination message."""
@@ -66,6 +89,31 @@ def understood(progress: Progress) -> bool:
     return progress.contract_version in (CONTRACT_VERSION, CONTRACT_VERSION - 1)
 
 
+def other_contract(progress: Progress) -> str:
+    """Why a document is not understood."""
+    return (
+        f"the driver's image speaks contract version {progress.contract_version}, expected "
+        f"{CONTRACT_VERSION} or {CONTRACT_VERSION - 1}; set image to one of this operator's release"
+    )
+
+
+def unread(view: View, attempt: int) -> str:
+    """Why the operator cannot read `/progress` of a ready driver; empty while it can, and for some seconds.
+
+    What was told stays told until a document comes, also by a new leader.
+    """
+    report, pod = view.snapshot.driver, driver_pod(view, attempt)
+    if report is None or report.attempt != attempt or not report.problem:
+        return ""
+    if pod is None or not observed.ready(pod):
+        return ""
+    stored = view.condition(ConditionType.CLUSTER_READY)
+    told = stored is not None and stored.reason == Reason.DRIVER_UNREACHABLE
+    if not told and view.seconds_since(report.unread_since) < UNREAD_SECONDS:
+        return ""
+    return words.sentence(f"the operator cannot read /progress: {report.problem}")
+
+
 def recorded(progress: Progress) -> int:
     """Ledger rows that the attempt wrote; of a driver that does not count them, those that are done."""
     count = progress.regions.done if progress.recorded is None else progress.recorded
@@ -83,19 +131,49 @@ def _pod_end(view: View, attempts: AttemptsStatus, pod: Object) -> DriverEnd | N
             exit_code=code,
             at=min(finished, view.now),
             words=observed.text(state, "message"),
+            cause=_cause(pod),
             out_of_memory=observed.text(state, "reason") == "OOMKilled",
             progress=_last_words(observed.text(state, "message"), view, attempts.current),
         )
-    return None
+    return _end_without_code(view, pod) if observed.text(pod, "status", "phase") == "Failed" else None
+
+
+def _end_without_code(view: View, pod: Object) -> DriverEnd | None:
+    """The end of a pod that its kubelet ended before the driver ran, or did not take at all."""
+    states = [observed.look(c, *at) for c in observed.containers(pod) for at in _RAN]
+    ran, cause = any(state is not None for state in states), _cause(pod)
+    if ran and not cause:
+        return None
+    times = [observed.created(pod), *(observed.moment(state, "finishedAt") for state in states)]
+    last = max((time for time in times if time), default=view.now)
+    said = "" if ran else "no container of the driver's pod ran"
+    return DriverEnd(None, min(last, view.now), said, cause, ran)
+
+
+def _cause(pod: Object) -> str:
+    """What the kubelet says of the pod as a whole; nothing of one whose containers ended by themselves."""
+    said = (observed.text(pod, "status", "reason"), observed.text(pod, "status", "message"))
+    return ": ".join(part for part in (text.strip().rstrip(".") for text in said) if part)
 
 
 def _last_words(message: str, view: View, attempt: int) -> Progress | None:
     if len(message) > MESSAGE_CHARACTERS:
         return None
     try:
-        return of_this_job(Progress.model_validate_json(message), view.uid, attempt)
+        progress = Progress.model_validate_json(message)
+    except ValueError:
+        return _of_another_contract(message, view, attempt)
+    return of_this_job(progress, view.uid, attempt)
+
+
+def _of_another_contract(message: str, view: View, attempt: int) -> Progress | None:
+    try:
+        envelope = Envelope.model_validate_json(message)
     except ValueError:
         return None
+    if envelope.contract_version == CONTRACT_VERSION:
+        return None
+    return of_this_job(envelope.progress(), view.uid, attempt)
 
 
 def _unreadable(view: View, reason: str, message: str) -> DriverEnd:
@@ -107,5 +185,5 @@ def _unreadable(view: View, reason: str, message: str) -> DriverEnd:
 def _lost(view: View, pods: list[Object]) -> DriverEnd | None:
     if not pods or not all(map(view.lost, pods)):
         return None
-    words = f"pod {observed.name(pods[0])} has been ending for too long: its node does not answer"
-    return DriverEnd(None, view.now, words)
+    said = f"pod {observed.name(pods[0])} has been ending for too long: its node does not answer"
+    return DriverEnd(None, view.now, said)

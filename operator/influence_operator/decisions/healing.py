@@ -24,6 +24,9 @@ retire is asked again so often."""
 REPEATING_SECONDS = 75.0
 """What failed it repeats itself, once a minute: in phase Created the parts of a cluster, and the workers of a
 group that it has not finished."""
+FAILED_SECONDS = 600.0
+"""So long it is left what it repeats and says why it failed (a quota, a setting that the API server refuses):
+a step of ours makes it begin anew, and fail again."""
 
 
 def tend(view: View, course: Course) -> tuple[Course, Step]:
@@ -34,7 +37,8 @@ def tend(view: View, course: Course) -> tuple[Course, Step]:
     waited = view.seconds_since(course.cluster_incomplete_since)
     silent = bool(view.snapshot.unretired)
     patience = REPEATING_SECONDS if parts.unfinished else PATIENCE_SECONDS
-    action = scaling.scale(parts, waited >= patience, silent) or _heal(parts, waited)
+    left = bool(parts.failure) and waited < FAILED_SECONDS
+    action = scaling.scale(parts, waited >= patience, silent, left) or _heal(parts, waited, left)
     actions = (action,) if action else ()
     young = YOUNG_SECONDS - view.seconds_since(observed.created(parts.cluster))
     if course.cluster_incomplete_since is None and young > 0:
@@ -47,12 +51,12 @@ def tend(view: View, course: Course) -> tuple[Course, Step]:
     return replace(course, cluster_incomplete_since=since), Step(actions, (due,))
 
 
-def _heal(parts: ClusterParts, waited: float) -> Action | None:
+def _heal(parts: ClusterParts, waited: float, left: bool) -> Action | None:
     if not parts.missing or not parts.phase:
         return None
     if parts.phase != "Created":
         return _set_phase(parts, "Created") if waited >= PATIENCE_SECONDS else None
-    return _set_phase(parts, "Pending") if waited >= REPEATING_SECONDS else None
+    return _set_phase(parts, "Pending") if waited >= REPEATING_SECONDS and not left else None
 
 
 def _set_phase(parts: ClusterParts, phase: str) -> Patch:

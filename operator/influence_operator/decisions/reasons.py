@@ -43,7 +43,8 @@ class Reason(StrEnum):
     DRIVER_FAILED = "DriverFailed"
     """An exit code that says nothing, from a driver that left no reason."""
     DRIVER_LOST = "DriverLost"
-    """The driver's exit code cannot be read any more: its pod or its Job is gone, or its node."""
+    """The driver's exit code cannot be read any more: its pod or its Job is gone, or its node. Or there never
+    was one, because the kubelet did not take the pod."""
     OUT_OF_MEMORY = "OOMKilled"
     """The kernel killed the driver at its memory limit."""
     SPEC_CHANGED = "SpecChanged"
@@ -66,6 +67,8 @@ class Reason(StrEnum):
     WORKERS_STARTING = "WorkersStarting"
 
     # -- ClusterReady: what is wrong ---------------------------------------------------------------
+    DRIVER_UNREACHABLE = "DriverUnreachable"
+    """The driver is ready, and the operator cannot read its `/progress`."""
     IMAGE_PULL_FAILED = "ImagePullFailed"
     UNSCHEDULABLE = "Unschedulable"
     QUOTA_EXCEEDED = "QuotaExceeded"

@@ -14,13 +14,14 @@ from influence_operator.decisions.actions import Action, Patch, RetireWorkers
 from influence_operator.decisions.cluster_parts import ClusterParts
 
 
-def scale(parts: ClusterParts, patient: bool, silent: bool) -> Action | None:
+def scale(parts: ClusterParts, patient: bool, silent: bool, left: bool) -> Action | None:
     """The next step towards the number of workers that is wanted.
 
     Args:
         parts: the cluster.
         patient: whether dask-kubernetes, or the scheduler, has had long enough since the last step.
         silent: whether the scheduler did not choose workers when it was last asked.
+        left: whether what dask-kubernetes failed to make, and repeats, is left to it.
     """
     if parts.missing:
         return None
@@ -33,7 +34,7 @@ def scale(parts: ClusterParts, patient: bool, silent: bool) -> Action | None:
         arrived = parts.grouped <= parts.asked
         return _ask(parts, parts.wanted) if arrived else None
     deleted = made < parts.wanted and parts.grouped == parts.asked
-    return _ask(parts, made) if deleted and patient else None
+    return _ask(parts, made) if deleted and patient and not left else None
 
 
 def _ask(parts: ClusterParts, replicas: int) -> Patch:

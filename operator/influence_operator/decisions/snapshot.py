@@ -42,6 +42,8 @@ class DriverReport:
     """None: it did not answer, or with something that is no progress document of this job."""
     problem: str | None = None
     """Why there is no document, for a condition."""
+    unread_since: datetime | None = None
+    """Since when no document came from this driver, which was ready all the time; None while one comes."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,5 @@ class Snapshot:
     """Kubernetes Events of type Warning about the children, newest first; read while not ready."""
     dask_operator: bool = True
     """Whether the API server serves DaskClusters."""
+    looked: datetime | None = None
+    """When this process last carried a pass over the job through, if it was one with clocks to look at."""

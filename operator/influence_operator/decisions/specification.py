@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from influence_job.spec import InfluenceJobSpec, InvalidSpecError, parse_spec
 from influence_operator.decisions import observed, words
+from influence_operator.decisions.certain_refusals import refused_pods
 from influence_operator.decisions.snapshot import Object
 from influence_operator.decisions.token_audiences import refused_tokens
 from influence_operator.manifests.frozen_pod_spec import refused_settings
@@ -32,7 +33,11 @@ def spec_of(job: Object, audiences: Collection[str]) -> InfluenceJobSpec:
         spec = parse_spec(observed.look(job, "spec"))
     except InvalidSpecError as error:
         raise RefusedSpecError(words.sentence(str(error))) from error
-    if refused := (*refused_settings(spec), *refused_tokens(spec, audiences)):
+    if refused := (
+        *refused_settings(spec),
+        *refused_tokens(spec, audiences),
+        *refused_pods(job, spec),
+    ):
         raise RefusedSpecError(words.sentence("; ".join(refused)))
     return spec
 

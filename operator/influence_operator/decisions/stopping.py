@@ -7,10 +7,12 @@ that ended itself stays for its logs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from influence_job.spec import CleanupPolicy
 from influence_operator.decisions import driver, observed, remains
 from influence_operator.decisions.actions import Action, Delete
-from influence_operator.decisions.course import Course
+from influence_operator.decisions.course import Course, Outcome
 from influence_operator.decisions.snapshot import Children, Object
 from influence_operator.decisions.step import Step
 from influence_operator.decisions.view import View
@@ -23,16 +25,18 @@ def stop(view: View, course: Course) -> Step:
         if attempt == course.number and course.open:
             continue
         if attempt == course.number and course.outcome:
-            actions += _finish(view, course, children)
+            actions += _finish(view, course, course.outcome, children)
         else:
             actions += _delete_all(view, attempt, children)
     return Step(tuple(actions), tuple(remains.seconds_until_lost(view)))
 
 
-def _finish(view: View, course: Course, children: Children) -> list[Action]:
+def _finish(view: View, course: Course, outcome: Outcome, children: Children) -> list[Action]:
     policy = view.spec.cleanup_policy
     if policy is CleanupPolicy.ALL or not _ended_itself(view, course):
-        return _delete_all(view, course.number, children)
+        # The copy of a spec that failed tells whether it was mended since.
+        left = children if outcome.complete else replace(children, config_maps=())
+        return _delete_all(view, course.number, left)
     if policy is CleanupPolicy.NONE:
         return []
     return [*_clusters(children), *_guards(view, course.number, children)]

@@ -59,10 +59,9 @@ def attempt_manifests(
 
 
 def certificate_end(spec: InfluenceJobSpec, now: datetime) -> datetime:
-    """When the certificate of an attempt that starts now runs out."""
-    if spec.active_deadline_seconds is None:
-        return now + timedelta(days=365)
-    return now + timedelta(seconds=spec.active_deadline_seconds, days=7)
+    """When the certificate of an attempt that starts now runs out; the deadline may be raised meanwhile."""
+    longest = timedelta(seconds=spec.active_deadline_seconds or 0, days=7)
+    return now + max(longest, timedelta(days=365))
 
 
 def _secret(attempt: Attempt) -> Manifest:

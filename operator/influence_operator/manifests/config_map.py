@@ -6,6 +6,7 @@ it, and an attempt cannot change under its driver.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from pydantic import ValidationError
@@ -43,8 +44,8 @@ def config_map(attempt: Attempt) -> Manifest:
         "metadata": attempt.metadata(attempt.base),
         "immutable": True,
         "data": {
-            FILE: document(attempt).model_dump_json(by_alias=True, indent=2),
-            _SPEC_KEY: spec.model_dump_json(by_alias=True),
+            FILE: _written(document(attempt)),
+            _SPEC_KEY: spec.model_dump_json(by_alias=True, exclude_defaults=True),
             **_copy(source, "data"),
         },
     }
@@ -111,6 +112,17 @@ def document(attempt: Attempt) -> JobDocument:
             spec=_for_driver(attempt),
         ),
     )
+
+
+def _written(made: JobDocument) -> str:
+    """The document as text: of the job what differs from the defaults, which the driver fills in alike.
+
+    The image may be one of an earlier release, which refuses fields that it does not know. A default that
+    changes is another contract version.
+    """
+    around = made.model_dump(mode="json", by_alias=True, exclude={"job"})
+    job = made.job.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return json.dumps({**around, "job": job}, ensure_ascii=False, separators=(",", ":"))
 
 
 def _for_driver(attempt: Attempt) -> InfluenceJobSpec:

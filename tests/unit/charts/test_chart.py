@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from influence_job.crd import custom_resource_definition
+from influence_job.spec import Quantity
 from influence_operator.cluster.kinds import RIGHTS
-from influence_operator.cluster.lease import NAME as LEASE_NAME
 from influence_operator.settings import PREFIX, Defaults, Settings, read
 
 ROOT = Path(__file__).parents[3]
@@ -104,7 +107,8 @@ def test_the_operator_may_do_what_it_does_and_nothing_else(installed: list[Manif
     leader = named(installed, "Role", "influence-operator-leader")
     assert rights(leader) == needed(own_namespace=True)
     for rule in leader["rules"]:
-        assert rule["verbs"] == ["create"] or rule["resourceNames"] == [LEASE_NAME]
+        assert rule["verbs"] == ["create"] or rule["resourceNames"] == [Settings.lease_name]
+    assert environment(installed)[f"{PREFIX}LEASE_NAME"] == Settings.lease_name
 
 
 def test_who_may_edit_in_a_namespace_may_create_jobs_and_who_may_view_may_look(
@@ -148,15 +152,47 @@ def test_probes_and_metrics_meet_the_ports_the_operator_serves(installed: list[M
     assert ports == {"health": Settings.health_port, "metrics": Settings.metrics_port}
 
 
-@pytest.mark.parametrize("name", ["influence-operator", "influence-operator-dask-kubernetes-operator"])
-def test_nothing_gets_out_to_the_schedulers_pickles(installed: list[Manifest], name: str) -> None:
-    policy = named(installed, "NetworkPolicy", name)["spec"]
-    labels = named(installed, "Deployment", name)["spec"]["template"]["metadata"]["labels"]
+DASK_OPERATOR = "influence-operator-dask-kubernetes-operator"
+
+
+def policy_of(manifests: list[Manifest], operator: str) -> Manifest:
+    """The spec of the NetworkPolicy that chooses an operator's pods."""
+    policy: Manifest = named(manifests, "NetworkPolicy", operator)["spec"]
+    labels = named(manifests, "Deployment", operator)["spec"]["template"]["metadata"]["labels"]
     assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    return policy
+
+
+def ports_out(policy: Manifest, protocol: str, *, knows_end_port: bool = True) -> set[int]:
+    """What a network plugin lets out; one that does not know `endPort` sees the first port of a range."""
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     (rule,) = policy["egress"]
-    tcp = [range(p["port"], p["endPort"] + 1) for p in rule["ports"] if p["protocol"] == "TCP"]
-    assert [port for port in range(1, 65536) if not any(port in allowed for allowed in tcp)] == [8786]
+    assert "to" not in rule
+    ends = [(p["port"], p.get("endPort", p["port"])) for p in rule["ports"] if p["protocol"] == protocol]
+    return {port for first, last in ends for port in range(first, (last if knows_end_port else first) + 1)}
+
+
+def test_nothing_gets_from_the_dask_operator_to_the_schedulers_pickles(installed: list[Manifest]) -> None:
+    policy = policy_of(installed, DASK_OPERATOR)
+    assert set(range(1, 65536)) - ports_out(policy, "TCP") == {8786}
+    assert ports_out(policy, "UDP") == set(range(1, 65536))
+
+
+def test_the_dask_operator_works_where_the_network_plugin_knows_no_end_port(
+    installed: list[Manifest],
+) -> None:
+    """It reaches DNS, the API server and schedulers' HTTP API, and their pickles no more than elsewhere."""
+    policy = policy_of(installed, DASK_OPERATOR)
+    dns, api_servers, dashboard = {53, 5353}, {443, 6443, 8443, 16443}, {8787}
+    assert ports_out(policy, "TCP", knows_end_port=False) == {1} | dns | api_servers | dashboard
+    assert dns <= ports_out(policy, "UDP", knows_end_port=False)
+
+
+def test_the_operator_which_speaks_no_pickle_is_kept_from_nothing(installed: list[Manifest]) -> None:
+    """Where a plugin takes a range for less than it is, no rule is better than one."""
+    policy = policy_of(installed, "influence-operator")
+    assert policy["policyTypes"] == ["Ingress"]
+    assert "egress" not in policy
 
 
 @pytest.mark.parametrize("name", ["influence-operator", "influence-operator-dask-kubernetes-operator"])
@@ -184,6 +220,46 @@ def test_versions_are_those_of_the_package_and_of_the_pinned_dask_kubernetes() -
     (dask,) = chart["dependencies"]
     assert f"dask-kubernetes=={dask['version']}" in project["dependency-groups"]["test"]
     assert values["daskOperator"]["image"]["tag"] == dask["version"]
+
+
+def schema_of_values() -> Manifest:
+    schema: Manifest = json.loads((CHART / "values.schema.json").read_text())
+    return schema
+
+
+def closed(schema: Manifest, path: str = "") -> Iterator[tuple[str, Manifest]]:
+    """Every object whose keys are all named, with its path."""
+    if schema.get("additionalProperties") is False:
+        yield path, schema
+    for name, below in schema.get("properties", {}).items():
+        yield from closed(below, f"{path}.{name}" if path else name)
+
+
+def at(values: Manifest, path: str) -> Manifest:
+    for part in filter(None, path.split(".")):
+        values = values[part]
+    return values
+
+
+def test_the_schema_of_values_names_each_value_and_no_other() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    theirs = yaml.safe_load((CHART / "charts/dask-kubernetes-operator/values.yaml").read_text())
+    given_by_helm = {"": {"global"}, "daskOperator": {"global", *theirs}}
+    found = dict(closed(schema_of_values()))
+    assert found.keys() == {
+        *("", "image", "driver", "scheduler", "worker", "worker.image", "metrics", "log", "serviceAccount"),
+        *("rbac", "crds", "networkPolicy", "daskOperator"),
+    }
+    for path, schema in found.items():
+        assert schema["properties"].keys() == at(values, path).keys() | given_by_helm.get(path, set()), path
+
+
+def test_the_schema_takes_the_quantities_that_the_operator_takes() -> None:
+    own = TypeAdapter(Quantity).json_schema()
+    quantity = schema_of_values()["definitions"]["quantity"]
+    assert {name: quantity[name] for name in ("pattern", "maxLength", "minimum")} == {
+        name: own[name] for name in ("pattern", "maxLength", "minimum")
+    }
 
 
 def test_every_value_has_a_comment_right_above_it() -> None:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from influence_job.spec import Quantity
 from influence_operator.settings import Defaults, Settings, read
 
 IMAGE = {"INFLUENCE_OPERATOR_IMAGE": "registry/worker:1"}
@@ -19,6 +20,8 @@ def test_every_kind_of_field_is_read():
         {
             **IMAGE,
             "INFLUENCE_OPERATOR_WORKER_MEMORY": "8Gi",
+            "INFLUENCE_OPERATOR_IMAGE_PULL_POLICY": "Always",
+            "INFLUENCE_OPERATOR_LEASE_NAME": "own-influence-operator",
             "INFLUENCE_OPERATOR_WATCH_NAMESPACES": "a,b",
             "INFLUENCE_OPERATOR_OPERATOR_SELECTOR": "app=x,tier=y",
             "INFLUENCE_OPERATOR_LEASE_SECONDS": "30",
@@ -28,7 +31,8 @@ def test_every_kind_of_field_is_read():
     )
 
     assert settings == Settings(
-        Defaults("registry/worker:1", worker_memory="8Gi"),
+        Defaults("registry/worker:1", image_pull_policy="Always", worker_memory=Quantity("8Gi")),
+        lease_name="own-influence-operator",
         watch_namespaces=("a", "b"),
         operator_selector={"app": "x", "tier": "y"},
         lease_seconds=30,
@@ -44,6 +48,11 @@ def test_every_kind_of_field_is_read():
         ("LEASE_SECONDS", "soon", "expected a whole number above 0"),
         ("LEASE_SECONDS", "0", "expected a whole number above 0"),
         ("RESYNC_SECONDS", "nan", "expected a number above 0"),
+        ("WORKER_MEMORY", "4GB", "expected a quantity such as 16Gi, 500m or 1, got '4GB'"),
+        ("WORKER_MEMORY", "", "expected a quantity such as 16Gi, 500m or 1, got ''"),
+        ("DRIVER_CPU", "-1", "expected a quantity"),
+        ("SCHEDULER_MEMORY", "<nil>", "expected a quantity"),
+        ("IMAGE_PULL_POLICY", "Sometimes", "expected Literal['Always', 'IfNotPresent', 'Never']"),
         ("LOG_FORMAT", "xml", "expected Literal['json', 'plain']"),
         ("OPERATOR_SELECTOR", "app", "expected key=value"),
         ("NAMSPACE", "x", "no such setting"),
@@ -61,8 +70,13 @@ def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
 
 @pytest.mark.parametrize(
     "environment",
-    [{}, {**IMAGE, "INFLUENCE_OPERATOR_LEASE_SECONDS": "x"}, {**IMAGE, "KUBECONFIG": "/nowhere"}],
-    ids=["no image", "wrong number", "no cluster"],
+    [
+        {},
+        {**IMAGE, "INFLUENCE_OPERATOR_LEASE_SECONDS": "x"},
+        {**IMAGE, "INFLUENCE_OPERATOR_WORKER_MEMORY": "4GB"},
+        {**IMAGE, "KUBECONFIG": "/nowhere"},
+    ],
+    ids=["no image", "wrong number", "wrong quantity", "no cluster"],
 )
 def test_the_process_ends_with_64_and_one_line_when_its_settings_are_wrong(environment):
     command = [sys.executable, "-c", "from influence_operator.cli import main; main()"]

@@ -51,6 +51,38 @@ def test_an_older_version_never_replaces_a_newer_one():
     assert cache.job(KEY)["spec"] == {"suspend": True}
 
 
+def test_what_a_list_answers_is_taken_as_it_is_and_watched_on_from_there():
+    """An API server whose storage was restored from a snapshot counts on from there."""
+    cache = Cache()
+    cache.put(INFLUENCE_JOB, job(version=900))
+    cache.put(POD, child("a", version=901))
+    cache.put(INFLUENCE_JOB, job(version=400, suspend=True), listed=True)
+    cache.put(POD, child("a", version=401, status={"phase": "Pending"}), listed=True)
+
+    assert cache.job(KEY)["spec"] == {"suspend": True}
+    assert cache.child(KEY, POD, "a")["status"] == {"phase": "Pending"}
+    cache.put(INFLUENCE_JOB, job(version=402, suspend=False))
+    assert cache.job(KEY)["spec"] == {"suspend": False}
+
+
+def test_a_list_that_was_made_before_a_write_is_followed_by_the_watch():
+    cache = Cache()
+    cache.put(INFLUENCE_JOB, job(version=8, suspend=True))
+    cache.put(INFLUENCE_JOB, job(version=7), listed=True)
+    cache.put(INFLUENCE_JOB, job(version=8, suspend=True))
+
+    assert cache.job(KEY)["spec"] == {"suspend": True}
+
+
+def test_a_list_does_not_bring_back_what_is_gone():
+    cache = Cache()
+    cache.put(POD, child("a"))
+    cache.forget("uid of a")
+    cache.put(POD, child("a"), listed=True)
+
+    assert cache.children(KEY) == Children()
+
+
 def test_a_late_answer_to_a_write_does_not_bring_back_what_is_gone():
     cache = Cache()
     cache.put(POD, child("a"))

@@ -31,25 +31,30 @@ class FakeApi:
         """Seconds until a renewal is stored."""
         self.silent: dict[int, float] = {}
         """Seconds from then until it is answered."""
+        self.asked_for: set[tuple[object, object]] = set()
+        """Namespace and name of every request."""
         self.deaf = False
         """Whether nothing is answered."""
         self._storing: list[asyncio.Task[Object]] = []
 
-    async def get(self, *_: object, **__: object) -> Object:
+    async def get(self, _: object, namespace: str, name: str) -> Object:
         """The Lease."""
+        self.asked_for.add((namespace, name))
         if self.deaf:
             await asyncio.sleep(1000)
         if self.lease is None:
             raise ApiError("get", 404, "NotFound", "no lease")
         return self.lease
 
-    async def create(self, _: object, __: str, body: Object) -> Object:
+    async def create(self, _: object, namespace: str, body: Object) -> Object:
         """Stores the first."""
+        self.asked_for.add((namespace, body["metadata"]["name"]))
         self.made = _now()
         return self._store(body)
 
-    async def update(self, _: object, __: str, ___: str, body: Object, timeout: float) -> Object:
+    async def update(self, _: object, namespace: str, name: str, body: Object, timeout: float) -> Object:
         """Stores another version, whoever still waits for the answer."""
+        self.asked_for.add((namespace, name))
         number = len(self.tries)
         self.tries.append(_now())
         storing = asyncio.create_task(self._update(body, self.late.get(number, 0.0)))
@@ -91,7 +96,8 @@ def _now() -> float:
 
 
 async def leading(api: FakeApi) -> Lease:
-    lease = Lease(api, "ns", "me", SECONDS, clock=asyncio.get_running_loop().time)  # type: ignore[arg-type]
+    clock = asyncio.get_running_loop().time
+    lease = Lease(api, "ns", "own", "me", SECONDS, clock)  # type: ignore[arg-type]
     await lease.acquire()
     return lease
 
@@ -107,6 +113,21 @@ async def led_for(api: FakeApi, lease: Lease, seconds: float) -> None:
         await keeping
     assert lease.left() > 0
     keeping.cancel()
+
+
+def test_the_lease_has_the_name_that_was_given(run_at_once: Run):
+    """Two installations in one namespace contend for two."""
+
+    async def scenario() -> None:
+        api = FakeApi()
+        api.silent[0] = 4.0
+        lease = await leading(api)
+        await led_for(api, lease, 20.0)
+        await lease.release()
+
+        assert api.asked_for == {("ns", "own")}
+
+    run_at_once(scenario())
 
 
 @pytest.mark.parametrize("number", [0, 1, 5])

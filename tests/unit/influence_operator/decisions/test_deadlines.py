@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from operator_objects import (
     World,
     computing,
@@ -186,3 +188,77 @@ def test_an_attempt_whose_driver_does_not_answer_a_new_operator_at_once_goes_on(
     assert world.status["attempts"].get("ended") is None
     world.step(600)
     assert world.status["attempts"]["lastReason"] == "ProgressDeadlineExceeded"
+
+
+def test_a_deadline_that_a_driver_meets_which_cannot_be_read_says_so():
+    world = started(startupDeadlineSeconds=60)
+    world.unreadable("connection refused")
+    world.step(59)
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+    assert world.message("Failed").endswith("the operator cannot read /progress: connection refused")
+
+    world = computing(progressDeadlineSeconds=600)
+    world.unreadable("connection refused")
+    world.step(599)
+    world.step(1)
+    assert world.status["attempts"]["lastReason"] == "ProgressDeadlineExceeded"
+    said = world.status["attempts"]["lastMessage"]
+    assert said.endswith("the operator cannot read /progress: connection refused")
+
+
+def waited(seconds: int) -> World:
+    """A job that no worker came for, looked at all the time."""
+    world = started()
+    for _ in range(seconds // 10):
+        world.step(10)
+    return world
+
+
+@pytest.mark.parametrize("limit", [300, 960, 1000])
+def test_a_startup_deadline_that_is_lowered_below_what_has_passed_is_over(limit: int):
+    world = waited(1000)
+    world.change(startupDeadlineSeconds=limit)
+    world.step(1)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+
+
+def test_a_progress_deadline_that_is_lowered_below_what_has_passed_is_over():
+    world = computing()
+    for _ in range(100):
+        world.step(10)
+    world.change(progressDeadlineSeconds=300)
+    world.step(1)
+    assert world.status["attempts"]["lastReason"] == "ProgressDeadlineExceeded"
+    assert world.status["attempts"]["countedFailures"] == 1
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_deadline_that_passed_while_no_operator_looked_begins_anew_whatever_was_changed(same_process: bool):
+    """The process was away, or could not reach the API server."""
+    world = waited(100)
+    if not same_process:
+        world.looked = None
+    world.change(startupDeadlineSeconds=300, workers={"replicas": 5})
+    world.step(3000)
+    assert world.condition("Failed") == ""
+    for _ in range(30):
+        world.step(10)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+
+
+def test_a_job_that_stood_with_a_wrong_spec_waits_from_when_it_is_mended():
+    """No clock runs while nothing of it can be carried out."""
+    source = {"source": {"configMap": {"name": "tasks"}}}
+    world = World(
+        influence_job(task=source, startupDeadlineSeconds=300), more={"missing": ("ConfigMap tasks",)}
+    )
+    world.step(10)
+    world.change(nonsense=True)
+    for _ in range(100):
+        world.step(10)
+    assert world.condition("Stalled") == "True InvalidSpec"
+    del world.job["spec"]["nonsense"]
+    world.change()
+    world.step(10)
+    assert world.condition("Failed") == ""

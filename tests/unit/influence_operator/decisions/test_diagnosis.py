@@ -10,6 +10,7 @@ from operator_objects import (
     base,
     child,
     computing,
+    kept_by_kopf,
     pod,
     progress,
     started,
@@ -32,6 +33,13 @@ def seen(world: World, seconds: float = 6.0) -> tuple[str, str]:
 
 def event(kind: str, name: str, reason: str, message: str) -> dict:
     return {"involvedObject": {"kind": kind, "name": name}, "reason": reason, "message": message}
+
+
+def without(world: World, *gone: str) -> World:
+    """The world without objects of a kind, or those of them whose name holds the second word."""
+    for each in gone:
+        world.remove(*each.split())
+    return world
 
 
 PODS = [
@@ -96,16 +104,16 @@ def test_a_crashing_worker_tells_its_exit_code():
     assert "exit code 137 (OOMKilled)" in message
 
 
-@pytest.mark.parametrize(
-    ("reason", "message"),
-    [
-        ("QuotaExceeded", QUOTA),
-        ("PodSecurityRefused", SECURITY),
-        ("MissingReference", 'error looking up service account team/x: serviceaccount "x" not found'),
-        ("MissingReference", "no PriorityClass with name urgent was found"),
-        ("Refused", 'admission webhook "policy.example" denied the request: no'),
-    ],
-)
+REFUSALS = [
+    ("QuotaExceeded", QUOTA),
+    ("PodSecurityRefused", SECURITY),
+    ("MissingReference", 'error looking up service account team/x: serviceaccount "x" not found'),
+    ("MissingReference", "no PriorityClass with name urgent was found"),
+    ("Refused", 'admission webhook "policy.example" denied the request: no'),
+]
+
+
+@pytest.mark.parametrize(("reason", "message"), REFUSALS)
 def test_what_the_api_server_refuses_is_told_in_its_words(reason: str, message: str):
     by_itself = World()
     by_itself.step()
@@ -125,6 +133,60 @@ def test_what_the_api_server_refuses_is_told_in_its_words(reason: str, message: 
     condition, words = seen(through_a_deployment)
     assert condition == f"False {reason}"
     assert words.endswith(message)
+
+
+INVALID = (
+    'Deployment.apps "x" is invalid: spec.template.spec.containers[0].volumeMounts[0].name: Not found: "a"'
+)
+
+
+@pytest.mark.parametrize(("reason", "message"), [*REFUSALS, ("Refused", INVALID)])
+def test_what_the_api_server_refuses_dask_kubernetes_is_told_in_its_words(reason: str, message: str):
+    told = (f"False {reason}", f"dask-kubernetes: {message}")
+
+    the_scheduler = without(
+        computing(), "Deployment", "Service", "DaskWorkerGroup", "Pod scheduler", "Pod worker"
+    )
+    (cluster,) = the_scheduler.find("DaskCluster")
+    cluster["status"] = {"phase": "Created"}
+    kept_by_kopf(cluster, "daskcluster_create_components/status.phase", message)
+    assert seen(the_scheduler) == told
+    assert the_scheduler.condition("Ready") == "True Running"
+
+    the_workers = without(computing(), "Deployment worker", "Pod worker")
+    (group,) = the_workers.find("DaskWorkerGroup")
+    kept_by_kopf(group, "daskworkergroup_create", message)
+    assert seen(the_workers) == told
+
+    one_of_them = without(computing(), "Deployment worker-0001", "Pod worker-0001")
+    (group,) = one_of_them.find("DaskWorkerGroup")
+    kept_by_kopf(group, "daskworkergroup_replica_update/spec.worker.replicas", message)
+    assert seen(one_of_them) == ("True SomeWorkersReady", f"dask-kubernetes: {message}")
+
+
+def test_what_dask_kubernetes_failed_at_before_is_old_news_once_everything_is_there():
+    world = computing()
+    (cluster,) = world.find("DaskCluster")
+    kept_by_kopf(cluster, "daskcluster_create_components/status.phase", QUOTA)
+    assert seen(world) == ("True ClusterReady", "driver, scheduler and workers run")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        '{"started":"2026-03-01T12:00:00.000000Z","retries":0,"success":false,"failure":false}',
+        '{"message":"Added maximum number of workers for this batch but still need to create more workers"}',
+        '{"message":7}',
+        "[" * 100_000,
+        "no JSON",
+        None,
+    ],
+)
+def test_what_dask_kubernetes_has_yet_to_do_is_no_problem(state: str | None):
+    world = without(computing(), "Deployment worker", "Pod worker")
+    (group,) = world.find("DaskWorkerGroup")
+    group["metadata"]["annotations"] = {"kopf.zalando.org/daskworkergroup_create": state}
+    assert seen(world)[0] == "False WorkersStarting"
 
 
 def test_a_volume_that_cannot_be_mounted_is_known_from_events_alone():
@@ -191,3 +253,53 @@ def test_leftovers_of_an_earlier_attempt_are_no_diagnosis():
     world.add(child("Pod", "old", 7, "x", "worker", status=waiting("worker", "ErrImagePull", "old")))
     world.objects[-1]["metadata"]["labels"]["influence-operator.dev/attempt"] = "0"
     assert seen(world)[0] == "False Preflight"
+
+
+SILENT = "http://10.0.0.1:8080/progress: no whole answer within 2 s"
+
+
+@pytest.mark.parametrize("there", [started, computing])
+def test_a_ready_driver_whose_progress_cannot_be_read_is_told_of_after_some_seconds(there):
+    world = there()
+    world.step(1)
+    before = world.condition("ClusterReady"), world.condition("Ready"), world.status["phase"]
+    world.unreadable(SILENT)
+    world.step(19)
+    assert (world.condition("ClusterReady"), world.condition("Ready"), world.status["phase"]) == before
+    world.step(1)
+    assert world.condition("ClusterReady") == "False DriverUnreachable"
+    assert world.message("ClusterReady") == f"the operator cannot read /progress: {SILENT}"
+    assert (world.condition("Ready"), world.status["phase"]) == before[1:]
+    world.step(3)
+    assert world.events.count("DriverUnreachable") == 1
+    world.problem = ""
+    world.step(3)
+    assert world.condition("ClusterReady") == before[0]
+
+
+def test_a_driver_that_is_not_ready_may_stay_silent():
+    world = started()
+    world.unreadable(SILENT)
+    (driver,) = world.find("Pod", "driver")
+    driver["status"]["conditions"] = [{"type": "Ready", "status": "False"}]
+    assert seen(world, 100)[0] == "False DriverStarting"
+
+
+def test_whatever_an_unreadable_driver_answers_is_one_condition_and_no_stream_of_writes():
+    world = started()
+    world.unreadable(SILENT)
+    world.step(20)
+    for answer in ("stage: Input should be 'Preflight'", "expected attempt 1, got attempt 7", SILENT):
+        world.problem = answer
+        before = world.status
+        assert world.step(20).status == before
+    assert world.events.count("DriverUnreachable") == 1
+
+
+def test_a_new_leader_goes_on_telling_of_a_driver_that_cannot_be_read():
+    world = computing()
+    world.unreadable(SILENT)
+    world.step(20)
+    world.unreadable(SILENT)
+    world.looked = None
+    assert seen(world, 1)[0] == "False DriverUnreachable"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from datetime import timedelta
+from typing import Any
+
 import pytest
 
 from operator_objects import (
@@ -335,3 +339,90 @@ def test_the_same_job_created_anew_has_names_of_its_own():
         for world in (first, second)
     ]
     assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"stage": "Dancing", "regions": "many"}], ids=["known", "unknown"])
+def test_last_words_of_another_contract_tell_that_the_image_is_incompatible(more: dict):
+    world = started()
+    said = {"contractVersion": 3, "jobUid": UID, "attempt": 1, "lastError": problem("Elsewhere", "unknown")}
+    driver_ends(world, 64, json.dumps(said | more))
+    world.step(1)
+    assert world.condition("Failed") == "True ImageIncompatible"
+    assert world.message("Failed") == (
+        "the driver's image speaks contract version 3, expected 1 or 0; "
+        "set image to one of this operator's release"
+    )
+    world.change(image="registry.example/worker:2")
+    world.step(1)
+    pods_end(world)
+    world.step(1)
+    assert world.attempt == 2
+    assert world.condition("Stalled") == ""
+
+
+EVICTED = {"reason": "Evicted", "message": 'Usage of EmptyDir volume "home" exceeds the limit "10Gi". '}
+FULL = {"reason": "OutOfcpu", "message": "Pod was rejected: Node didn't have enough resource: cpu"}
+
+
+def driver_job_fails(world: World, **status: Any) -> None:
+    """The driver's pod ends, and the Job's controller says no more than that."""
+    world.add(pod(world.attempt, "driver", **status))
+    world.report = None
+    failed = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded", "message": "the limit"}
+    world.find("Job")[0]["status"] = {"conditions": [failed]}
+    world.step(1)
+
+
+def test_why_the_kubelet_ended_a_drivers_pod_is_told_before_our_own_words():
+    world = computing()
+    driver_job_fails(world, **terminated("driver", 137, "", world.now) | EVICTED)
+    assert world.status["attempts"]["lastReason"] == "DriverFailed"
+    assert world.status["attempts"]["lastMessage"] == (
+        'Evicted: Usage of EmptyDir volume "home" exceeds the limit "10Gi"; '
+        "the driver ended with exit code 137"
+    )
+    assert failed_attempts(world) == 1
+
+    world = computing()
+    stopped = words(recorded=3, lastError=problem("Terminated", "stopped on purpose"))
+    driver_job_fails(world, **terminated("driver", 75, stopped, world.now) | EVICTED)
+    assert world.status["attempts"]["lastReason"] == "Terminated"
+    assert world.status["attempts"]["lastMessage"].startswith("Evicted: Usage of EmptyDir")
+    assert world.status["attempts"]["lastMessage"].endswith("; stopped on purpose")
+
+
+def test_a_driver_that_its_kubelet_did_not_take_does_not_count():
+    world = started()
+    driver_job_fails(world, phase="Failed", conditions=[], containerStatuses=[], **FULL)
+    assert world.status["attempts"]["lastReason"] == "DriverLost"
+    assert world.status["attempts"]["lastMessage"] == (
+        "OutOfcpu: Pod was rejected: Node didn't have enough resource: cpu; "
+        "no container of the driver's pod ran"
+    )
+    assert failed_attempts(world) == 0
+    assert world.status["phase"] == "Retrying"
+
+
+def test_a_driver_whose_pod_began_and_was_ended_without_an_exit_code_counts_and_says_why():
+    world = started()
+    states = {
+        "initContainerStatuses": [{"name": "mesh", "state": {"terminated": {"exitCode": 0}}}],
+        "containerStatuses": [{"name": "driver", "state": {"waiting": {"reason": "PodInitializing"}}}],
+    }
+    driver_job_fails(world, phase="Failed", conditions=[], **states, **EVICTED)
+    assert world.status["attempts"]["lastReason"] == "DriverLost"
+    assert world.status["attempts"]["lastMessage"].startswith("Evicted: Usage of EmptyDir")
+    assert failed_attempts(world) == 1
+
+
+def test_of_two_pods_the_last_one_tells_how_the_attempt_ended():
+    """The first one was disrupted and replaced; a full node did not take the second."""
+    world = computing()
+    world.add(pod(1, "driver", **terminated("driver", 137, "", world.now)))
+    world.now += timedelta(seconds=5)
+    second = pod(1, "driver", f"{base(1)}-second", phase="Failed", containerStatuses=[], **FULL)
+    second["metadata"]["creationTimestamp"] = stamp(world.now)
+    world.add(second)
+    driver_job_fails(world, **terminated("driver", 137, "", world.now - timedelta(seconds=5)))
+    assert world.status["attempts"]["lastMessage"].startswith("OutOfcpu: ")
+    assert failed_attempts(world) == 0

@@ -114,6 +114,7 @@ def _end(world: World, draw: Any) -> None:
 def _run(world: World, draw: Any) -> None:
     number = _number(world)
     world.add(pod(number, "driver"))
+    world.problem = ""
     done = draw(st.integers(0, 100))
     world.report = progress(
         number,
@@ -145,6 +146,26 @@ def _stuck(world: World, draw: Any) -> None:
     role = draw(st.sampled_from(["driver", "scheduler", "worker"]))
     status = draw(st.sampled_from([waiting(role, "ErrImagePull", "no"), unschedulable("no", world.now)]))
     world.add(pod(_number(world), role, **status))
+
+
+def _unreadable(world: World, draw: Any) -> None:
+    if "attempts" in world.status:
+        world.unreadable(draw(st.sampled_from(["no whole answer within 2 s", "stage: wrong"])))
+
+
+def _refused_by_the_node(world: World, draw: Any) -> None:
+    if world.find("Job"):
+        why = {"reason": "OutOfcpu", "message": "Pod was rejected"}
+        world.add(pod(_number(world), "driver", phase="Failed", conditions=[], containerStatuses=[], **why))
+        world.report, world.problem = None, ""
+        if draw(st.booleans()):
+            failed = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded"}
+            world.find("Job")[-1]["status"] = {"conditions": [failed]}
+
+
+def _moved(world: World, draw: Any) -> None:
+    for policy in world.find("NetworkPolicy"):
+        policy["spec"] = {"podSelector": {}}
 
 
 def _obstacles(world: World, draw: Any) -> None:
@@ -185,6 +206,7 @@ def _gone(world: World, draw: Any) -> None:
 
 EVENTS: list[Callable[[World, Any], None]] = [
     *(_end, _run, _run, _dask, _dask, _hang, _stuck, _obstacles, _change, _gone),
+    *(_unreadable, _refused_by_the_node, _moved),
     lambda world, _: pods_end(world),
     lambda world, _: None,
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from influence_operator.decisions.actions import Create, CreateTls, Decision
+from influence_operator.decisions.actions import Create, CreateTls, Decision, Delete
 from influence_operator.decisions.snapshot import Conflict
 from operator_objects import (
     NOW,
+    SETTINGS,
     World,
     base,
     child,
@@ -57,10 +59,12 @@ def test_a_pass_that_was_cut_short_is_repeated_with_the_same_names():
     assert not again.status_first
 
 
-def test_the_certificate_lives_a_week_longer_than_the_job_may_run():
-    world = World(influence_job(activeDeadlineSeconds=3600))
-    (tls,) = [a for a in world.decide().actions if isinstance(a, CreateTls)]
-    assert tls.not_after == NOW + timedelta(seconds=3600, days=7)
+def test_the_certificate_lives_a_week_longer_than_the_job_may_run_and_a_year_at_least():
+    """The deadline may be raised while the attempt runs, whose workers have this one certificate."""
+    for seconds, days in ((3600, 365), (400 * 86400, 407)):
+        world = World(influence_job(activeDeadlineSeconds=seconds))
+        (tls,) = [a for a in world.decide().actions if isinstance(a, CreateTls)]
+        assert tls.not_after == NOW + timedelta(days=days)
 
 
 def test_without_workers_needed_no_cluster_is_asked_for():
@@ -105,6 +109,48 @@ def test_a_deleted_policy_is_made_again():
     world = computing()
     world.remove("NetworkPolicy", "worker")
     assert created(world.step(1)) == [f"NetworkPolicy {base(1)}-worker"]
+
+
+MOVED = replace(SETTINGS, namespace="platform", operator_selector={"app.kubernetes.io/instance": "other"})
+
+
+def test_policies_that_let_in_an_operator_which_has_moved_are_replaced_at_once_by_ours():
+    """Else the new operator could not read the driver, and would end the job for it."""
+    world = computing()
+    world.step(60)
+    world.settings = MOVED
+    actions = world.step(3).actions
+    replaced = [f"{base(1)}-driver", f"{base(1)}-scheduler"]
+    assert [action.name for action in actions if isinstance(action, Delete)] == replaced
+    assert [a.manifest["metadata"]["name"] for a in actions if isinstance(a, Create)] == replaced
+    assert [type(action) for action in actions] == [Delete, Create] * 2
+    assert {action.uid for action in actions if isinstance(action, Delete)} == {
+        f"uid-of-NetworkPolicy-{name}" for name in replaced
+    }
+    (policy,) = world.find("NetworkPolicy", "driver")
+    (peer,) = policy["spec"]["ingress"][0]["from"]
+    assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "platform"}
+    assert not world.step(100).actions
+
+
+def test_a_policy_that_somebody_changes_again_and_again_is_replaced_once_a_minute_at_most():
+    world = computing()
+    world.step(60)
+    taken = 0
+    for _ in range(60):
+        (policy,) = world.find("NetworkPolicy", "worker")
+        policy["spec"] = {"podSelector": {}}
+        taken += len(world.step(2).actions)
+    assert taken == 2 * 2
+
+
+def test_a_policy_that_is_being_deleted_is_waited_for():
+    world = computing()
+    world.step(60)
+    world.settings = MOVED
+    for policy in world.find("NetworkPolicy"):
+        policy["metadata"]["deletionTimestamp"] = "2026-03-01T12:01:00Z"
+    assert not world.step(3).actions
 
 
 def test_a_driver_is_asked_for_its_progress_every_few_seconds():

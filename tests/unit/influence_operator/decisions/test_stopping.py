@@ -170,6 +170,19 @@ def test_cleanup_policy_all_deletes_everything():
     assert not world.objects
 
 
+def test_a_failed_job_keeps_its_copy_of_the_spec_whatever_the_policy():
+    world = computing(cleanupPolicy="All")
+    driver_ends(world, 64)
+    world.step(1)
+    pods_end(world)
+    world.step(1)
+    assert [thing["kind"] for thing in world.objects] == ["ConfigMap"]
+    world.change(backoffLimit=7)
+    world.step(1)
+    world.step(1)
+    assert [thing["metadata"]["name"] for thing in world.find("ConfigMap")] == [base(2)]
+
+
 def test_cleanup_policy_none_deletes_nothing():
     world = complete(cleanupPolicy="None")
     assert not world.step(1).actions

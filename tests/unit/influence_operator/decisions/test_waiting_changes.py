@@ -106,13 +106,14 @@ def test_before_an_attempt_has_its_copy_nothing_waits():
     assert "takes effect" not in world.message("Ready")
 
 
+@pytest.mark.parametrize("policy", ["Workers", "All"])
 @pytest.mark.parametrize(
     "change",
     [{"ttlSecondsAfterFinished": 600}, {"cleanupPolicy": "None"}, {"workers": {"replicas": 9}}],
     ids=lambda change: next(iter(change)),
 )
-def test_what_becomes_of_a_failed_job_is_no_reason_to_try_it_again(change: dict[str, Any]):
-    world = failed()
+def test_what_becomes_of_a_failed_job_is_no_reason_to_try_it_again(change: dict[str, Any], policy: str):
+    world = failed(cleanupPolicy=policy)
     world.change(**change)
     world.step(1)
     world.step(1)
@@ -133,6 +134,26 @@ def test_any_other_change_of_a_failed_job_opens_it_again(change: dict[str, Any])
     world.change(**change)
     world.step(1)
     assert world.condition("Failed") == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ttlSecondsAfterFinished": 600}, {"cleanupPolicy": "None"}, {"workers": {"replicas": 9}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_job_whose_driver_got_no_pod_is_no_more_tried_again_for_it(change: dict[str, Any]):
+    world = World(influence_job(startupDeadlineSeconds=60))
+    world.step()
+    world.step(60)
+    assert world.condition("Failed") == "True StartupDeadlineExceeded"
+    world.change(**change)
+    world.step(1)
+    world.step(1)
+    assert (world.attempt, world.condition("Failed")) == (1, "True StartupDeadlineExceeded")
+    world.change(startupDeadlineSeconds=600)
+    world.step(1)
+    world.step(1)
+    assert (world.attempt, world.condition("Failed")) == (2, "")
 
 
 def test_a_failed_job_without_its_copy_of_the_spec_is_tried_again_after_any_change():

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from influence_operator.decisions.actions import Patch, RetireWorkers
-from operator_objects import base, child, computing, pod, progress, started, worker_deployment, worker_name
+from operator_objects import (
+    base,
+    child,
+    computing,
+    kept_by_kopf,
+    pod,
+    progress,
+    started,
+    worker_deployment,
+    worker_name,
+)
 
 
 def replicas(world) -> int:
@@ -108,6 +118,45 @@ def test_a_worker_that_dask_kubernetes_will_try_to_make_again_is_left_to_it_for_
     for _ in range(8):
         assert not world.step(10).actions
     assert world.step(10).actions
+
+
+QUOTA = 'deployments.apps "x" is forbidden: exceeded quota: team, requested: count/deployments.apps=1'
+
+
+def test_workers_that_dask_kubernetes_may_not_make_are_left_to_it_for_ten_minutes():
+    """It repeats what failed once a minute; a number of ours would make it begin anew."""
+    world = computing(workers=2)
+    world.remove("Deployment", "worker")
+    (group,) = world.find("DaskWorkerGroup")
+    kept_by_kopf(group, "daskworkergroup_create", QUOTA)
+    for _ in range(60):
+        assert not world.step(10).actions
+    (lower,) = world.step(10).actions
+    assert lower.patch == {"spec": {"worker": {"replicas": 0}}}
+
+
+def test_parts_that_dask_kubernetes_may_not_make_are_left_to_it_for_ten_minutes():
+    world = computing()
+    world.remove("Service")
+    (cluster,) = world.find("DaskCluster")
+    cluster["status"] = {"phase": "Created"}
+    kept_by_kopf(cluster, "daskcluster_create_components/status.phase", QUOTA)
+    for _ in range(60):
+        assert not world.step(10).actions
+    (action,) = world.step(10).actions
+    assert action.patch == {"status": {"phase": "Pending"}}
+
+
+def test_workers_that_dask_kubernetes_may_not_make_can_be_given_up():
+    world = computing(workers=2)
+    world.change(workers={"replicas": 5})
+    world.step(1)
+    group_follows(world)
+    (group,) = world.find("DaskWorkerGroup")
+    kept_by_kopf(group, "daskworkergroup_replica_update/spec.worker.replicas", QUOTA)
+    world.change(workers={"replicas": 2})
+    taken = [action for _ in range(9) for action in world.step(10).actions]
+    assert [action.patch for action in taken] == [{"spec": {"worker": {"replicas": 2}}}]
 
 
 def test_a_cluster_without_worker_group_is_created_again_by_its_phase():

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from attempts import SETTINGS, UID, build, job, spec_of
+from attempts import SETTINGS, UID, build, job, spec_of, stored
+from influence_job.cli.drive import _parse as parse_as_the_driver
 from influence_job.document import FILE, JobDocument
 from influence_job.plan.memory import device_budget
+from influence_job.spec import InfluenceJobSpec
 from influence_operator.manifests.attempt import AttemptManifests, attempt_manifests, certificate_end
-from influence_operator.manifests.config_map import begun_with, copied_source
+from influence_operator.manifests.child import Attempt
+from influence_operator.manifests.config_map import begun_with, config_map, copied_source, document, kept_spec
 from influence_operator.settings import Defaults
+from job_samples import VALID
 
 
 def read(made: AttemptManifests) -> JobDocument:
@@ -26,6 +32,64 @@ def test_the_document_reads_back_as_the_job(everything: AttemptManifests) -> Non
     assert found.job.metadata.name == "everything"
     assert found.job.spec.task.arguments == {"hidden": 64, "layers": [1, 2]}
     assert str(found.job.spec.output.max_bytes) == "2Ti"
+
+
+def of_sample(name: str) -> Attempt:
+    """The first attempt of one of the jobs that together set every field."""
+    sample = stored(VALID[name])
+    return Attempt(sample, spec_of(sample), 1, SETTINGS, {"data": {}})
+
+
+def as_written(attempt: Attempt) -> dict[str, Any]:
+    made = attempt_manifests(attempt.job, attempt.spec, attempt.number, attempt.settings, attempt.source)
+    written: dict[str, Any] = json.loads(made.config_map["data"][FILE])
+    return written
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_the_driver_reads_the_spec_that_the_operator_meant(name: str) -> None:
+    attempt = of_sample(name)
+    assert parse_as_the_driver(as_written(attempt), FILE) == document(attempt)
+    assert kept_spec(config_map(attempt)) == attempt.spec.model_copy(update={"image": attempt.image})
+
+
+def beyond(found: Any, given: Any, path: str = "") -> Iterator[str]:
+    """Paths of fields that only `found` has."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        for field, value in found.items():
+            if field in given:
+                yield from beyond(value, given[field], f"{path}.{field}")
+            else:
+                yield f"{path}.{field}"
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_an_image_of_an_earlier_release_is_told_of_no_field_that_the_job_does_not_use(name: str) -> None:
+    """It refuses fields that it does not know, and the API server fills in the defaults of new ones."""
+    attempt = of_sample(name)
+    every_field = attempt.spec.model_dump(mode="json", by_alias=True)
+    filled = replace(attempt, spec=InfluenceJobSpec.model_validate(every_field))
+    written = as_written(filled)
+    assert written == as_written(attempt)
+    added = beyond(written["job"]["spec"], VALID[name]["spec"])
+    assert [path for path in added if not path.startswith((".image", ".workers"))] == []
+    assert "contractVersion" in written
+
+
+def test_the_document_of_the_shortest_job_is_short() -> None:
+    spec = as_written(of_sample("shortest"))["job"]["spec"]
+    assert spec.pop("image") == SETTINGS.defaults.image
+    assert spec.pop("workers") == {
+        "resources": {"limits": {"memory": "4Gi"}, "requests": {"cpu": "1", "memory": "4Gi"}}
+    }
+    assert spec == VALID["shortest"]["spec"]
+
+
+def test_arguments_take_twice_their_own_room_and_a_little() -> None:
+    """A ConfigMap holds 1 MiB."""
+    numbers = list(range(60_000))
+    data = build(job(task={"arguments": {"rows": numbers}})).config_map["data"]
+    assert sum(map(len, data.values())) < 2 * len(",".join(map(str, numbers))) + 2000 < 2**20
 
 
 @pytest.mark.parametrize(
@@ -71,7 +135,8 @@ def test_a_source_that_was_not_looked_up_is_refused() -> None:
 
 def test_a_certificate_outlives_the_job(now: Any) -> None:
     assert (certificate_end(spec_of(job()), now) - now).days == 365
-    assert (certificate_end(spec_of(job(activeDeadlineSeconds=86400)), now) - now).days == 8
+    assert (certificate_end(spec_of(job(activeDeadlineSeconds=86400)), now) - now).days == 365
+    assert (certificate_end(spec_of(job(activeDeadlineSeconds=500 * 86400)), now) - now).days == 507
 
 
 def test_the_secret_is_immutable_and_comes_without_data(everything: AttemptManifests) -> None:
@@ -89,10 +154,7 @@ def test_a_cluster_is_made_from_the_spec_that_its_driver_began_with() -> None:
     changed = job(image="example/mine:2", workers={"replicas": 9, "resources": {"limits": {"memory": "9Gi"}}})
     spec = begun_with(begun.config_map, spec_of(changed))
     later = attempt_manifests(changed, spec, 1, SETTINGS, None)
-    assert (
-        later.config_map["data"][FILE].replace('"replicas": 9', '"replicas": 1')
-        == (begun.config_map["data"][FILE])
-    )
+    assert later.config_map["data"][FILE].replace(',"replicas":9', "") == begun.config_map["data"][FILE]
     worker = later.dask_cluster["spec"]["worker"]
     assert worker["replicas"] == 9
     assert worker["spec"] == begun.dask_cluster["spec"]["worker"]["spec"]

@@ -19,6 +19,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from attempts import all_of, build, from_file  # noqa: E402  the script finds its support first
+from influence_job.progress import CONTRACT_VERSION  # noqa: E402
+from influence_job.spec import InfluenceJobSpec  # noqa: E402
 
 SOURCE = {
     "kind": "ConfigMap",
@@ -59,6 +61,31 @@ def test_the_manifests_of_an_attempt_are_those_that_were_reviewed(case: str) -> 
     assert rendered(case) == golden.read_text()
 
 
+DEFAULTS = HERE / "golden" / f"defaults-{CONTRACT_VERSION}.yaml"
+
+
+def defaults() -> str:
+    """Every part of the spec with the defaults of its fields."""
+    schema = InfluenceJobSpec.model_json_schema()
+    parts = {"InfluenceJobSpec": schema, **schema["$defs"]}
+    found = {
+        f"{part}.{name}": field["default"]
+        for part in sorted(parts)
+        for name, field in sorted(parts[part].get("properties", {}).items())
+        if "default" in field
+    }
+    return yaml.safe_dump(found)
+
+
+def test_the_defaults_are_those_of_the_contracts_version() -> None:
+    """The job document leaves defaults out, and an image of another release fills in its own.
+
+    New fields are added here; whoever changes a default raises CONTRACT_VERSION.
+    """
+    assert defaults() == DEFAULTS.read_text()
+
+
 if __name__ == "__main__":
+    DEFAULTS.write_text(defaults())
     for name in CASES:
         (HERE / "golden" / f"{name}.yaml").write_text(rendered(name))
