@@ -620,3 +620,58 @@ class TestWhatItRefusesWhenTheGraphIsBuilt:
         tokens = da.ones((N, FEATURES), chunks=(4, -1), dtype=np.int64)
         with pytest.raises(ValueError, match="x: expected floats in mode perturbation"):
             calculator.influences(*queries(), tokens, training()[1], mode=InfluenceMode.Perturbation)
+
+
+class TestTwoModelsAtOnce:
+    """Results over the same data: Dask computes one key once, whoever asked for it."""
+
+    def test_results_of_two_models_may_be_computed_together(self):
+        strong, _ = _direct()
+        weak, _ = _direct()
+        weak.with_regularization(5.0)
+        data, test = training(), queries()
+
+        def asked(calculator: DaskInfluenceCalculator) -> list[da.Array]:
+            return [
+                calculator.influences(*test, *data),
+                calculator.influence_factors(*test),
+                *calculator.influence_factors_and_report(*test)[:1],
+                calculator.self_influences(*test),
+            ]
+
+        first, second = asked(local(strong)), asked(local(weak))
+        together = dask.compute(*first, *second, scheduler="synchronous")
+        for array, found in zip([*first, *second], together, strict=True):
+            assert np.array_equal(found, computed(array))
+        for one, other in zip(together[: len(first)], together[len(first) :], strict=True):
+            assert not np.allclose(one, other, rtol=0.1)
+
+    def test_factors_may_be_scored_by_two_models_together(self):
+        one, other = _direct()[0], _direct()[0]
+        with torch.no_grad():
+            other.model.weight.mul_(-3)
+        z = da.from_array(np.ones((T, one.n_parameters), np.float32), chunks=(3, -1))
+        lazy = [local(model).influences_from_factors(z, *training()) for model in (one, other)]
+        found = dask.compute(*lazy, scheduler="synchronous")
+        for model, scores in zip((one, other), found, strict=True):
+            expected = model.influences_from_factors(
+                torch.ones(T, one.n_parameters), *map(torch.from_numpy, (X, Y))
+            )
+            assert np.allclose(scores, expected.numpy(), atol=1e-4)
+
+    def test_factors_may_be_scored_in_both_modes_together(self):
+        calculator = local(CountingModel())
+        z = da.from_array(X_TEST * Y_TEST[:, None], chunks=(3, -1))
+        lazy = [calculator.influences_from_factors(z, *training(), mode=mode) for mode in InfluenceMode]
+        up, moved = dask.compute(*lazy, scheduler="synchronous")
+        assert np.allclose(up, EXPECTED)
+        assert np.allclose(moved, EXPECTED_PERTURBATION)
+
+    def test_data_with_other_labels_may_be_computed_together(self):
+        calculator = local(CountingModel())
+        x, y = queries()
+        asked = [calculator.self_influences, calculator.influence_factors]
+        asked.append(lambda *pair: calculator.influence_factors_and_report(*pair)[0])
+        for ask in asked:
+            once, twice = dask.compute(ask(x, y), ask(x, 2 * y), scheduler="synchronous")
+            assert not np.allclose(once, twice)

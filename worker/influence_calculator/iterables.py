@@ -105,9 +105,11 @@ def require_fixed_order(field: str, items: object) -> None:
     """
     if not isinstance(items, DataLoader):
         return
-    for sampler in (items.sampler, getattr(items.batch_sampler, "sampler", None)):
-        if is_random(sampler):
-            raise RandomOrderError(field, type(sampler).__name__)
+    for sampler in (items.sampler, items.batch_sampler):
+        while sampler is not None:
+            if is_random(sampler):
+                raise RandomOrderError(field, type(sampler).__name__)
+            sampler = getattr(sampler, "sampler", None)
 
 
 def is_random(sampler: object) -> bool:

@@ -329,3 +329,16 @@ def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any]) -> No
 def test_a_method_travels_by_pickle() -> None:
     method = Cg(Relative(0.1), preconditioner=NystroemPreconditioner(3), blocks={"a": ["0.bias"]})
     assert pickle.loads(pickle.dumps(method)) == method
+
+
+def test_jacobi_takes_the_modulus_of_a_diagonal_that_may_be_negative() -> None:
+    """Of an indefinite Hessian, and of an estimate by few signs."""
+    precondition = JacobiPreconditioner().rows({"diagonal": torch.tensor([-2.0, 1.0])}, 0.5)
+    assert torch.allclose(precondition(torch.ones(1, 2)), torch.tensor([[1 / 2.5, 1 / 1.5]]))
+
+
+def test_batches_of_other_dtypes_are_kept_apart() -> None:
+    """Joined, integers would be rounded to floats, or floats cast."""
+    whole, half = torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)
+    found = list(joined([IndexedBatch(0, (whole,)), IndexedBatch(2, (half,))], 8))
+    assert [batch[0].dtype for _, batch in found] == [torch.float32, torch.float64]

@@ -210,3 +210,15 @@ def test_a_footprint_counts_a_row_of_the_vocabulary_and_no_square_of_it() -> Non
     assert 10 * 4 * width < footprint.factors
     assert footprint.fit < 8 * 4 * width
     assert footprint.capture < 2**28
+
+
+def test_the_commonest_token_is_counted_beyond_what_float32_can() -> None:
+    """float32 stands still at 2^24."""
+    model = WORDS_CASE.model().float()
+    objective = _objective(model)
+    ((unit, *_), step) = ([spec.name for spec in supported_embeddings(objective)], Ekfac(0.1).passes()[0])
+    sums = step.accumulate(objective, TrainingSet(WORDS_CASE.data(N, 1), 4).batches(), {})
+    frequencies = sums[unit]["frequencies"]
+    more = frequencies + 2**24
+    assert torch.equal(more - 2**24, frequencies)
+    assert (more + 1 > more).all()

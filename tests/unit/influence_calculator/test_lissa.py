@@ -493,3 +493,38 @@ class TestHalfPrecision:
 
 def _halved(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return data[0].bfloat16(), data[1]
+
+
+class TestCuresCountWhatIsAdded:
+    """Cures count λ and what dampening adds."""
+
+    def test_what_the_regularization_adds_counts_for_the_scale(self) -> None:
+        """LINEAR's curvature alone would be no obstacle: λ is."""
+        lost = _solved(LINEAR, Lissa(40.0, scale=10.0, second_order=FISHER))
+        assert (lost.report.status == SolverStatus.NOT_FINITE).all()
+        (sentence,) = lost.report.notes
+        enough = float(sentence.split("a scale of ")[1].split(" ")[0])
+        assert enough > 40
+        better = _solved(LINEAR, Lissa(40.0, scale=enough, second_order=FISHER)).report
+        assert (better.status == SolverStatus.CONVERGED).all()
+
+    def test_what_dampening_adds_counts_for_the_regularization_that_does(self) -> None:
+        def enough(**settings: float) -> float:
+            (sentence,) = _solved(MLP, Lissa(0.0, scale=1.0, maxiter=3, **settings)).report.notes
+            return float(sentence.split("a regularization of ")[1].split(" ")[0])
+
+        dampened = enough(dampen=1e-4)
+        assert dampened == pytest.approx(enough() - 1e-4, rel=1e-2)
+        assert _solved(MLP, Lissa(dampened, dampen=1e-4, scale=1.0, maxiter=3)).report.notes == ()
+
+
+def test_parts_that_wait_do_not_keep_the_batches_that_they_were_cut_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a buffer of 48 MiB would hold the whole training set."""
+    monkeypatch.setattr(training_batches, "KEPT_BYTES", 0)
+    objective = xy_objective(MLP.model(), MLP.loss)
+    parts = MiniBatches(TrainingBatches(objective, TrainingSet(MLP.train(), 23)), 2, seed=0)
+    for part in islice(parts.endless(), 12):
+        for piece in part:
+            assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in piece.batch)

@@ -426,3 +426,10 @@ def test_in_float32_an_operator_answers_in_float32() -> None:
     assert solved.dtype == torch.float32
     explicit = reference(MLP, "empirical_fisher")
     oracle.assert_close(solved, explicit.factors(0.1), explicit.bound(0.1, torch.float32))
+
+
+def test_dampening_adds_its_product_with_the_scale_to_the_regularization() -> None:
+    operator = LissaOperator(_Known(MLP.model(), MLP.loss), loader(), 0.1, dampen=0.05, **STEPS)
+    oracle.assert_close(
+        operator.apply(rows()), reference(MLP, "empirical_fisher").factors(0.1 + 0.05 * 0.8), 1e-8
+    )

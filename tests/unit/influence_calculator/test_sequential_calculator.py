@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from counting_model import FEATURES, CountingModel, TurnedModel
 from influence_calculator import (
@@ -302,3 +310,27 @@ def test_the_blocks_of_a_group_are_freed_with_the_last_of_its_rows():
     next(rows)
     gc.collect()
     assert [reference() for reference in shared] == [None] * 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 4, "sampler": WeightedRandomSampler([1.0] * len(X), len(X))},
+        {"batch_size": 4, "sampler": DistributedSampler(range(len(X)), num_replicas=1, rank=0)},
+        {"batch_sampler": BatchSampler(RandomSampler(range(len(X))), 4, drop_last=False)},
+        {"batch_size": None, "sampler": BatchSampler(RandomSampler(range(len(X))), 4, drop_last=False)},
+    ],
+    ids=["weighted", "distributed", "batch sampler", "batches as a sampler"],
+)
+def test_samplers_that_draw_anew_at_every_pass_are_refused(options: dict[str, Any]):
+    loader = DataLoader(TensorDataset(X, Y), **options)
+    with pytest.raises(RandomOrderError, match="train_data_iterable"):
+        calculator(CountingModel()).influences(queries(), loader)
+
+
+def test_a_distributed_sampler_that_does_not_shuffle_is_in_order():
+    order = DistributedSampler(range(len(X)), num_replicas=1, rank=0, shuffle=False)
+    lazy = calculator(CountingModel()).influences(
+        queries(), DataLoader(TensorDataset(X, Y), batch_size=4, sampler=order)
+    )
+    assert torch.allclose(lazy.compute(NestedTorchCatAggregator()), EXPECTED)

@@ -16,7 +16,7 @@ from influence_calculator.maths.direct import DenseSolver
 from influence_calculator.maths.errors import SingularCurvatureError
 from influence_calculator.maths.kronecker import DiagonalSolver
 from influence_calculator.maths.singularity import is_singular, rounding_of_squares, rounding_of_sums
-from influence_calculator.maths.spectral import Spectrum
+from influence_calculator.maths.spectral import InverseEverywhere, Spectrum
 from influence_calculator.torch import ArnoldiInfluence, DirectInfluence, EkfacInfluence
 
 FEATURES, CLASSES, N = 6, 4, 60
@@ -139,3 +139,11 @@ def test_what_is_zero_throughout_or_nan_is_singular_and_what_has_no_value_is_not
     assert is_singular(torch.tensor([1.0, torch.nan]), 0.0)
     assert not is_singular(torch.empty(0), 0.0)
     assert not is_singular(torch.full((3,), 1e-30), rounding_of_sums(torch.float32, 0.0))
+
+
+def test_eigenvalues_on_both_sides_of_zero_are_no_singularity() -> None:
+    """A Hessian may be indefinite beyond λ: the method inverts what it keeps of it."""
+    spectrum = Spectrum("", torch.tensor([-2.0, 1.0]).double(), torch.eye(2, 3).double(), 0.5)
+    assert spectrum.shifted().tolist() == [-1.5, 1.5]
+    solved, _ = InverseEverywhere(spectrum).solve(torch.ones(1, 3).double())
+    assert torch.allclose(solved, torch.tensor([[-1 / 1.5, 1 / 1.5, 2]]).double())

@@ -147,3 +147,14 @@ def test_a_dataset_without_length_is_as_long_as_it_is_said_or_counted(
 ) -> None:
     x, _ = torch_dataset_to_dask_array(WithoutLength([(ZERO, 1)] * 3), 2, **options)
     assert x.compute().shape == (length, 2)
+
+
+def test_a_mapping_without_len_that_ends_before_total_size_is_refused() -> None:
+    """Examples of a mapping are missing with a KeyError."""
+
+    class Mapped(Dataset[Any]):
+        def __getitem__(self, index: int) -> Any:
+            return {0: 1.0, 1: 2.0}[index]
+
+    with pytest.raises(ValueError, match=r"total_size: expected at most the number of examples, got 3"):
+        torch_dataset_to_dask_array(Mapped(), chunk_size=1, total_size=3)

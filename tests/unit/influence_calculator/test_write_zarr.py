@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import dask
 import dask.array as da
+import fsspec
 import numpy as np
 import pytest
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 from zarr.errors import ContainsArrayError, ContainsGroupError
 
 from counting_model import FEATURES, CountingModel
@@ -164,3 +167,46 @@ def test_influences_are_written_as_they_come_from_the_calculator(examples: int, 
     assert np.array_equal(
         write_zarr(influences, str(tmp_path / "a.zarr"))[:], np.full((examples, 20), FEATURES, np.float32)
     )
+
+
+class _Spaces(MemoryFileSystem):
+    """Memory in spaces, one of which has to be told: as a bucket that is found with options alone."""
+
+    protocol = "spaces"
+    cachable = False
+    spaces: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __init__(self, space: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.store = self.spaces.setdefault(space, {})
+        self.pseudo_dirs = [""]
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    fsspec.register_implementation("spaces", _Spaces, clobber=True)
+    monkeypatch.setattr(_Spaces, "spaces", {})
+    return {"space": "mine"}
+
+
+def test_storage_options_reach_every_access(options: dict[str, Any]):
+    def stored() -> Any:
+        return zarr.open_array("spaces://a.zarr", mode="r", storage_options=options)[:]
+
+    write_zarr(array(), "spaces://a.zarr", storage_options=options)
+    assert np.array_equal(stored(), VALUES)
+    with pytest.raises(ContainsArrayError):
+        write_zarr(array(), "spaces://a.zarr", storage_options=options)
+    read = da.from_zarr("spaces://a.zarr", storage_options=options)
+    with pytest.raises(ValueError, match="does not read from"):
+        write_zarr(read * 2, "spaces://a.zarr", overwrite=True, storage_options=options)
+    assert np.array_equal(stored(), VALUES)
+    write_zarr(array() * 2, "spaces://a.zarr", overwrite=True, storage_options=options)
+    assert np.array_equal(stored(), 2 * VALUES)
+    assert list(_Spaces.spaces) == ["mine"]
+
+
+def test_a_group_that_options_lead_to_is_never_replaced(options: dict[str, Any]):
+    zarr.open_group("spaces://g.zarr", mode="w", storage_options=options).create_array("other", data=VALUES)
+    with pytest.raises(ContainsGroupError):
+        write_zarr(array(), "spaces://g.zarr", overwrite=True, storage_options=options)

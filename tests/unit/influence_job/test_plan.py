@@ -19,6 +19,7 @@ from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.logra import Logra
 from influence_calculator.maths.method import FitPass, FitState, Fitted, Footprint, Method, Sums
 from influence_calculator.maths.objective import IndexedBatch, Objective, TrainingData
+from influence_calculator.maths.probe import probe_footprint
 from influence_calculator.maths.shapes import LayerShape, ModelShapes
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Plan, Sizes, StageMemory, cost, device_budget, make_plan
@@ -746,3 +747,26 @@ def test_logra_pays_for_projected_tokens_and_for_no_gradient() -> None:
     assert gflop["Scores"] == pytest.approx((1400 * (capture + turned) + 2 * 4 * 300 * 1400) / 1e9)
     matrices, cubes = 2 * (4**2 + 16**2), (4**3 + 16**3) / 3
     assert gflop["Fitting"] == pytest.approx((1400 * (capture + turned + matrices) + cubes) / 1e9)
+
+
+def test_no_fit_range_is_empty_where_chunks_are_few() -> None:
+    """1400 examples would make 11 ranges."""
+    plan = make_plan(spec(chunks={"train": 700}), Linear(), sizes(train=1400))
+    assert [plan.fit_range(index) for index in range(plan.fit_ranges)] == [(0, 700), (700, 1400)]
+
+
+def test_a_long_chunk_of_stored_gradients_counts_whole_on_the_gpu() -> None:
+    long = from_gradients(sizes(train=20_000, stored_chunk=100), device="cuda", chunks={"train": 20_000})
+    gradients, group, region = 20_000 * 4000, 300 * 4000, 300 * 20_000 * 4
+    assert gradients > 64 * MIB
+    assert long.memory["Scores"].device == 4000 + gradients + group + region
+
+
+def test_rows_that_loading_tries_the_curvature_on_are_counted() -> None:
+    parameters = {f"weight_{i}": (10_000,) for i in range(100)}
+    shapes = ModelShapes(**{**vars(sizes().shapes), "parameters": parameters, "model_bytes": 4 * 10**6})
+    method = Cg(0.1)
+    tried = method.tried_rows * 4 * 10**6
+    assert tried > probe_footprint(shapes)
+    plan = make_plan(spec(), method, sizes(shapes=shapes, blocks={"": 10**6}))
+    assert plan.memory["Loading"].device == 4 * 10**6 + tried

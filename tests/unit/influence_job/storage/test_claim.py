@@ -313,3 +313,22 @@ def test_what_a_killed_probe_left_does_not_make_the_store_foreign(store: Store) 
 def test_an_unknown_on_existing_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="expected Resume, Overwrite or Fail, got 'resume'"):
         attempt(store, "a", on_existing="resume")
+
+
+def test_a_driver_that_is_fenced_at_its_last_deletion_does_not_note_that_it_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(store, "a")
+    store.put("influences/c/0/0", b"computed")
+    epoch = attempt(store, "b", on_existing="Overwrite")
+    delete = store.delete
+
+    def taken_over(path: str) -> None:
+        delete(path)
+        attempt(store, "c")
+
+    monkeypatch.setattr(store, "delete", taken_over)
+    with pytest.raises(PermanentError) as raised:
+        begin(store, epoch)
+    assert raised.value.reason is Reason.STORE_CLAIMED
+    assert inspect(store).must_delete, "whoever came ends it"

@@ -379,3 +379,17 @@ def test_a_worker_finds_what_was_flushed_since_its_task_was_submitted(store: Sto
         driver.flush()
     driver.add([row(5)])
     assert indices_since(store, 2, submitted, "region") == {1, 2, 3}
+
+
+def test_a_driver_that_was_fenced_merges_no_segments(store: Store) -> None:
+    """Within the second in which it need not look for others."""
+    first = next_ledger(store)
+    for index in range(3):
+        first.add([row(index)])
+        first.flush()
+    before = segments(store)
+    next_ledger(store, "other")
+    with pytest.raises(PermanentError) as raised:
+        first.compact()
+    assert raised.value.reason is Reason.STORE_CLAIMED
+    assert segments(store) == before
