@@ -79,7 +79,7 @@ class DenseLayer:
             for gradients in example.gradients:
                 product = sum(
                     (torch.outer(g, a) for g, a in zip(gradients, example.inputs, strict=True)),
-                    torch.zeros(()),
+                    torch.zeros_like(total),
                 )
                 total += (Q_G.T @ product @ Q_A) ** 2
         return total / len(self.pairs)
@@ -127,7 +127,8 @@ def _pairs(
         handle.remove()
         per_direction = []
         for v in pseudo_gradients(index, outputs.detach(), y[index : index + 1]):
-            found = torch.autograd.grad(outputs, [out for _, out in calls], v, retain_graph=True)
+            reached = [out for _, out in calls]
+            found = torch.autograd.grad(outputs, reached, v, retain_graph=True) if reached else ()
             pieces = zip(calls, found, strict=True)
             per_direction.append(
                 [g for (given, _), piece in pieces for g in _output_tokens(module, given, piece, group)]

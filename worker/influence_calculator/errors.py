@@ -121,8 +121,8 @@ class NotImplementedLayerRepresentationException(ValueError):  # noqa: N818  pyD
 
     def __init__(self, module_id: str) -> None:
         super().__init__(
-            f"layer {module_id}: expected Linear, Conv1d, Conv2d or Conv3d with parameters of its own, got "
-            "another layer whose parameters require grad; "
+            f"layer {module_id}: expected Linear, Conv1d, Conv2d, Conv3d, Embedding or the Conv1D of "
+            "transformers, with parameters of its own, got another layer whose parameters require grad; "
             f"freeze it, or choose what is done with it (unsupported='diagonal' or 'exclude')"
         )
 

@@ -36,8 +36,13 @@ from influence_calculator import (
     TracInInfluence,
     TrakInfluence,
 )
+from influence_calculator.maths import region
+from influence_calculator.maths.ekfac import Ekfac
+from influence_calculator.maths.method import FitState, fit
+from influence_calculator.maths.objective import xy_objective
 from influence_calculator.torch.base import TorchInfluenceFunctionModel
 from model_cases import MLP
+from training_sets import TrainingSet
 
 λ = 0.1
 X, Y = (part[:11] for part in MLP.train())
@@ -542,6 +547,96 @@ class TestLayers:
         gradients = oracle.example_gradients(model, F.cross_entropy, x, y)
         expected = oracle.influences(curvature, strength, gradients, gradients)
         oracle.assert_close(influence.influences(x, y), expected, oracle.bound(curvature, strength))
+
+
+class _Skipping(nn.Module):
+    """Two layers that batches of small amounts do not reach, or are multiplied by 0 there."""
+
+    def __init__(self, skips: bool = True) -> None:
+        super().__init__()
+        self.skips = skips
+        self.grouped = nn.Conv1d(2, 4, 2, groups=2)
+        self.extra, self.layer, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x).tanh()
+        reached = bool((x[:, 0] > 0).all())
+        if reached or not self.skips:
+            pairs = x.unflatten(1, (2, 2))
+            more = self.extra(pairs).tanh().sum(1) + self.grouped(pairs).tanh().flatten(1)
+            hidden = hidden + reached * more
+        answer: Tensor = self.head(hidden)
+        return answer
+
+
+class TestSkippedLayers:
+    """Six training examples reach them, five do not; none is in a batch with one of the others."""
+
+    x = torch.cat([torch.cat([X[:6, :1].abs(), -X[6:, :1].abs()]), X[:, 1:]], 1)
+    halves = ((x[:6], Y[:6]), (x[6:], Y[6:]))
+
+    def model(self, skips: bool = True) -> nn.Module:
+        """The same weights, whether it skips or not."""
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            return _Skipping(skips).double()
+
+    def curvature(self, state: FitState, corrected: bool) -> Tensor:
+        """By the definition, in the bases that were found."""
+        model, layers = self.model(), {}
+        for name, group in (("grouped", 0), ("grouped", 1), ("extra", 0), ("layer", 0), ("head", 0)):
+            dense = dense_ekfac.dense_layer(model, name, self.x, Y, dense_ekfac.exact(F.cross_entropy), group)
+            unit = state["covariance"][name]
+            Q_A, Q_G = (
+                unit[key][group] if name == "grouped" else unit[key]
+                for key in ("input_vectors", "output_vectors")
+            )
+            plain = [
+                (Q.T @ matrix @ Q).diagonal()
+                for Q, matrix in ((Q_G, dense.gradients), (Q_A, dense.activations))
+            ]
+            eigenvalues = dense.eigenvalues(Q_A, Q_G) if corrected else torch.outer(*plain)
+            layers[name, group] = (dense, Q_A, Q_G, eigenvalues)
+        return dense_ekfac.curvature(model, layers)
+
+    @pytest.mark.parametrize("size", [1, 2, 6])
+    @pytest.mark.parametrize("corrected", [True, False])
+    def test_ekfac_counts_no_token_of_examples_that_do_not_reach_a_layer(
+        self, size: int, corrected: bool
+    ) -> None:
+        objective = xy_objective(self.model(), F.cross_entropy)
+        method = Ekfac(regularization=λ, expectation="exact", update_diagonal=corrected)
+        state = fit(method, objective, TrainingSet((self.x, Y), size))
+        gradients = oracle.example_gradients(self.model(), F.cross_entropy, self.x, Y)
+        expected = oracle.influences(self.curvature(state, corrected), λ, gradients, gradients)
+        fitted = method.fitted(objective, state, None)
+        found = [
+            [
+                region.influences(fitted, fitted.solve(fitted.gradients(objective, test)).left, train, size)
+                for train in self.halves
+            ]
+            for test in self.halves
+        ]
+        oracle.assert_close(torch.cat([torch.cat(row, 1) for row in found]), expected, 1e-6)
+
+    def test_a_layer_that_no_training_example_reaches_takes_no_part(self) -> None:
+        state = fit(
+            Ekfac(regularization=λ),
+            xy_objective(self.model(), F.cross_entropy),
+            TrainingSet(self.halves[1], 2),
+        )
+        for name in ("input_values", "output_values"):
+            assert not state["covariance"]["extra"][name].any()
+
+    def test_examples_that_skip_a_layer_are_scored_as_if_it_were_multiplied_by_zero(
+        self, build: Build
+    ) -> None:
+        found = []
+        for skips in (True, False):
+            influence = build(self.model(skips), F.cross_entropy).fit([self.halves[0]])
+            scored = [influence.influences(*test, *train) for test in self.halves for train in self.halves]
+            found.append(torch.cat([values.flatten() for values in scored]))
+        oracle.assert_close(*found, 1e-9)
 
 
 class _Last(nn.Module):

@@ -125,5 +125,13 @@ def test_a_regularization_that_is_negative_or_not_finite_is_refused(value: Any) 
         checked_regularization(value)
 
 
+@pytest.mark.parametrize("value", ["0.1", [0.1], 1j, {"a": "x"}, Relative("x"), torch.ones(2)], ids=repr)
+def test_a_regularization_that_is_no_number_is_refused_with_what_came(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^regularization: expected finite numbers .*, got ('|\[|1j|tensor)"
+    ):
+        checked_regularization(value)
+
+
 def test_no_regularization_is_zero() -> None:
     assert checked_regularization(None) == 0.0

@@ -77,6 +77,17 @@ class TwoNames(nn.Module):
         return self.head(self.again(self.first(x).tanh()).tanh().flatten(1))
 
 
+class ByKeyword(nn.Module):
+    """Hugging Face's layer names its argument otherwise than torch's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Conv1D(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=self.first(x=x).tanh())
+
+
 class Detached(nn.Module):
     """A layer whose second call passes no gradient."""
 
@@ -126,6 +137,7 @@ MODELS = {
     "sometimes called": (SometimesCalled, (4,)),
     "detached": (Detached, (4,)),
     "transposed": (lambda: nn.Sequential(Conv1D(5, 4), nn.Tanh(), Conv1D(3, 5)), (4,)),
+    "by keyword": (ByKeyword, (4,)),
     "transposed tokens": (lambda: nn.Sequential(_OwnName(5, 4), nn.Tanh(), Conv1D(3, 5), _Mean()), (6, 4)),
 }
 

@@ -605,6 +605,22 @@ class TestEkfac:
         assert EkfacInfluence(model, unsupported="exclude").n_parameters == 35
         assert EkfacInfluence(model, unsupported="diagonal").n_parameters == 43
 
+    def test_the_refusal_names_all_layers_that_it_can_treat(self):
+        with pytest.raises(ValueError, match="Conv3d, Embedding or the Conv1D of transformers"):
+            EkfacInfluence(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+
+
+class TestArguments:
+    """What cannot be a model or a loss is refused where it is given, not where it is first used."""
+
+    def test_a_model_that_is_no_module_is_refused(self):
+        with pytest.raises(TypeError, match=r"^model: expected a torch\.nn\.Module, got NoneType"):
+            DirectInfluence(None, F.cross_entropy, 0.1)
+
+    def test_a_loss_that_is_no_function_is_refused(self):
+        with pytest.raises(TypeError, match=r"^loss: expected a function, .*, got NoneType"):
+            DirectInfluence(nn.Linear(2, 2), None, 0.1)
+
 
 class TestSecondOrderMode:
     def test_pydvls_gauss_newton_is_the_empirical_fisher_with_a_warning(self):

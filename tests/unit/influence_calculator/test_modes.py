@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +19,7 @@ from influence_calculator.maths.capture import measure
 from influence_calculator.maths.directional import activation_elements
 from influence_calculator.maths.errors import TrainingModeError, UnsupportedModelError
 from influence_calculator.maths.objective import xy_objective
+from influence_calculator.maths.own_modes import eagerly
 from influence_calculator.torch import (
     ArnoldiInfluence,
     CgInfluence,
@@ -255,3 +258,96 @@ def test_factors_have_the_dtype_of_what_is_tracked() -> None:
     assert model.influence_factors(X[:5], Y[:5]).dtype == torch.float64
     assert model.influence_factors(X[:0], Y[:0]).dtype == torch.float64
     assert model.influences(X[:5], Y[:5], X, Y).dtype == torch.float64
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed: in attributes, old and new ones, in a buffer, a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.last: Tensor | None = None
+        self.calls = 0
+        self.history: list[Tensor] = []
+        self.masks: dict[int, Tensor] = {}
+        self.register_buffer("state", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = torch.tanh(self.body(x))
+        self.hidden = self.state = self.last
+        self.calls += 1
+        self.history.append(self.last)
+        self.masks[len(x)] = x > 0
+        return self.head(self.norm(self.last))
+
+
+KEEPING: dict[str, Callable[[nn.Module], Any]] = {
+    **{name: MODELS[name] for name in ("GradDot", "Direct", "Direct, Gauss-Newton", "Trak", "Logra")},
+    "Ekfac": lambda model: EkfacInfluence(model, hessian_regularization=0.5, unsupported="diagonal"),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_a_forward_pass_stores_in_its_model_is_gone_after_a_call(name: str) -> None:
+    """Tensors of a traced pass can be neither pickled nor used, others hold their graph."""
+    own = Keeping().eval()
+    state = own.state
+    model = KEEPING[name](own).fit([(X, Y)])
+    expected = model.influences(X[:5], Y[:5], X, Y)
+    assert own.last is None
+    assert (own.calls, own.history, own.masks) == (0, [], {})
+    assert not hasattr(own, "hidden")
+    assert own.state is state
+    copied = copy.deepcopy(pickle.loads(pickle.dumps(model)) if name == "Ekfac" else model)
+    torch.testing.assert_close(copied.influences(X[:5], Y[:5], X, Y), expected)
+
+
+def test_a_pass_that_fails_leaves_nothing_in_the_model_either() -> None:
+    class Failing(Keeping):
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = super().forward(x)
+            if self.calls > 2:
+                raise KeyError("no more")
+            return outputs
+
+    own = Failing().eval()
+    with pytest.raises(KeyError, match="no more"):
+        GradDotInfluence(own, F.cross_entropy).fit([(X, Y)])
+    assert own.last is None
+    assert not hasattr(own, "hidden")
+
+
+def compiled_inside(own: nn.Module) -> nn.Module:
+    own[0] = torch.compile(own[0])
+    return own
+
+
+def compiled_in_place(own: nn.Module) -> nn.Module:
+    own.compile()
+    return own
+
+
+@pytest.mark.parametrize(
+    "compiled", [torch.compile, compiled_in_place, compiled_inside], ids=["whole", "in_place", "inside"]
+)
+@pytest.mark.parametrize("name", ["GradDot", "Direct", "Ekfac"])
+def test_a_compiled_model_has_the_influences_of_what_was_compiled(
+    name: str, compiled: Callable[[nn.Module], nn.Module]
+) -> None:
+    expected, found = (
+        MODELS[name](own).fit([(X, Y)]).influences(X[:5], Y[:5], X, Y) for own in (net(), compiled(net()))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_compilers_stance_is_the_callers_again_when_all_threads_are_done() -> None:
+    """Torch keeps one for all of them, so that each must not put back what another has set."""
+    torch.compile(net())
+    before = torch._dynamo.eval_frame._stance
+    first, second = eagerly(), eagerly()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance == before

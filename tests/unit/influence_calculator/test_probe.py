@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -328,6 +331,110 @@ def test_examples_that_influence_each_other_are_refused_by_name() -> None:
         probe(_objective(Mixing()), _batch(4))
 
 
+def decayed(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy with a penalty on the parameters that it finds in the model."""
+    return lambda f, y: F.cross_entropy(f, y) + 0.5 * sum(p.square().sum() for p in model.parameters())
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def _gradients(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Of one example after the other, by the parameters that the loss reads: the oracle's are of a copy."""
+    losses = (loss(model(x[i : i + 1]), y[i : i + 1]) for i in range(len(x)))
+    rows = [torch.autograd.grad(own, list(model.parameters())) for own in losses]
+    return torch.stack([torch.cat([gradient.flatten() for gradient in row]) for row in rows])
+
+
+def test_a_loss_that_reads_the_models_parameters_is_differentiated_by_them() -> None:
+    model, (x, y) = _net(), _batch(4)
+    loss = decayed(model)
+    g = _gradients(model, loss, x, y)
+    torch.testing.assert_close(GradDotInfluence(model, loss).fit([(x, y)]).influences(x, y), g @ g.T)
+    found = DirectInfluence(model, loss, 0.5).fit([(x, y)]).influences(x, y)
+    hessian = oracle.hessian(model, F.cross_entropy, x, y) + torch.eye(g.shape[1])
+    torch.testing.assert_close(found, oracle.influences(hessian, 0.5, g, g))
+
+
+def test_methods_that_know_layers_alone_refuse_such_a_loss() -> None:
+    model, (x, y) = _net(), _batch(4)
+    with pytest.raises(UnsupportedModelError, match=r"0\.weight \(Linear, used by hand too\)"):
+        EkfacInfluence(model, loss=decayed(model)).fit([(x, y)])
+    states = [Checkpoint(model.state_dict())]
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"checkpoints\[0\].*0\.weight, 0\.bias, 2\.weight: .* reads the model's own",
+    ):
+        TracInInfluence(model, decayed(model), states).fit([(x, y)])
+
+
+class InAList(nn.Module):
+    """Multiplies by a weight that a list refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.references = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(F.linear(torch.tanh(self.layer(x)), self.references[0])))
+
+
+class InAFunction(nn.Module):
+    """Its decoder is a function that holds the weight of its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.randn(3, 4))
+        self.layer = nn.Linear(4, 3, bias=False)
+        self.layer.weight = weight
+        self.decoder = lambda h: h @ weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.layer(x))
+
+
+def _of_held_parameters(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    held = list(model.parameters())
+    return lambda f, y: F.cross_entropy(f, y) + 0.5 * sum(p.square().sum() for p in held)
+
+
+@pytest.mark.parametrize("kind", ["list", "function", "loss"])
+@pytest.mark.parametrize("method", ["GradDot", "Ekfac"])
+def test_parameters_that_something_else_refers_to_are_refused_by_name(kind: str, method: str) -> None:
+    """No other values can take their place there, so that a part of the gradient would be missing."""
+    model = {"list": InAList, "function": InAFunction, "loss": _net}[kind]().double()
+    loss = _of_held_parameters(model) if kind == "loss" else F.cross_entropy
+    own = GradDotInfluence(model, loss) if method == "GradDot" else EkfacInfluence(model, loss=loss)
+    with pytest.raises(
+        CaptureMismatchError, match=r"^(layer|0)\.weight.*used otherwise.*self\.layer\.weight"
+    ):
+        own.fit([_batch(4)])
+
+
+def test_a_loss_may_read_what_the_forward_pass_stored() -> None:
+    class Penalised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.layer(x))
+            self.penalty = h.square().mean()
+            return self.head(self.norm(h))
+
+    model, (x, y) = Penalised().double(), _batch(4)
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(f, y) + model.penalty
+
+    g = _gradients(model, loss, x, y)
+    del model.penalty
+    torch.testing.assert_close(GradDotInfluence(model, loss).fit([(x, y)]).influences(x, y), g @ g.T)
+    assert not hasattr(model, "penalty")
+
+
 class Complex(nn.Module):
     """Multiplies by complex numbers."""
 
@@ -347,6 +454,15 @@ REFUSED = {
     ),
     "complex": (Complex, "weight: expected real parameters.*view_as_real"),
     "reentrant": (lambda: Checkpointed(True), "activation checkpointing.*gradient_checkpointing_disable"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)),
+        r"^0\.weight, 0\.bias: .*lazy modules.*call the model once on an example first",
+    ),
+    "dataclass": (
+        lambda: Wrapping(Outputs),
+        "^forward: expected outputs that are tensors.*got Outputs; return such.*register the class",
+    ),
+    "namespace": (lambda: Wrapping(lambda f: SimpleNamespace(logits=f)), "got SimpleNamespace; return such"),
     "detached": (lambda: nn.Sequential(nn.Linear(4, 3), Detached()), "loss: expected one that depends on"),
 }
 
@@ -356,6 +472,25 @@ class Detached(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.detach()
+
+
+@dataclass
+class Outputs:
+    """What torch's pytrees do not know."""
+
+    logits: Tensor
+
+
+class Wrapping(nn.Module):
+    """Answers with something made of its logits."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.linear(x))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -458,7 +593,11 @@ def test_a_frozen_embedding_may_be_sparse() -> None:
 def test_a_probe_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     model[0].bias.requires_grad_(False)
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    hooks, generator = dict(model[0].weight._backward_hooks), torch.get_rng_state()
     probe(_objective(model), _batch(4))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert dict(model[0].weight._backward_hooks) == hooks
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
     assert all(p.grad is None for p in model.parameters())
 

@@ -154,7 +154,7 @@ def checked_regularization(regularization: Regularization | None) -> Regularizat
     """The regularization with None as 0.
 
     Raises:
-        ValueError: negative or not finite.
+        ValueError: no number, negative or not finite.
     """
     values: Iterable[float]
     match regularization:
@@ -167,9 +167,13 @@ def checked_regularization(regularization: Regularization | None) -> Regularizat
         case _:
             values = (regularization,)
     for value in values:
-        if not (math.isfinite(value) and value >= 0):
+        try:
+            is_sound = math.isfinite(value) and value >= 0
+        except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
+            is_sound = False
+        if not is_sound:
             raise ValueError(
-                f"regularization: expected finite numbers that are not negative, got {value}; "
+                f"regularization: expected finite numbers that are not negative, got {value!r}; "
                 "0 means none, 0.01 is a usual start"
             )
     return regularization

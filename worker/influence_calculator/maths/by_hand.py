@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +56,14 @@ def seen_at_work(objective: Objective, few: Batch, expected: Sketched) -> Object
         return plain
     # One alone is the whole batch; of two of it as much can be told.
     several = few if batch_size(few) > 1 else pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), few)
-    called = _first_dimensions(plain, several, layers)
-    untried = tuple(name for name, counts in called.items() if not counts)
-    seen = _without(plain, layers, _called_on_other_things(plain, several, layers, called))
+    together = _Met.of(plain, several, layers)
+    untried = tuple(
+        name for name, counts in together.rows.items() if not counts and name not in together.transformed
+    )
+    others = _called_on_other_things(plain, several, layers, together.rows) | together.transformed
+    if together.of_others - others and _answers_alone(plain, few):
+        others |= together.of_others
+    seen = _without(plain, layers, others)
     wrong = mismatched(seen, few, expected)
     if wrong and _answers_alone(plain, few):
         others = {layer.name for layer in supported_layers(seen) if set(layer.parameters) & set(wrong)}
@@ -79,7 +85,7 @@ def _called_on_other_things(
     n = batch_size(few)
     if all(counts == [n] * len(counts) for counts in together.values()):
         return set()
-    alone = [_first_dimensions(objective, slice_batch(few, i, i + 1), layers) for i in range(n)]
+    alone = [_Met.of(objective, slice_batch(few, i, i + 1), layers).rows for i in range(n)]
     return {
         name
         for name, counts in together.items()
@@ -87,15 +93,23 @@ def _called_on_other_things(
     }
 
 
-def _first_dimensions(
-    objective: Objective, batch: Batch, layers: Sequence[LayerSpec]
-) -> dict[str, list[int]]:
-    """Of the inputs of every call that the losses or other outputs depend on, by layer."""
-    recording = record(objective, batch, layers)
-    with torch.enable_grad():
-        outputs = [leaf.sum() for leaf in float_leaves(recording.outputs)]
-        losses: Tensor = objective.losses(recording.outputs, batch).sum()
-    return recording.first_dimensions([losses, *outputs])
+class _Met(NamedTuple):
+    """What a forward pass of some examples shows of layers."""
+
+    rows: dict[str, list[int]]
+    """By layer, of the inputs of every call that the losses or other outputs depend on."""
+    of_others: set[str]
+    """Layers with rows of other examples than those at whose places they stand."""
+    transformed: set[str]
+    """Layers that are called inside of `torch.vmap` or another transform."""
+
+    @classmethod
+    def of(cls, objective: Objective, batch: Batch, layers: Sequence[LayerSpec]) -> _Met:
+        recording = record(objective, batch, layers)
+        with torch.enable_grad():
+            losses: Tensor = objective.losses(recording.outputs, batch)
+        rows = recording.rows_called_with([losses, *float_leaves(recording.outputs)])
+        return cls(rows, set(recording.with_rows_of_others(losses)), recording.transformed)
 
 
 def _answers_alone(objective: Objective, few: Batch) -> bool:

@@ -118,8 +118,8 @@ def _summed(objective: Objective, layout: Layout, factors: Left, batch: Batch) -
             rows = factors[own.blocks[0]]
             total = rows.new_zeros(len(rows), batch_size(batch), S, dtype=score_dtype(rows))
         for layer in of_the_losses(recording, treated, batch):
-            # One that the losses of these examples do not depend on is a token of zeros.
-            if layer.gradients.shape[1] % S == 0:
+            # None of one that the losses of these examples do not depend on.
+            if layer.gradients.shape[1]:
                 _add(total, layer, own, factors)
     assert total is not None, "an objective has the model or a checkpoint"
     return total

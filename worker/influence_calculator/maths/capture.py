@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from influence_calculator.maths.errors import UnsupportedModelError
+from influence_calculator.maths.errors import CaptureMismatchError, UnsupportedModelError
 from influence_calculator.maths.layers import (
     LayerSpec,
     supported_embeddings,
@@ -29,6 +30,7 @@ from influence_calculator.maths.layers import (
     weight_of,
 )
 from influence_calculator.maths.objective import Batch, Objective, batch_size, slice_batch
+from influence_calculator.maths.row_owners import are_others, may_move_rows, weights
 from influence_calculator.maths.shapes import EmbeddingShape, LayerShape, ModelShapes
 from influence_calculator.maths.traced_gradients import positions
 
@@ -45,6 +47,12 @@ __all__ = [
     "supported_layers",
     "uncaptured_parameters",
 ]
+
+SHOW_IT_FIRST = (
+    "put an example that it happens to among the first four, for its parameters are differentiated otherwise "
+    "then, or leave them out (requires_grad_(False))"
+)
+"""The cure of what the probe would have found."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class LayerCalls:
         """Tokens of all calls, one after the other; views where they can be."""
         taps = self.taps or 1
         if not self.pieces:
-            # Not called for these examples: its parameters' gradients are 0.
+            # Not called for these examples: no token, its parameters' gradients are 0.
             return _empty(self.spec, self.module, self.rows, taps)
         tokens = [
             (self.activations(inputs), self.spec.output_gradients(gradients, self.rows))
@@ -128,13 +136,14 @@ class LayerCalls:
         """`[n·k, S, i]` of one call's inputs.
 
         Raises:
-            UnsupportedModelError: their first dimension does not count the examples.
+            UnsupportedModelError: they are not as many rows for each example.
         """
-        if inputs.shape[0] % self.rows:
+        if self.spec.rows(self.module, inputs) % self.rows:
             raise UnsupportedModelError(
-                f"layer {self.spec.name!r}: expected inputs whose first dimension counts the {self.rows} "
-                f"examples of the batch, got shape {tuple(inputs.shape)}; put examples first, "
-                "as batch_first=True does, or leave its parameters out (requires_grad_(False))"
+                f"layer {self.spec.name!r}: expected inputs with as many rows for each of the {self.rows} "
+                f"examples of a batch, got shape {tuple(inputs.shape)}, as where a model removes padding, "
+                "routes some examples or tokens to a layer, or calls it on what all examples share, and none "
+                f"of the first examples shows it; {SHOW_IT_FIRST}"
             )
         if self.taps is None or self.channels_last:
             return self.spec.activations(self.module, inputs, self.rows, channels_last=self.taps is not None)
@@ -160,6 +169,10 @@ class Recording:
         """`channels_last`: whether convolutions were called so, which are to be captured by tap."""
         self.channels_last = channels_last
         self.outputs: Any = None
+        self.moves_rows = False
+        """Whether it may hold rows of a layer at other examples' places, which was not looked into yet."""
+        self.transformed: set[str] = set()
+        """Layers that are called inside of a transform of `torch.func`, where hooks capture nothing."""
         self.layers = tuple(layers)
         self.rows = rows
         self.calls: dict[str, list[_Call]] = {layer.name: [] for layer in layers}
@@ -182,9 +195,26 @@ class Recording:
 
         With `keep` another backward pass may follow; without, a layer's tensors are let go as the
         iterator moves on.
+
+        Raises:
+            CaptureMismatchError: a layer's rows are other examples'.
+            UnsupportedModelError: a layer is met that nobody tried.
         """
-        gradients = self._output_gradients(values, cotangents, keep)
+        asked = self.moves_rows
+        gradients = self._output_gradients(values, cotangents, keep or asked)
+        if asked and (others := self._with_rows_of_others(values, cotangents, gradients, keep)):
+            raise CaptureMismatchError(
+                f"layer {others[0]!r}: expected rows that stand at their own example's place in a batch, got "
+                "some that other examples' losses depend on: the model sorts, packs or routes them by what "
+                f"they hold, or lets examples influence each other; {SHOW_IT_FIRST}"
+            )
         for layer in self.layers:
+            if layer.name in self.transformed:
+                raise UnsupportedModelError(
+                    f"layer {layer.name!r}: expected a call outside of torch.func's transforms, got one "
+                    "inside of torch.vmap or another, and none of the first examples shows it; "
+                    f"{SHOW_IT_FIRST}"
+                )
             calls = self.calls[layer.name] if keep else self.calls.pop(layer.name)
             found = zip(calls, gradients.pop(layer.name), strict=True)
             # What the values do not depend on is no call: an adapter's norm may be taken of it and detached.
@@ -209,7 +239,7 @@ class Recording:
         if roots and calls:
             # Of products: to compare an output's shape with its cotangent's, torch loads sympy for a second.
             with torch.enable_grad():
-                products = [v if c is None else (v * c).sum() for v, c in roots]
+                products = [(v if c is None else v * c).sum() for v, c in roots]
             found = torch.autograd.grad(
                 products,
                 [call.edge for call in calls],
@@ -219,13 +249,47 @@ class Recording:
         remaining = iter(found)
         return {layer.name: [next(remaining) for _ in self.calls[layer.name]] for layer in self.layers}
 
-    def first_dimensions(self, values: Sequence[Tensor]) -> dict[str, list[int]]:
-        """By layer, of the inputs of each call that the values depend on."""
-        found = self._output_gradients(values, [None] * len(values), keep=False)
+    def rows_called_with(self, values: Sequence[Tensor]) -> dict[str, list[int]]:
+        """By layer, how many rows the inputs have of each call that the values depend on."""
+        found = self._output_gradients(values, [None] * len(values), keep=True)
         return {
-            name: [call.inputs.shape[0] for call, g in zip(calls, found[name], strict=True) if g is not None]
-            for name, calls in self.calls.items()
+            layer.name: [
+                layer.rows(self._layers[layer.name].module, call.inputs)
+                for call, g in zip(self.calls[layer.name], found[layer.name], strict=True)
+                if g is not None
+            ]
+            for layer in self.layers
         }
+
+    def with_rows_of_others(self, losses: Tensor) -> list[str]:
+        """Layers whose rows are not those of the examples at their places; a last backward pass."""
+        if not self.moves_rows:
+            return []
+        return self._with_rows_of_others(
+            [losses], [None], self._output_gradients([losses], [None], keep=True), keep=False
+        )
+
+    def _with_rows_of_others(
+        self,
+        values: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
+        gradients: Mapping[str, Sequence[Tensor | None]],
+        keep: bool,
+    ) -> list[str]:
+        """The same of values with examples first, whose gradients are given."""
+        self.moves_rows = False
+        ε = weights(self.rows, values[0])
+        by_example = [ε.to(v.dtype).view(-1, *[1] * (v.dim() - 1)) for v in values]
+        others = [e if c is None else e * c for e, c in zip(by_example, cotangents, strict=True)]
+        weighted = self._output_gradients(values, others, keep)
+        return [
+            name
+            for name, own in gradients.items()
+            if any(
+                g is not None and w is not None and len(g) % self.rows == 0 and are_others(g, w, ε)
+                for g, w in zip(own, weighted[name], strict=True)
+            )
+        ]
 
     def tokens(self, layer: LayerSpec) -> int:
         """S: tokens per example, over all calls of a layer."""
@@ -242,7 +306,7 @@ def _empty(layer: LayerSpec, module: nn.Module, rows: int, taps: int) -> Capture
     outputs, inputs = layer.weight_shape(module)
     k = layer.groups
     return CapturedLayer(
-        layer, weight.new_zeros(rows * k, 1, inputs), weight.new_zeros(rows * k, 1, outputs // k), taps
+        layer, weight.new_zeros(rows * k, 0, inputs), weight.new_zeros(rows * k, 0, outputs // k), taps
     )
 
 
@@ -274,7 +338,7 @@ def _recorded(
             if channels_last and kernel_taps(objective, layer) is not None:
                 # Last, as what hooks of the user's make of the inputs is what the layer is called with.
                 handles.append(module.register_forward_pre_hook(_channels_last, with_kwargs=True))
-            hook = _hook(recording.calls[layer.name])
+            hook = _hook(recording, layer.name)
             # First, so that hooks of the user's see and change the output after it.
             handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         with torch.enable_grad():
@@ -285,6 +349,8 @@ def _recorded(
     finally:
         for handle in handles:
             handle.remove()
+    rows = recording.rows
+    recording.moves_rows = rows > 1 and may_move_rows(float_leaves(recording.outputs), rows)
     return recording
 
 
@@ -319,12 +385,21 @@ class _Start(torch.autograd.Function):
         return None, None
 
 
-def _hook(calls: list[_Call]) -> Any:
+def _hook(recording: Recording, name: str) -> Any:
+    calls = recording.calls[name]
+
     def record_call(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             # The model detaches this call from its loss.
             return output
-        inputs = args[0] if args else kwargs["input"]
+        if is_functorch_wrapped_tensor(output):
+            recording.transformed.add(name)
+            return output
+        # By keyword, whatever it is called.
+        inputs = args[0] if args else next(it for it in kwargs.values() if isinstance(it, Tensor))
+        if inputs.shape[0] == 0:
+            # Of examples or tokens that a router sends here, there is none.
+            return output
         if not output.requires_grad:
             output = _Start.apply(output, output.new_empty(0, requires_grad=True))
         calls.append(
@@ -357,9 +432,9 @@ def captured_layers(
 def of_the_losses(recording: Recording, objective: Objective, batch: Batch) -> Iterator[CapturedLayer]:
     """What the layers of a recording see while the losses of its outputs are differentiated."""
     with torch.enable_grad():
-        total = objective.losses(recording.outputs, batch).sum()
+        losses = objective.losses(recording.outputs, batch)
     recording.outputs = None
-    yield from map(LayerCalls.captured, recording.backward([total], [None]))
+    yield from map(LayerCalls.captured, recording.backward([losses], [None]))
 
 
 def captured_gradients(objective: Objective, batch: Batch) -> Iterator[tuple[str, Tensor]]:

@@ -135,6 +135,7 @@ class EkfacFitted(CompactFitted):
             S = S or layer.activations.shape[1]
             if (
                 left is None
+                and S
                 and layer.activations.shape[1] == S
                 and self.is_compact(S * self._compact_columns)
             ):

@@ -119,7 +119,8 @@ class CovariancePass(FitPass):
             frequencies = (sums["frequencies"] / sums["frequencies"].sum().clamp(min=1)).to(G.dtype)
             λ_G, Q_G = eigenbasis(G, f"embedding {unit!r}, output gradients")
             return {"input_values": frequencies, "output_values": λ_G, "output_vectors": Q_G}
-        A = sums["activations"] / sums["tokens"].to(sums["activations"].dtype)
+        # No training example may reach it.
+        A = sums["activations"] / sums["tokens"].clamp(min=1).to(sums["activations"].dtype)
         G = sums["gradients"] / length
         λ_A, Q_A = eigenbasis(A, f"layer {unit!r}, inputs")
         λ_G, Q_G = eigenbasis(G, f"layer {unit!r}, output gradients")

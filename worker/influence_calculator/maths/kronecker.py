@@ -64,8 +64,8 @@ def add_products(total: Tensor, tokens: Tensor) -> None:
     if total.dim() == 2:
         _add_symmetric(total, _rows(tokens))
         return
-    k, w = total.shape[:2]
-    rows = tokens.unflatten(0, (-1, k)).transpose(0, 1).reshape(k, -1, w)
+    k = total.shape[0]
+    rows = tokens.unflatten(0, (-1, k)).transpose(0, 1).flatten(1, 2)
     total.baddbmm_(rows.mT, rows)
 
 
@@ -187,7 +187,7 @@ def turned_tokens(layer: CapturedLayer, basis: Basis) -> tuple[Tensor, Tensor]:
     a = layer.activations.to(Q_A.dtype)
     # The 1 of ã picks the last row of Q_A: no copy of the activations with ones is made.
     turned = torch.addmm(Q_A[-1], _rows(a), Q_A[:-1])
-    return g, turned.view(*a.shape[:2], -1)
+    return g, turned.unflatten(0, a.shape[:2])
 
 
 def _times(tokens: Tensor, Q: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class LayerSpec(ABC):
         return None
 
     @abstractmethod
+    def rows(self, module: nn.Module, inputs: Tensor) -> int:
+        """How many there are along the first dimension; one without a batch is one."""
+
+    @abstractmethod
     def activations(self, module: nn.Module, inputs: Tensor, n: int, channels_last: bool = False) -> Tensor:
         """The inputs of one call as `[n·k, S, i]`, the groups of an example side by side.
 
@@ -82,6 +86,9 @@ class LayerSpec(ABC):
 
 class LinearLayer(LayerSpec):
     """`nn.Linear`: every dimension but the last is tokens, examples first."""
+
+    def rows(self, module: nn.Module, inputs: Tensor) -> int:  # noqa: ARG002
+        return inputs.shape[0] if inputs.dim() > 1 else 1
 
     def activations(self, module: nn.Module, inputs: Tensor, n: int, channels_last: bool = False) -> Tensor:  # noqa: ARG002
         return inputs.reshape(n, -1, inputs.shape[-1])
@@ -106,6 +113,10 @@ class ConvLayer(LayerSpec):
     def taps(self, module: nn.Module) -> int | None:
         assert isinstance(module, _ConvNd)
         return math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) and self.groups == 1 else None
+
+    def rows(self, module: nn.Module, inputs: Tensor) -> int:
+        assert isinstance(module, _ConvNd)
+        return inputs.shape[0] if inputs.dim() == len(module.kernel_size) + 2 else 1
 
     def activations(self, module: nn.Module, inputs: Tensor, n: int, channels_last: bool = False) -> Tensor:
         assert isinstance(module, _ConvNd)

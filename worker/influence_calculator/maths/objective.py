@@ -9,9 +9,9 @@ Shapes: n examples in a batch, P tracked parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from torch.utils import _pytree as pytree
 
 from influence_calculator.maths.checkpoints import Checkpoints
 from influence_calculator.maths.errors import UnsupportedModelError
+from influence_calculator.maths.kept_attributes import attributes_kept, keep_for_this_call
+from influence_calculator.maths.own_modes import eagerly
 from influence_calculator.maths.vmapped_losses import GatheredLosses
+
+T = TypeVar("T")
 
 Batch = Any
 """A pytree (tensor, tuple, list, dict) of tensors that share their leading dimension."""
@@ -117,16 +121,15 @@ def micro_batches(indexed: IndexedBatch, size: int) -> Iterator[IndexedBatch]:
         yield IndexedBatch(indexed.start + offset, piece)
 
 
-class _Forward(nn.Module):
-    """The model with the user's `forward` around it: one module for `functional_call`."""
+class _Around(nn.Module):
+    """Whatever is computed with the model, as one module for `functional_call`."""
 
-    def __init__(self, model: nn.Module, call: Forward) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.call = call
 
-    def forward(self, batch: Batch) -> Any:
-        return self.call(self.model, batch)
+    def forward(self, compute: Callable[[], T]) -> T:
+        return compute()
 
 
 def unsqueezed(tree: Any) -> Any:
@@ -181,10 +184,10 @@ class Objective:
     """Layers that none of the examples reached that somebody looked at."""
     channels_last: bool = False
     """Whether two-dimensional convolutions are captured with channels last in memory, as somebody tried."""
-    _module: _Forward = field(init=False, repr=False, compare=False)
+    _module: _Around = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_module", _Forward(self.model, self.forward))
+        object.__setattr__(self, "_module", _Around(self.model))
 
     def parameters(self) -> dict[str, Tensor]:
         """The tracked parameters, detached (they share memory with the model)."""
@@ -223,8 +226,21 @@ class Objective:
 
         Parameters that are not tracked take no gradient.
         """
+        with self._passing(is_whole=torch._C._functorch.maybe_current_level() is not None):
+            return self._holding(parameters or {}, lambda: self._answered(batch))
+
+    def _answered(self, batch: Batch) -> Any:
+        try:
+            return self.forward(self.model, batch)
+        except RuntimeError as error:
+            if "mutate a captured Tensor" not in str(error):
+                raise
+            raise UnsupportedModelError(self._changes_a_buffer()) from error
+
+    def _holding(self, parameters: Mapping[str, Tensor], compute: Callable[[], T]) -> T:
+        """`compute()` while the model holds these in place of its own parameters, and all others detached."""
         own = dict(self.model.named_parameters())
-        given = {id(own[name]): value for name, value in (parameters or {}).items()}
+        given = {id(own[name]): value for name, value in parameters.items()}
         # Every module once and every parameter of it: `functional_call`, left to tie weights itself, does not
         # give a module that has two names its parameters back.
         values = {
@@ -233,13 +249,26 @@ class Objective:
             for name, p in module._parameters.items()
             if p is not None
         }
-        with self._differentiable():
-            try:
-                return functional_call(self._module, values, (batch,), tie_weights=False)
-            except RuntimeError as error:
-                if "mutate a captured Tensor" not in str(error):
-                    raise
-                raise UnsupportedModelError(self._changes_a_buffer()) from error
+        result: T = functional_call(self._module, values, (compute,), tie_weights=False)
+        return result
+
+    @contextmanager
+    def _passing(self, *, is_whole: bool) -> Iterator[None]:
+        """Around a forward pass. `is_whole`: nobody reads afterwards what it stores in the model."""
+        with ExitStack() as entered:
+            entered.enter_context(eagerly())
+            entered.enter_context(self._differentiable())
+            keep_for_this_call(self.model, self._modules())
+            if is_whole:
+                entered.enter_context(attributes_kept(self.model.modules()))
+            yield
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """Those of the model, and of a loss that is one."""
+        yield from self.model.modules()
+        loss = self.loss.loss if isinstance(self.loss, _XYLoss) else self.loss
+        if isinstance(loss, nn.Module):
+            yield from loss.modules()
 
     def _changes_a_buffer(self) -> str:
         names = [name for name, _ in self.model.named_buffers()]
@@ -259,6 +288,10 @@ class Objective:
 
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Per-example losses `[n]` of outputs that came from `batch`."""
+        with eagerly():
+            return self._losses(outputs, batch)
+
+    def _losses(self, outputs: Any, batch: Batch) -> Tensor:
         tensors, rebuilt = only_tensors(outputs)
 
         def one(own: list[Tensor], example: Batch) -> Tensor:
@@ -279,13 +312,20 @@ class Objective:
             return torch.stack(rows)
 
     def losses_at(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Per-example losses `[n]` at the given parameters."""
-        return self.losses(self.outputs(batch, parameters), batch)
+        """Per-example losses `[n]` at the given parameters, which the loss sees in the model too."""
+        with self._passing(is_whole=True):
+            return self._holding(parameters, lambda: self.losses(self._answered(batch), batch))
 
     def example_loss(self, parameters: Mapping[str, Tensor], example: Batch) -> Tensor:
         """`ℓ_i(θ)` of one example, given without its batch dimension."""
         batch = unsqueezed(example)
-        return self.loss(self.outputs(batch, parameters), batch).sum()
+        with self._passing(is_whole=True):
+            return self._holding(parameters, lambda: self.loss(self._answered(batch), batch).sum())
+
+    def loss_as_written(self, batch: Batch) -> Tensor:
+        """The loss of a batch by the model's own parameters, which nothing takes the place of."""
+        with self._passing(is_whole=True):
+            return self.loss(self._answered(batch), batch).sum()
 
     def one_loss(self, output: Any, example: Batch) -> Tensor:
         """One example's loss of its output, both given without their batch dimension."""

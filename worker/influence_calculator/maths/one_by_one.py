@@ -5,6 +5,8 @@ Shapes: n examples.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,31 +62,73 @@ class Sketched:
 
 
 def gradients_one_by_one(objective: Objective, batch: Batch) -> Sketched:
-    """The gradients of each example alone; it holds those of one.
+    """The gradients of each example alone, by the model's own parameters; it holds those of one.
 
     Raises:
         UnsupportedModelError: the loss depends on no tracked parameter.
     """
-    alone = [_sketched(objective, batch, i) for i in range(batch_size(batch))]
+    with tracked_alone(objective) as own:
+        return _one_by_one(batch, own, objective.loss_as_written)
+
+
+def used_otherwise(objective: Objective, batch: Batch, expected: Sketched) -> list[str]:
+    """Parameters that an example's loss depends on otherwise than as attributes of modules: with others in
+    their place its gradients are not the expected ones.
+    """
+    leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
+
+    def loss(alone: Batch) -> Tensor:
+        return objective.losses_at(leaves, alone).sum()
+
+    found = _one_by_one(batch, leaves, loss)
+    agree = _agreement(objective, expected)
+    return [name for name, projections in found.projections.items() if not agree(name, projections)]
+
+
+@contextmanager
+def tracked_alone(objective: Objective) -> Iterator[dict[str, Tensor]]:
+    """The tracked parameters themselves; inside they take gradients, without hooks, and no others of the
+    model do.
+    """
+    own = dict(objective.model.named_parameters())
+    tracked = frozenset(objective.names)
+    before = [(p, p.requires_grad, p._backward_hooks) for p in own.values()]
+    try:
+        for name, p in own.items():
+            if p.requires_grad != (name in tracked):
+                p.requires_grad_(name in tracked)
+            if p._backward_hooks:
+                p._backward_hooks = None
+        yield {name: own[name] for name in objective.names}
+    finally:
+        for p, requires_grad, hooks in before:
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+            if hooks:
+                p._backward_hooks = hooks
+
+
+def _one_by_one(batch: Batch, leaves: Mapping[str, Tensor], loss: Callable[[Batch], Tensor]) -> Sketched:
+    alone = [_sketched(slice_batch(batch, i, i + 1), i, leaves, loss) for i in range(batch_size(batch))]
     return Sketched(
-        {name: torch.cat([one.projections[name] for one in alone]) for name in objective.names},
-        {name: torch.cat([one.norms[name] for one in alone]) for name in objective.names},
+        {name: torch.cat([one.projections[name] for one in alone]) for name in leaves},
+        {name: torch.cat([one.norms[name] for one in alone]) for name in leaves},
         torch.cat([one.finite for one in alone]),
     )
 
 
-def _sketched(objective: Objective, batch: Batch, i: int) -> Sketched:
-    """Of the one example alone."""
-    alone = slice_batch(batch, i, i + 1)
-    leaves = {name: value.requires_grad_() for name, value in objective.parameters().items()}
+def _sketched(
+    alone: Batch, i: int, leaves: Mapping[str, Tensor], loss: Callable[[Batch], Tensor]
+) -> Sketched:
+    """Of the one example alone, the i-th."""
     with torch.enable_grad():
-        loss = objective.loss(objective.outputs(alone, leaves), alone).sum()
-        if not loss.requires_grad:
+        value = loss(alone)
+        if not value.requires_grad:
             raise UnsupportedModelError(
                 "loss: expected one that depends on the tracked parameters, got one that depends on none "
                 "of them; is a part of the model detached, or an adapter merged or disabled?"
             )
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     rows = {name: gradient.reshape(1, -1) for name, gradient in zip(leaves, found, strict=True)}
     return Sketched(
         {name: _projected(row, i) for name, row in rows.items()},
@@ -100,18 +144,27 @@ def mismatched(objective: Objective, batch: Batch, expected: Sketched) -> list[s
     parameters = objective.parameters()
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     layout = Layout.of(shapes, {name: (name,) for name in shapes})
+    agree = _agreement(objective, expected)
+    return [
+        part.block
+        for part in per_sample_gradients(objective, batch, layout)
+        if not agree(part.block, _projected(part.values))
+    ]
+
+
+def _agreement(objective: Objective, expected: Sketched) -> Callable[[str, Tensor], bool]:
+    """Tells whether a parameter's gradients, projected, are the expected ones."""
     norms = {name: float(own[expected.finite].norm()) for name, own in expected.norms.items()}
     whole = max(norms.values())
-    wrong = []
-    for part in per_sample_gradients(objective, batch, layout):
-        projections = expected.projections[part.block]
-        differences = (_projected(part.values) - projections)[expected.finite]
+    dtypes = {name: value.dtype for name, value in objective.parameters().items()}
+
+    def agree(name: str, projections: Tensor) -> bool:
+        differences = (projections.detach() - expected.projections[name])[expected.finite]
         # A projection's square is the squared norm on average.
         difference = float(differences.square().mean(1).sum().sqrt())
-        allowed = tolerance(parameters[part.block].dtype) * max(norms[part.block], NOISE * whole)
-        if not difference <= allowed:
-            wrong.append(part.block)
-    return wrong
+        return difference <= tolerance(dtypes[name]) * max(norms[name], NOISE * whole)
+
+    return agree
 
 
 def _norms(rows: Tensor) -> Tensor:

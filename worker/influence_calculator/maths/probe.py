@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
@@ -27,6 +28,8 @@ from influence_calculator.maths.one_by_one import (
     gradients_one_by_one,
     mismatched,
     tolerance,
+    tracked_alone,
+    used_otherwise,
 )
 from influence_calculator.maths.shapes import ModelShapes
 
@@ -50,9 +53,10 @@ def probe(objective: Objective, batch: Batch) -> Objective:
     Raises:
         TrainingModeError: dropout or batch statistics are on, or two forwards of the same examples disagree.
         CaptureMismatchError: gradients differ; names the parameters and the usual cause.
-        UnsupportedModelError: no parameter is tracked, a tensor of the model is on the meta device, a module
-            has sparse gradients, or outputs are no entries of examples.
+        UnsupportedModelError: no parameter is tracked, a tensor of the model has no numbers yet, a module has
+            sparse gradients, or outputs are no entries of examples.
     """
+    _refuse_lazy(objective.model)
     refuse_meta(objective.model)
     _refuse_what_is_not_differentiated(objective)
     if not objective.names:
@@ -71,10 +75,40 @@ def probe(objective: Objective, batch: Batch) -> Objective:
     others = []
     for i, model in enumerate(objective.checkpoints.models if objective.checkpoints else ()):
         try:
+            _refuse_loss_of_the_model(objective, model, few)
             others.append(probe(objective.in_state_of(model), few))
         except ValueError as error:
             raise type(error)(f"checkpoints[{i}], a copy of the model as it was then: {error}") from error
     return in_all_states(seen, others)
+
+
+def _refuse_loss_of_the_model(objective: Objective, state: nn.Module, few: Batch) -> None:
+    """A copy of the model has parameters of its own, which a loss that reads the model's does not see."""
+    one, of_state = slice_batch(few, 0, 1), objective.in_state_of(state)
+    with torch.no_grad():
+        outputs = of_state.outputs(one)
+    with tracked_alone(objective) as own, torch.enable_grad():
+        loss = objective.losses(outputs, one).sum()
+        if not loss.requires_grad:
+            return
+        found = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+    read = [name for name, gradient in zip(own, found, strict=True) if gradient is not None]
+    if read:
+        raise UnsupportedModelError(
+            f"{', '.join(read[:3])}: expected a loss of outputs and labels, got one that reads the model's "
+            "own parameters, as a penalty on its weights does, and not those of its state then; leave that "
+            "out of the loss"
+        )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise UnsupportedModelError(
+            f"{', '.join(lazy[:3])}: expected numbers, got tensors of lazy modules that have no shape yet; "
+            "call the model once on an example first"
+        )
 
 
 def refuse_meta(model: nn.Module) -> None:
@@ -188,6 +222,13 @@ def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
     n = batch_size(few)
     with torch.no_grad():
         first, second = (pytree.tree_leaves(objective.outputs(few)) for _ in range(2))
+    if not any(isinstance(leaf, Tensor) for leaf in first):
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in first})) or "nothing"
+        raise UnsupportedModelError(
+            f"forward: expected outputs that are tensors, or a dict, list or tuple of them, got {kinds}; "
+            "return such a thing, or register the class with torch's pytrees "
+            "(torch.export.register_dataclass or torch.utils._pytree.register_pytree_node)"
+        )
     for a, b in zip(first, second, strict=True):
         if isinstance(a, Tensor) and a.shape[:1] != (n,):
             raise UnsupportedModelError(
@@ -208,10 +249,20 @@ def _refuse_random_outputs(objective: Objective, few: Batch) -> None:
 
 def _refuse_other_gradients(objective: Objective, few: Batch, expected: Sketched) -> None:
     wrong = mismatched(objective, few, expected)
-    if wrong:
+    if not wrong:
+        return
+    otherwise = used_otherwise(objective, few, expected)
+    if otherwise:
         raise CaptureMismatchError(
-            f"{', '.join(wrong)}: expected the gradients that autograd gives for one example at a time, got "
-            "others from a batch. Usual causes: a weight shared with another module, examples that influence "
-            "each other (batch statistics, padding to the longest), or a first dimension that does not count "
-            "examples. Leave these parameters out (requires_grad_(False)), or mend the model"
+            f"{', '.join(otherwise)}: expected parameters that the model and the loss reach as attributes "
+            "of the modules that hold them, got some that are used otherwise, by the loss or through a "
+            "reference kept in a list or a function, so that no other values can take their place; read them "
+            "there whenever they are used (self.layer.weight, or model.parameters() inside the loss), or "
+            "leave them out (requires_grad_(False))"
         )
+    raise CaptureMismatchError(
+        f"{', '.join(wrong)}: expected the gradients that autograd gives for one example at a time, got "
+        "others from a batch. Usual causes: a weight shared with another module, examples that influence "
+        "each other (batch statistics, padding to the longest), or a first dimension that does not count "
+        "examples. Leave these parameters out (requires_grad_(False)), or mend the model"
+    )

@@ -130,6 +130,16 @@ class TorchInfluenceFunctionModel(InfluenceFunctionModel[Tensor, Iterable[Any]],
     def __init__(
         self, model: nn.Module, loss: LossType, method: Method, warn_on_max_iteration: bool = True
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a torch.nn.Module, got {type(model).__name__}; "
+                "wrap what answers for examples in one"
+            )
+        if not callable(loss):
+            raise TypeError(
+                f"loss: expected a function, loss(model(x), y), got {type(loss).__name__}; give "
+                "torch.nn.functional.cross_entropy, for one"
+            )
         self.model = model
         self.loss = loss
         self.method = method

@@ -30,12 +30,10 @@ def store(tmp_path: Path) -> Store:
     return made
 
 
-def session(widths: dict[str, int], own: Store | None = None, **taken: Any) -> Any:
+def session(widths: dict[str, int], factors: bool | None = None) -> Any:
     """As far as rows are read by it."""
-    field = f"spec.{next(iter(taken), 'gradients')}.url"
-    spec = SimpleNamespace(factors=taken.get("factors"), earlier_field=field)
     layout = SimpleNamespace(factor_widths=widths)
-    return SimpleNamespace(store=own, spec=spec, layout=layout, result_dtype=torch.float32)
+    return SimpleNamespace(spec=SimpleNamespace(factors=factors), layout=layout, result_dtype=torch.float32)
 
 
 def test_rows_are_read_across_chunks(store: Store) -> None:
@@ -48,7 +46,8 @@ def test_rows_are_read_across_chunks(store: Store) -> None:
 )
 def test_columns_of_another_block_or_number_are_refused(store: Store, block: str, width: int) -> None:
     """What they lack would be whatever lay in memory."""
-    own = session({block: width}, gradients=True)
+    own = session({block: width})
+    arrays.of_earlier_job(store, "spec.gradients.url")
     with pytest.raises(PermanentError) as caught:
         read_rows(own, store, "gradients/0", block, 0, 4)
     assert caught.value.reason is Reason.STORE_MISMATCH
@@ -59,12 +58,10 @@ def test_columns_of_another_block_or_number_are_refused(store: Store, block: str
 
 
 def test_of_factors_and_of_its_own_rows_a_job_says_another_cure(store: Store) -> None:
-    for own, words in (
-        (session({"body": 7}, factors=True), "take the store of an InfluenceFactors job"),
-        (
-            session({"body": 7}, own=store),
-            "spec.output.url: .*; start anew with output.onExisting: Overwrite",
-        ),
+    with pytest.raises(PermanentError, match=r"spec.output.url: .*; start anew with output.onExisting: Over"):
+        read_rows(session({"body": 7}), store, "gradients/0", "body", 0, 4)
+    arrays.of_earlier_job(store, "spec.factors.url")
+    with pytest.raises(
+        PermanentError, match=r"spec.factors.url: .*take the store of an InfluenceFactors job"
     ):
-        with pytest.raises(PermanentError, match=words):
-            read_rows(own, store, "gradients/0", "body", 0, 4)
+        read_rows(session({"body": 7}, factors=True), store, "gradients/0", "body", 0, 4)
