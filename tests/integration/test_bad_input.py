@@ -36,6 +36,18 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"output": {"url": "ftp://host/x"}},
         ("spec.output.url", "ftp://host/x", "gs://"),
     ),
+    "a scheme without a bucket": (
+        {"output": {"url": "s3:///digits.zarr"}},
+        ("line ", "spec.output.url: expected a bucket after s3://", "s3:///digits.zarr"),
+    ),
+    "a scheme with one slash": (
+        {"output": {"url": "gs:/bucket/digits.zarr"}},
+        ("spec.output.url: expected a path or a url that starts with gs://", "gs:/bucket/digits.zarr"),
+    ),
+    "a place that each process has for itself": (
+        {"output": {"url": "memory://digits.zarr"}},
+        ("spec.output.url", "memory://digits.zarr', which each process has for itself"),
+    ),
     "factors without their store": (
         {"operation": "InfluencesFromFactors"},
         ("spec.factors", "InfluenceFactors"),
@@ -51,6 +63,18 @@ def test_a_mistake_in_the_file_is_named_before_anything_starts(name: str, jobs: 
     run = jobs.run(jobs.manifest(changes), timeout=20, installed=name == "a typo")
     _assert_refused(run, "InvalidSpec", words)
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("field", ["output", "factors"])
+def test_a_home_of_nobody_is_refused_by_a_plan_and_a_run(field: str, jobs: Jobs) -> None:
+    """By its field, and neither calls the task."""
+    changes = {"operation": "InfluencesFromFactors", "factors": {"url": "factors.zarr"}}
+    manifest = jobs.manifest({**changes, **entry("raises"), field: {"url": "~nosuchuser/x.zarr"}})
+    run, planned = jobs.run(manifest, timeout=20), jobs.plan(manifest)
+    for code, said in ((run.code, run.stderr), (planned.returncode, planned.stderr)):
+        assert code == 64, said
+        assert f"error: InvalidSpec: spec.{field}.url: expected a path below a home" in said
+        assert "'~nosuchuser/x.zarr'" in said
 
 
 def test_a_file_that_is_no_yaml_is_refused_with_the_line(jobs: Jobs) -> None:
@@ -136,6 +160,11 @@ IN_THE_TASK: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         entry("cannot_be_read"),
         "InvalidData",
         ("train example 0", "OSError", "no such share"),
+    ),
+    "data that leaves when it is read": (
+        entry("leaves_when_read"),
+        "InvalidData",
+        ("train example 0: reading raised SystemExit: 0",),
     ),
     "annotations of the wrong length": (
         entry("annotates_too_little"),
@@ -381,3 +410,10 @@ def _named_range(text: str) -> tuple[int, int]:
     found = re.search(r"train examples (\d+) to (\d+)", text)
     assert found, text
     return int(found[1]), int(found[2])
+
+
+def test_nan_in_a_gradient_is_named_where_nothing_is_fitted(jobs: Jobs, tmp_path: Path) -> None:
+    """No fit sees the example first: its column of scores would be NaN."""
+    manifest = jobs.manifest({**TASK, "method": {"name": "GradDot", "regularization": None}})
+    run = jobs.run(manifest, output=tmp_path / "result.zarr", workers=1, env={"FAULT": "nan"})
+    _assert_refused(run, *FAULTS["nan"])

@@ -13,6 +13,7 @@ import pytest
 from jobs import Jobs
 
 MODULE = """\
+import sys
 from dataclasses import replace
 
 import torch
@@ -91,6 +92,41 @@ def annotates_with_a_list():
 
 def annotates_raggedly():
     return task(annotate=lambda batch, outputs: {"words": [[1], [2, 3], [], [4]]})
+
+
+def leaves_in_the_loss():
+    return task(loss=lambda outputs, batch: sys.exit(0))
+
+
+def leaves_in_annotate():
+    return task(annotate=lambda batch, outputs: sys.exit(0))
+
+
+def leaves_in_forward():
+    return task(forward=lambda model, batch: sys.exit(0))
+
+
+class Length:
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length()
+
+    def read(self, start, stop):
+        raise AssertionError
+
+
+def has_no_length():
+    return task(train=Length(lambda: {}["rows"]))
+
+
+def has_a_negative_length():
+    return task(test=Length(lambda: -1))
+
+
+def leaves_in_len():
+    return task(train=Length(lambda: sys.exit(0)))
 """
 
 OF_THE_LOSS = ("InfluenceTask.loss: expected a tensor that is computed from the outputs", "4 train examples")
@@ -102,8 +138,8 @@ def with_blocks(**blocks: list[str]) -> dict[str, Any]:
     return {"method": {**CUSTOM, "customBlocks": blocks}}
 
 
-def entry(name: str) -> dict[str, Any]:
-    return {"task": {"entrypoint": f"mistaken:{name}"}}
+def entry(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"task": {"entrypoint": f"mistaken:{name}", "arguments": arguments}}
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
@@ -165,6 +201,76 @@ MISTAKES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         entry("annotates_raggedly"),
         "InvalidTask",
         ("InfluenceTask.annotate: 'words': expected one number per example",),
+    ),
+    "a loss that leaves": (entry("leaves_in_the_loss"), "InvalidTask", (*OF_THE_LOSS, "raised SystemExit")),
+    "annotations that leave": (
+        entry("leaves_in_annotate"),
+        "InvalidTask",
+        ("InfluenceTask.annotate: raised SystemExit",),
+    ),
+    "a model that leaves": (
+        entry("leaves_in_forward"),
+        "InvalidData",
+        ("train example 0: the model or the loss raised SystemExit",),
+    ),
+    "data without a length": (
+        entry("has_no_length"),
+        "InvalidTask",
+        ("InfluenceTask.train: expected a number of examples", "KeyError: 'rows'; correct __len__ of Length"),
+    ),
+    "data of a negative length": (
+        entry("has_a_negative_length"),
+        "InvalidTask",
+        ("InfluenceTask.test: expected a number of examples", "ValueError"),
+    ),
+    "data that leaves": (entry("leaves_in_len"), "InvalidTask", ("InfluenceTask.train", "SystemExit")),
+    "a selection that is a number": (
+        entry("task", parameters=3),
+        "InvalidTask",
+        ("InfluenceTask.parameters: expected a regular expression, got int",),
+    ),
+    "a selection that is a list": (
+        entry("task", parameters=["0.weight"]),
+        "InvalidTask",
+        ("InfluenceTask.parameters: expected a regular expression, got list",),
+    ),
+    "a version that is a number": (
+        entry("task", data_version=1),
+        "InvalidTask",
+        ("InfluenceTask.data_version: expected a str", "got int"),
+    ),
+    "an entry point without a signature": (
+        {"task": {"entrypoint": "builtins:dict"}},
+        "InvalidTask",
+        ("builtins:dict must return an influence_job.task.InfluenceTask, got dict",),
+    ),
+    "an entry point that belongs to no module": (
+        {"task": {"entrypoint": "random:random"}},
+        "InvalidTask",
+        ("random:random must return an influence_job.task.InfluenceTask, got float",),
+    ),
+    "a λ that float32 takes for infinite": (
+        {"method": {"regularization": 1e39}},
+        "InvalidSpec",
+        ("spec.method.regularization: expected", "float32", "3.4e+38, got 1e+39"),
+    ),
+    "a λ that float32 takes for 0": (
+        {"method": {**DIRECT, "regularization": 1e-320}},
+        "InvalidSpec",
+        ("spec.method.regularization: expected", "float32", "1.18e-38", "got 1e-320"),
+    ),
+    "a λ of a block that float32 takes for infinite": (
+        {"method": {**CUSTOM, "blocks": "LayerWise", "regularizationByBlock": {"0": 0.1, "2": 1e300}}},
+        "InvalidSpec",
+        ("spec.method.regularizationByBlock.2: expected", "float32", "got 1e+300"),
+    ),
+    "a λ that float64 takes for 0": (
+        {
+            "task": {"entrypoint": "traced_task:task", "arguments": {"double": True}},
+            "method": {"name": "Trak", "rank": 8, "regularization": 1e-320},
+        },
+        "InvalidSpec",
+        ("spec.method.regularization: expected", "float64", "2.23e-308", "got 1e-320"),
     ),
     "a block of an unknown parameter": (
         with_blocks(body=["0.weigth"]),

@@ -146,6 +146,57 @@ def test_data_that_cannot_be_read_for_a_moment_is_read_again(jobs: Jobs, tmp_pat
     _assert_close(found, _influences(feature_task.task().model))
 
 
+RESTLESS = """\
+import os
+from pathlib import Path
+
+import traced_task
+
+print("printed by the module")
+Path("elsewhere").mkdir(exist_ok=True)
+os.chdir("elsewhere")
+
+
+def task():
+    print("printed by the task")
+    os.system("echo printed by a command")
+    os.chdir("/")
+    return traced_task.task()
+"""
+
+
+def test_a_task_that_changes_the_working_directory_and_prints_changes_no_url_and_no_document(
+    jobs: Jobs, tmp_path: Path, undisturbed: Any
+) -> None:
+    """Relative urls are those of the folder that the command was started in."""
+    (tmp_path / "restless.py").write_text(RESTLESS)
+    task = {"task": {"entrypoint": "restless:task"}}
+    factors = jobs.manifest({**task, "operation": "InfluenceFactors", "output": {"url": "factors.zarr"}})
+    scores = jobs.manifest(
+        {
+            **task,
+            "operation": "InfluencesFromFactors",
+            "factors": {"url": "factors.zarr"},
+            "output": {"url": "scores.zarr"},
+        }
+    )
+    for manifest, store in ((factors, "factors.zarr"), (scores, "scores.zarr")):
+        planned = jobs.plan(manifest, "--json")
+        assert planned.returncode == 0, planned.stderr
+        run = jobs.finish(manifest, "--json", workers=1, installed=True)  # whose workers inherit its stdout
+        assert json.loads(planned.stdout)["regions"] >= 0
+        assert json.loads(run.stdout)["result"]["url"] == str(tmp_path / store)
+        for said in (planned.stderr, run.stderr):
+            for source in ("the module", "the task", "a command"):
+                assert f"printed by {source}" in said
+    found = xarray.open_zarr(tmp_path / "scores.zarr")["influences"].values
+    np.testing.assert_allclose(
+        found, xarray.open_zarr(undisturbed.path)["influences"].values, rtol=1e-4, atol=1e-6
+    )
+    assert "printed by the task" in jobs.finish(factors, workers=1).stdout
+    assert list(tmp_path.glob("elsewhere/**/*.zarr")) == []
+
+
 def test_batches_that_are_dicts_need_a_forward(jobs: Jobs, tmp_path: Path) -> None:
     run = jobs.run(jobs.manifest(changes("forgets_forward")), output=tmp_path / "result.zarr", workers=1)
     assert run.code == 64

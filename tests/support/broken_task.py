@@ -103,15 +103,22 @@ def takes_token_ids() -> InfluenceTask:
 
 
 def cannot_be_read() -> InfluenceTask:
-    return replace(traced_task.task(), train=_Unreadable())
+    return replace(traced_task.task(), train=_Unreadable(OSError("no such share")))
+
+
+def leaves_when_read() -> InfluenceTask:
+    return replace(traced_task.task(), train=_Unreadable(SystemExit(0)))
 
 
 class _Unreadable:
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
     def __len__(self) -> int:
         return traced_task.TRAIN
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        raise OSError("no such share")
+        raise self._error
 
 
 def annotates_too_little() -> InfluenceTask:

@@ -122,7 +122,7 @@ def _require_random_access(dataset: Any, adapter: str) -> None:
 def check_source(source: Any, field: str) -> DataSource:
     """`source` if it is a DataSource with examples in it; else an error that names the adapter to use."""
     if callable(getattr(source, "read", None)) and callable(getattr(type(source), "__len__", None)):
-        if len(source) == 0:
+        if _length(source, field) == 0:
             raise PermanentError(Reason.INVALID_DATA, f"{field}: expected examples, got an empty data set")
         return source
     kind = type(source).__name__
@@ -139,6 +139,17 @@ def check_source(source: Any, field: str) -> DataSource:
     )
 
 
+def _length(source: Any, field: str) -> int:
+    try:
+        return len(source)
+    except (Exception, SystemExit) as error:
+        raise PermanentError(
+            Reason.INVALID_TASK,
+            f"InfluenceTask.{field}: expected a number of examples from len(), but it raised "
+            f"{type(error).__name__}: {error}; correct __len__ of {type(source).__name__}",
+        ) from error
+
+
 def read_batch(
     source: DataSource, field: str, start: int, stop: int, device: torch.device
 ) -> tuple[Batch, str]:
@@ -151,7 +162,7 @@ def read_batch(
     """
     try:
         batch = source.read(start, stop)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ReadError(_locate(source, field, start, stop, error)) from error
     try:
         count = batch_size(batch)
@@ -168,13 +179,13 @@ def read_batch(
     return pytree.tree_map(lambda leaf: leaf.to(device), owned), digest
 
 
-def _locate(source: DataSource, field: str, start: int, stop: int, error: Exception) -> str:
+def _locate(source: DataSource, field: str, start: int, stop: int, error: BaseException) -> str:
     """The sentence for a read that raised, with the one example that raises if there is one."""
     where = f"{field} examples {start} to {stop - 1}"
     for index in range(start, stop):
         try:
             source.read(index, index + 1)
-        except Exception as single:
+        except (Exception, SystemExit) as single:
             where, error = f"{field} example {index}", single
             break
     return f"{where}: reading raised {type(error).__name__}: {error}"

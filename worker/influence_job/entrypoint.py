@@ -77,7 +77,8 @@ def _import_failed(module_name: str, error: BaseException) -> PermanentError:
 
 def source_digest(entrypoint: str) -> str:
     """Digest of the file that the entry point's module was loaded from."""
-    module = sys.modules[find(entrypoint).__module__]
+    named = entrypoint.partition(":")[0]
+    module = sys.modules[getattr(find(entrypoint), "__module__", None) or named]
     path = getattr(module, "__file__", None)
     content = Path(path).read_bytes() if path else entrypoint.encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -90,12 +91,14 @@ def build(entrypoint: str, arguments: Mapping[str, Any]) -> InfluenceTask:
         PermanentError: the call raised, or returned something that is no InfluenceTask.
     """
     function = find(entrypoint)
+    signature = _signature(function)
     try:
-        inspect.signature(function).bind(**arguments)
+        if signature is not None:
+            signature.bind(**arguments)
     except TypeError as error:
         raise PermanentError(
             Reason.INVALID_TASK,
-            f"spec.task.arguments: {entrypoint}{inspect.signature(function)} cannot be called with "
+            f"spec.task.arguments: {entrypoint}{signature} cannot be called with "
             f"{sorted(arguments)}: {error}",
         ) from error
     try:
@@ -107,6 +110,14 @@ def build(entrypoint: str, arguments: Mapping[str, Any]) -> InfluenceTask:
             Reason.INVALID_TASK, f"{FIELD}: {entrypoint} raised {type(error).__name__}: {error}"
         ) from error
     return check_task(task, entrypoint)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """None for functions written in C that tell none."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
 
 
 def check_task(task: Any, entrypoint: str) -> InfluenceTask:
@@ -129,6 +140,10 @@ def check_task(task: Any, entrypoint: str) -> InfluenceTask:
             raise _wrong(name, "a function", value)
     if not isinstance(task.checkpoints, tuple | list):
         raise _wrong("checkpoints", "a tuple of Checkpoint(state, learning_rate)", task.checkpoints)
+    if not isinstance(task.parameters, str | re.Pattern | None):
+        raise _wrong("parameters", "a regular expression", task.parameters)
+    if not isinstance(task.data_version, str | None):
+        raise _wrong("data_version", "a str that names the data's version", task.data_version)
     train, test = _side(task.train, "train"), _side(task.test, "test")
     if train is task.train and test is task.test:
         return task

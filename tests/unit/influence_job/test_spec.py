@@ -156,6 +156,12 @@ def test_a_number_is_a_quantity_and_a_truth_value_is_none() -> None:
         ({"task": {"entrypoint": "a b:c"}}, "spec.task.entrypoint", "pattern"),
         ({"output": {"url": "ftp://host/x"}}, "spec.output.url", "gs://"),
         ({"output": {"url": ""}}, "spec.output.url", "at least 1"),
+        ({"output": {"url": "gs://"}}, "spec.output.url", "expected a bucket after gs://, got 'gs://'"),
+        ({"output": {"url": "s3:///x"}}, "spec.output.url", "expected a bucket after s3://"),
+        *(
+            ({"output": {"url": url}}, "spec.output.url", f"s3:// or file://, got '{url}'")
+            for url in ("gs:/b/x", "s3:b/x", "file:x", "file:/x", "memory:x", "memory://b/x", "a:gs://b/x")
+        ),
         ({"output": {"topK": 0}}, "spec.output.topK", "greater than or equal to 1"),
         ({"workers": {"replicas": 1001}}, "spec.workers.replicas", "less than or equal to 1000"),
         ({"workers": {"replicas": "2"}}, "spec.workers.replicas", "integer"),

@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from influence_job.cli.options import file_argument, job_options, json_option, read_job, verbose_option
+from influence_job.cli.options import (
+    file_argument,
+    job_options,
+    json_option,
+    only_the_document,
+    read_job,
+    verbose_option,
+)
 from influence_job.spec import InfluenceJob, InverseHarmonicMeanSpec, LissaSpec, MethodSpec
 from influence_job.units import clock, in_words
 
@@ -40,16 +47,19 @@ def plan(file: str, device: str | None, output: str | None, as_json: bool) -> No
     """  # noqa: D301 - `\b` is click's mark for lines to be left as they are
     job = read_job(file, device=device, output=output)
     from influence_job.driver import earlier_job
+    from influence_job.driver.preflight import rooted
     from influence_job.methods import method_of
     from influence_job.plan import make_plan
     from influence_job.worker.loading import measure_job
 
     sys.path.insert(0, str(Path.cwd()))  # where `run` finds the entry point too
-    # Refused in the words of a run.
-    earlier_job.refuse_own_store(job.spec)
-    earlier_job.read_record(job.spec)
-    sizes = measure_job(job.spec)
-    earlier_job.refuse_other_rows(job.spec, sizes.blocks)
+    with only_the_document(as_json):
+        # Refused in the words of a run.
+        spec = rooted(job).spec
+        earlier_job.refuse_own_store(spec)
+        earlier_job.read_record(spec)
+        sizes = measure_job(spec)
+        earlier_job.refuse_other_rows(spec, sizes.blocks)
     made = make_plan(job.spec, method_of(job.spec), sizes)
     if as_json:
         click.echo(json.dumps(as_document(job, sizes, made), indent=2))

@@ -12,6 +12,7 @@ from influence_job.cli.options import (
     file_argument,
     job_options,
     json_option,
+    only_the_document,
     read_job,
     verbose_option,
 )
@@ -67,13 +68,13 @@ def run(
     if not settings.verbose:  # after the import, which sets the level itself
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
     last: list[Progress] = []
-    with ProgressBar(sys.stderr) as bar:
+    try:
+        with only_the_document(as_json), ProgressBar(sys.stderr) as bar:
 
-        def note(progress: Progress) -> None:
-            last[:] = [progress]
-            bar.update(progress)
+            def note(progress: Progress) -> None:
+                last[:] = [progress]
+                bar.update(progress)
 
-        try:
             last[:] = [
                 run_local(
                     job,
@@ -83,10 +84,9 @@ def run(
                     metrics_port=metrics_port,
                 )
             ]
-        finally:
-            bar.close()
-            if as_json and last:
-                click.echo(last[0].model_dump_json(by_alias=True, indent=2))
+    finally:
+        if as_json and last:
+            click.echo(last[0].model_dump_json(by_alias=True, indent=2))
     if not as_json:
         click.echo(_outcome(last[0], job.spec.output.url))
 

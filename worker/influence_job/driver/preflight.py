@@ -8,12 +8,13 @@ from typing import Any
 
 from influence_job import entrypoint
 from influence_job.driver import earlier_job, fingerprints
+from influence_job.errors import PermanentError, Reason
 from influence_job.identity import JobIdentity
-from influence_job.spec import InfluenceJobSpec
+from influence_job.spec import InfluenceJob, InfluenceJobSpec
 from influence_job.storage.arrays import OURS, read_attributes
 from influence_job.storage.claim import OVERWRITE, Claim, Epoch, begin, claim, inspect
 from influence_job.storage.ledger import Ledger
-from influence_job.storage.store import Store
+from influence_job.storage.store import Store, absolute
 
 
 @dataclass
@@ -44,6 +45,24 @@ class Opened:
     def finished(self) -> bool:
         """Whether an earlier job completed the result."""
         return self.record.get("finished") is True
+
+
+def rooted(job: InfluenceJob) -> InfluenceJob:
+    """The job with urls that mean the same wherever the task's code changes the working directory to.
+
+    Raises:
+        PermanentError: INVALID_SPEC, with the field.
+    """
+    changed: dict[str, Any] = {}
+    for name in ("output", "factors", "gradients"):
+        part = getattr(job.spec, name)
+        if part is None:
+            continue
+        try:
+            changed[name] = part.model_copy(update={"url": absolute(part.url)})
+        except ValueError as error:
+            raise PermanentError(Reason.INVALID_SPEC, f"spec.{name}.url: {error}") from error
+    return job.model_copy(update={"spec": job.spec.model_copy(update=changed)})
 
 
 def preflight(spec: InfluenceJobSpec, identity: JobIdentity) -> Opened:

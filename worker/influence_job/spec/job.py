@@ -26,7 +26,8 @@ from influence_job.spec.rules import rule, rules
 
 API_VERSION: Literal["influence-operator.dev/v1alpha1"] = "influence-operator.dev/v1alpha1"
 KIND: Literal["InfluenceJob"] = "InfluenceJob"
-URL_SCHEMES = ("file", "gs", "s3", "memory")
+BUCKETS = ("gs", "s3")
+URL_SCHEMES = ("file", *BUCKETS, "memory")
 
 
 class Device(StrEnum):
@@ -122,9 +123,15 @@ class ChunksSpec(SpecModel):
 
 
 def _check_scheme(url: str) -> str:
-    scheme, separator, _ = url.partition("://")
-    if separator and scheme not in URL_SCHEMES:
-        raise refuse("", f"expected a path or a url that starts with gs://, s3:// or file://, got {url!r}")
+    scheme, _, rest = url.partition(":")
+    if "://" not in url and scheme not in URL_SCHEMES:
+        return url
+    if scheme not in ("file", *BUCKETS) or not rest.startswith("//"):
+        expected = "expected a path or a url that starts with gs://, s3:// or file://"
+        why = ", which each process has for itself" if scheme == "memory" else ""
+        raise refuse("", f"{expected}, got {url!r}{why}")
+    if scheme in BUCKETS and rest[2:3] in ("", "/"):
+        raise refuse("", f"expected a bucket after {scheme}://, got {url!r}")
     return url
 
 

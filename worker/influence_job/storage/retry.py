@@ -75,6 +75,7 @@ _VERDICT_OF_TYPE = {
     "google.auth.exceptions.GoogleAuthError": Verdict.TRANSIENT,
     "botocore.exceptions.NoCredentialsError": Verdict.NO_CREDENTIALS,
     "botocore.exceptions.PartialCredentialsError": Verdict.NO_CREDENTIALS,
+    "botocore.exceptions.ParamValidationError": Verdict.INVALID,
     "botocore.exceptions.ConnectionError": Verdict.TRANSIENT,
     "botocore.exceptions.HTTPClientError": Verdict.TRANSIENT,
     "aiohttp.client_exceptions.ClientError": Verdict.TRANSIENT,

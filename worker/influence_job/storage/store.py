@@ -52,10 +52,13 @@ class Store:
             PermanentError: a scheme that is not supported, or whose library is not installed.
         """
         options = dict(storage_options or {})
+        try:
+            url = absolute(url)
+        except ValueError as error:
+            raise PermanentError(Reason.INVALID_SPEC, f"output.url: {error}") from error
         protocol, separator, rest = url.partition("://")
-        if not separator or protocol == "file":
-            path = Path(unquote(rest) if separator else url).expanduser().absolute()
-            return cls(str(path), options, LocalFiles(path))
+        if not separator:
+            return cls(url, options, LocalFiles(Path(url)))
         if protocol not in PROTOCOLS:
             raise PermanentError(
                 Reason.INVALID_SPEC,
@@ -207,6 +210,23 @@ class Store:
     def close(self) -> None:
         """Ends connections. The store must not be used afterwards."""
         self._backend.close()
+
+
+def absolute(url: str) -> str:
+    """The url of a store so that it means the same in every folder: of files their path.
+
+    Raises:
+        ValueError: the home of a user whom this machine does not know.
+    """
+    protocol, separator, rest = url.partition("://")
+    if separator and protocol != "file":
+        return url
+    try:
+        return str(Path(unquote(rest) if separator else url).expanduser().absolute())
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected a path below a home that is there, got {url!r}: {error}; write the folder in full"
+        ) from error
 
 
 def to_json(document: Any) -> bytes:

@@ -33,7 +33,7 @@ def annotate(task: InfluenceTask, objective: Objective, batch: Batch) -> dict[st
             values = task.annotate(batch, outputs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _wrong(
                 f"raised {type(error).__name__}: {error}; correct it, or leave annotate out"
             ) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ from influence_calculator.maths.by_token import token_count
 from influence_calculator.maths.capture import measure
 from influence_calculator.maths.curvature import SecondOrderMode
 from influence_calculator.maths.errors import BlocksError, CalculatorError, UnsupportedInputError
-from influence_calculator.maths.objective import Batch, Seen, batch_size, slice_batch
+from influence_calculator.maths.objective import Batch, Objective, Seen, batch_size, slice_batch
 from influence_calculator.maths.one_by_one import PROBED
 from influence_calculator.maths.probe import probe
+from influence_job import entrypoint
 from influence_job.dask_settings import VISIBLE_GPUS
 from influence_job.data import ReadError, data_identity
 from influence_job.errors import PermanentError, Reason
 from influence_job.plan import Sizes
-from influence_job.spec import Device, InfluenceJobSpec, Mode, Operation, SecondOrder
+from influence_job.spec import Device, InfluenceJobSpec, MethodSpec, Mode, Operation, SecondOrder
 from influence_job.storage import arrays
 from influence_job.worker import model_state
 from influence_job.worker.annotations import annotate
@@ -127,6 +130,7 @@ def _left_out(own: Session) -> dict[str, list[str]]:
 
 def _probed(own: Session) -> dict[str, str]:
     """Tries a few examples of each side; the dtypes of what they are annotated with, by coordinate."""
+    _refuse_unrepresentable(own.spec.method, own.tracked)
     sides = _sides(own.spec)
     annotations: dict[str, str] = {}
     for side in sides:
@@ -144,6 +148,31 @@ def _probed(own: Session) -> dict[str, str]:
         columns = annotate(own.task, own.objective, few)
         annotations |= {f"{side}_{name}": str(column.dtype) for name, column in columns.items()}
     return annotations
+
+
+def _refuse_unrepresentable(method: MethodSpec, objective: Objective) -> None:
+    """Refuses a λ that the model's numbers do not hold: there it would be infinite, 0 or another."""
+    dtype = _computed_in(objective)
+    limits = torch.finfo(dtype)
+    smallest, largest = Decimal(limits.tiny), Decimal(limits.max)
+    for field, λ in _regularizations(method):
+        if λ != 0 and not smallest <= λ <= largest:
+            raise PermanentError(
+                Reason.INVALID_SPEC,
+                f"spec.method.{field}: expected 0 or a number that {str(dtype).removeprefix('torch.')}, in "
+                f"which this model's curvature is kept, can hold, {limits.tiny:.3g} to {limits.max:.3g}, got "
+                f"{λ:g}",
+            )
+
+
+def _regularizations(method: MethodSpec) -> Iterator[tuple[str, Decimal]]:
+    """Each λ that counts, with its field. From text: to a thread that flushes denormals some floats are 0."""
+    given = json.loads(method.model_dump_json(by_alias=True), parse_float=Decimal)
+    by_block = given.get("regularizationByBlock")
+    if by_block is not None:
+        yield from ((f"regularizationByBlock.{block}", λ) for block, λ in by_block.items())
+    elif "regularization" in given:
+        yield "regularization", given["regularization"]
 
 
 def _sides(spec: InfluenceJobSpec) -> tuple[str, ...]:
@@ -205,7 +234,7 @@ def measure_sizes(own: Session) -> Sizes:
         train=len(own.task.train) if gradients is None else gradients.shape[0],
         shapes=measure(own.side_of(own.objective, side), slice_batch(one, 0, 1)),
         feature_shape=feature_shape,
-        dtype=_dtype(own),
+        dtype=str(_computed_in(own.objective)).removeprefix("torch."),
         blocks=own.layout.factor_widths,
         test_example_bytes=_test_example_bytes(own, one),
         stored_chunk=None if gradients is None else gradients.chunks[0],
@@ -229,6 +258,10 @@ def measure_job(spec: InfluenceJobSpec) -> Sizes:
             return measure_sizes(own)
     except ReadError as error:
         raise PermanentError(Reason.INVALID_DATA, str(error)) from error
+    except SystemExit as error:
+        raise PermanentError(
+            Reason.INVALID_TASK, f"{entrypoint.FIELD}: the task's code raised SystemExit: {error}"
+        ) from error
 
 
 def _test_example_bytes(own: Session, first_example: Any) -> int:
@@ -246,9 +279,9 @@ def _test_length(own: Session) -> int:
     return int(arrays.array_info(own.factor_store, factor_path(0)).shape[0])
 
 
-def _dtype(own: Session) -> str:
-    dtype = next(iter(own.objective.parameters().values())).dtype
-    return "float64" if str(dtype) == "torch.float64" else "float32"
+def _computed_in(objective: Objective) -> torch.dtype:
+    dtype = next(iter(objective.parameters().values())).dtype
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _bytes(batch: Any) -> int:

@@ -81,12 +81,12 @@ class Outcome:
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             self.failure = _failure(kind, index, what, error, _TOO_SMALL)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.failure = _failure(kind, index, what, error)
         return self.failure is None
 
 
-def _failure(kind: str, index: int, what: str, error: Exception, advice: str = "") -> Failure:
+def _failure(kind: str, index: int, what: str, error: BaseException, advice: str = "") -> Failure:
     last_line = (str(error).strip().splitlines() or [""])[-1]
     reason = Reason.INVALID_DATA if isinstance(error, ReadError) else Reason.REGION_FAILED
     message = f"{what}: {type(error).__name__}: {last_line}{advice}"

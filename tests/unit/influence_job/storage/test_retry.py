@@ -62,6 +62,7 @@ PERMANENT = [
     (HttpError({"code": 400, "message": "m"}), "correct output.url"),
     (google.auth.exceptions.DefaultCredentialsError(), "log in"),
     (botocore.exceptions.NoCredentialsError(), "log in"),
+    (botocore.exceptions.ParamValidationError(report="Invalid bucket name"), "correct output.url"),
 ]
 
 
@@ -132,3 +133,12 @@ def test_the_limit_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("INFLUENCE_STORAGE_RETRY_SECONDS", "0.05")
     with pytest.raises(InfrastructureError, match=r"failed for 0.05 s"):
         Retry("u").call("reading", Failing(TimeoutError()))
+
+
+def test_nobody_waits_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(retry, "LONGEST_WAIT_SECONDS", 0.3)
+    failing = Failing(TimeoutError())
+    with pytest.raises(InfrastructureError):
+        Retry("u", 0.1).call("reading", failing)
+    assert failing.calls == 1, "the second try would have come after the limit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -72,6 +73,14 @@ def test_local_urls_become_absolute_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Store.open(url).url == path.format(cwd=tmp_path, home=Path.home())
+
+
+def test_a_home_of_nobody_is_refused() -> None:
+    with pytest.raises(
+        PermanentError, match=r"^output\.url: expected a path below a home that is there"
+    ) as refused:
+        Store.open("~nosuchuser/x.zarr")
+    assert refused.value.reason is Reason.INVALID_SPEC
 
 
 def test_opening_writes_nothing(tmp_path: Path) -> None:
@@ -154,3 +163,19 @@ def test_create_works_on_file_systems_without_hard_links(
     assert store.create("claim", b"first")
     assert not store.create("claim", b"second")
     assert store.get("claim") == b"first"
+
+
+def test_a_write_that_fails_leaves_no_passing_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(str(tmp_path / "x.zarr"))
+    (tmp_path / "x.zarr" / "a" / "folder").mkdir(parents=True)
+    with pytest.raises(PermanentError):
+        store.put("a", b"cannot take a folder's name")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (store.put, store.create):
+        with pytest.raises(PermanentError, match="free space"):
+            write("b", b"too long")
+    assert [path for path in (tmp_path / "x.zarr").rglob("*") if path.is_file()] == []
