@@ -36,7 +36,7 @@ from influence_job.spec import Device, InfluenceJob
 
 LOOK_SECONDS = 1.0
 """Between two looks at the local workers."""
-RESTART_SECONDS = 2.0
+RESTART_SECONDS = 5.0
 """How long a nanny may be without a process, which it starts at once, before another takes its place."""
 GRACE_SECONDS = 60.0
 """How long a local cluster may be without any worker."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import find, given
+from hypothesis import example, find, given
 from hypothesis import strategies as st
 
 from influence_calculator.maths.by_token import product_bytes
@@ -280,6 +280,7 @@ def test_the_budget_is_in_the_spec_and_never_that_of_the_machine(
     memory=st.sampled_from(["256Mi", "2Gi", "64Gi"]),
     device=st.sampled_from(["cpu", "cuda"]),
 )
+@example(test=528, train=217_344, parameters=742_926, memory="256Mi", device="cpu")
 def test_every_stage_stays_within_the_budget_or_the_job_is_refused(
     test: int, train: int, parameters: int, memory: str, device: str
 ) -> None:

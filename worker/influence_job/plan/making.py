@@ -144,6 +144,11 @@ def _differentiated(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_
     return max(footprint.factors, footprint.by_parameter)
 
 
+def _read_bytes(spec: InfluenceJobSpec) -> int:
+    """The training examples of a chunk to aim at: fewer where the host's memory is small."""
+    return min(READ_BYTES, memory.host_budget(spec) // 4)
+
+
 def _region_bytes(spec: InfluenceJobSpec, method: Method, sizes: Sizes, micro_batch: int) -> int:
     """The size of region to aim at: smaller where the budget is small."""
     free = memory.device_budget(spec) - _used(spec, method, sizes, micro_batch)
@@ -201,7 +206,7 @@ def _test_chunk(
     wanted = min(LARGEST_TEST_CHUNK, max(8, sizes.test // pieces), sizes.test, _column_rows(spec, sizes))
     if spec.operation is Operation.TRAINING_GRADIENTS:
         # A job that scores them reads whole chunks.
-        wanted = min(wanted, max(1, READ_BYTES // (sum(sizes.blocks.values()) * sizes.itemsize)))
+        wanted = min(wanted, max(1, _read_bytes(spec) // (sum(sizes.blocks.values()) * sizes.itemsize)))
         return _largest_power(1, min(wanted, most_rows), fits_host_too)
     if method.solves_by_passes and fits_host_too(wanted):
         return wanted
@@ -231,7 +236,7 @@ def _train_chunk(
     column = group_rows * _pair_bytes(spec, sizes)
     groups = -(-sizes.test // group_rows)
     by_size = region_bytes // column
-    by_reading = READ_BYTES // max(1, _training_bytes(spec, sizes))
+    by_reading = _read_bytes(spec) // max(1, _training_bytes(spec, sizes))
     by_count = sizes.train // -(-LEAST_REGIONS // groups)
     if sizes.stored_chunk is not None:
         return _of_stored_chunks(max(1, min(by_size, by_reading, sizes.train)), by_count, sizes.stored_chunk)
