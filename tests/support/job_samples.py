@@ -448,6 +448,9 @@ def broken_rules() -> Iterator[Broken]:
         ),
         ("a scheme", ("output", "url"), {"output": {"url": "ftp://host/x"}}),
         ("a scheme in capitals", ("output", "url"), {"output": {"url": "GS://bucket/x"}}),
+        ("no bucket", ("output", "url"), {"output": {"url": "s3:///x"}}),
+        ("one slash", ("output", "url"), {"output": {"url": "gs:/bucket/x"}}),
+        ("each process's own memory", ("output", "url"), {"output": {"url": "memory://bucket/x"}}),
         (
             "a scheme of the factors",
             ("factors", "url"),

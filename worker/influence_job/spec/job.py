@@ -123,8 +123,8 @@ class ChunksSpec(SpecModel):
 
 
 def _check_scheme(url: str) -> str:
-    scheme, _, rest = url.partition(":")
-    if "://" not in url and scheme not in URL_SCHEMES:
+    scheme, colon, rest = url.partition(":")
+    if "://" not in url and not (colon and scheme in URL_SCHEMES):
         return url
     if scheme not in ("file", *BUCKETS) or not rest.startswith("//"):
         expected = "expected a path or a url that starts with gs://, s3:// or file://"
@@ -143,8 +143,9 @@ StoreUrl = Annotated[
         pattern=r"^[^\x00-\x1f\x7f]+$",
         json_schema_extra=rules(
             rule(
-                f"!self.contains('://') || self.matches('^({'|'.join(URL_SCHEMES)})://')",
-                "expected a path or a url that starts with gs://, s3:// or file://",
+                f"self.matches('^(file://|({'|'.join(BUCKETS)})://[^/])') || "
+                f"!(self.contains('://') || self.matches('^({'|'.join(URL_SCHEMES)}):'))",
+                "expected a path or a url that starts with gs://, s3:// (and a bucket) or file://",
             )
         ),
     ),
