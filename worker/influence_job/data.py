@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from influence_calculator.maths.objective import Batch, batch_size
-from influence_job.errors import PermanentError, Reason
+from influence_job.errors import OF_THE_TASK, PermanentError, Reason
 from influence_job.task import DataSource
 
 IDENTITY_EXAMPLES = 64
@@ -142,7 +142,7 @@ def check_source(source: Any, field: str) -> DataSource:
 def _length(source: Any, field: str) -> int:
     try:
         return len(source)
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         raise PermanentError(
             Reason.INVALID_TASK,
             f"InfluenceTask.{field}: expected a number of examples from len(), but it raised "
@@ -162,7 +162,7 @@ def read_batch(
     """
     try:
         batch = source.read(start, stop)
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         raise ReadError(_locate(source, field, start, stop, error)) from error
     try:
         count = batch_size(batch)
@@ -185,7 +185,7 @@ def _locate(source: DataSource, field: str, start: int, stop: int, error: BaseEx
     for index in range(start, stop):
         try:
             source.read(index, index + 1)
-        except (Exception, SystemExit) as single:
+        except OF_THE_TASK as single:
             where, error = f"{field} example {index}", single
             break
     return f"{where}: reading raised {type(error).__name__}: {error}"

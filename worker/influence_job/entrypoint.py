@@ -24,7 +24,7 @@ from influence_calculator.maths.objective import Objective
 from influence_calculator.maths.probe import refuse_meta
 from influence_job.data import check_source
 from influence_job.document import SOURCE_DIRECTORY
-from influence_job.errors import PermanentError, Reason
+from influence_job.errors import OF_THE_TASK, PermanentError, Reason
 from influence_job.task import DataSource, InfluenceTask
 
 FIELD = "spec.task.entrypoint"
@@ -49,7 +49,7 @@ def find(entrypoint: str) -> Callable[..., Any]:
                 f"put it there, or correct {entrypoint!r}",
             ) from error
         raise _import_failed(module_name, error) from error
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         raise _import_failed(module_name, error) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -105,7 +105,7 @@ def build(entrypoint: str, arguments: Mapping[str, Any]) -> InfluenceTask:
         task = function(**arguments)
     except PermanentError:
         raise
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         raise PermanentError(
             Reason.INVALID_TASK, f"{FIELD}: {entrypoint} raised {type(error).__name__}: {error}"
         ) from error

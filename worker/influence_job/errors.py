@@ -83,6 +83,10 @@ class InfrastructureError(JobError):
     exit_code = ExitCode.RETRY
 
 
+OF_THE_TASK = (Exception, SystemExit)
+"""What the task's code may raise that is told as its error: it may call `sys.exit`. Ctrl-C is none of it."""
+
+
 def ended_with(error: BaseException) -> JobError:
     """Any exception as the JobError that the exit code and the progress document tell."""
     if isinstance(error, JobError):

@@ -8,7 +8,6 @@ belongs to none.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,6 +15,7 @@ from enum import StrEnum
 from torch import nn
 
 from influence_calculator.maths.errors import BlocksError
+from influence_calculator.maths.finite import is_finite_number
 from influence_calculator.maths.layout import Layout
 from influence_calculator.maths.objective import Objective
 
@@ -167,11 +167,7 @@ def checked_regularization(regularization: Regularization | None) -> Regularizat
         case _:
             values = (regularization,)
     for value in values:
-        try:
-            is_sound = math.isfinite(value) and value >= 0
-        except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
-            is_sound = False
-        if not is_sound:
+        if not (is_finite_number(value) and value >= 0):
             raise ValueError(
                 f"regularization: expected finite numbers that are not negative, got {value!r}; "
                 "0 means none, 0.01 is a usual start"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from influence_calculator.maths.finite import is_finite_number
 
 StateDict = Mapping[str, Tensor]
 
@@ -28,11 +29,7 @@ class Checkpoint:
     """η, the checkpoint's weight."""
 
     def __post_init__(self) -> None:
-        try:
-            is_rate = math.isfinite(self.learning_rate) and self.learning_rate > 0
-        except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
-            is_rate = False
-        if not is_rate:
+        if not (is_finite_number(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(
                 f"learning_rate: expected a finite number above 0, got {self.learning_rate!r}; 1 weighs all "
                 "checkpoints alike"

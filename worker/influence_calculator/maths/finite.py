@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether it is a number, or a tensor of one, and neither NaN nor infinite."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
+        return False
 
 
 def finite_rows(rows: Tensor) -> Tensor:

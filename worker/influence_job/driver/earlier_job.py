@@ -42,15 +42,12 @@ class Taken:
 
 def taken(spec: InfluenceJobSpec) -> Taken | None:
     """What the operation takes; None for those that make all themselves."""
+    field, maker = spec.earlier_field, spec.earlier_maker
     if spec.factors is not None:
-        maker = "an InfluenceFactors job"
         shared = (*SHARED, "factorDtype")
-        return Taken("factors", spec.earlier_field, spec.factors.url, maker, factor_path, "test", shared)
+        return Taken("factors", field, spec.factors.url, maker, factor_path, "test", shared)
     if spec.gradients is not None:
-        maker = "a TrainingGradients job"
-        return Taken(
-            "gradients", spec.earlier_field, spec.gradients.url, maker, gradient_path, "train", SHARED
-        )
+        return Taken("gradients", field, spec.gradients.url, maker, gradient_path, "train", SHARED)
     return None
 
 

@@ -285,6 +285,11 @@ class InfluenceJobSpec(SpecModel):
         return f"spec.{'gradients' if self.factors is None else 'factors'}.url"
 
     @property
+    def earlier_maker(self) -> str:
+        """The job whose store it is."""
+        return "a TrainingGradients job" if self.factors is None else "an InfluenceFactors job"
+
+    @property
     def worker_limits(self) -> dict[str, Quantity]:
         """Resource limits of a worker: its own before those of `podDefaults`."""
         return {**self.pod_defaults.resources.limits, **self.workers.resources.limits}

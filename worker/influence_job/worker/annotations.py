@@ -11,7 +11,7 @@ from torch import Tensor
 
 from influence_calculator.maths.objective import Batch, Objective, batch_size
 from influence_calculator.torch.converter import TorchNumpyConverter
-from influence_job.errors import PermanentError, Reason
+from influence_job.errors import OF_THE_TASK, PermanentError, Reason
 from influence_job.storage import arrays
 from influence_job.task import InfluenceTask
 from influence_job.worker.session import Session
@@ -33,7 +33,7 @@ def annotate(task: InfluenceTask, objective: Objective, batch: Batch) -> dict[st
             values = task.annotate(batch, outputs)
         except torch.OutOfMemoryError:
             raise
-        except (Exception, SystemExit) as error:
+        except OF_THE_TASK as error:
             raise _wrong(
                 f"raised {type(error).__name__}: {error}; correct it, or leave annotate out"
             ) from error

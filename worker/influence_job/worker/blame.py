@@ -14,7 +14,7 @@ from torch import Tensor
 
 from influence_calculator.maths.objective import Batch, Objective, only_tensors
 from influence_job.data import ReadError, read_batch
-from influence_job.errors import JobError, PermanentError, Reason
+from influence_job.errors import OF_THE_TASK, JobError, PermanentError, Reason
 from influence_job.worker.session import Session
 
 AT_ONCE = 64
@@ -28,7 +28,7 @@ def blaming(own: Session, objective: Objective, side: str, start: int, stop: int
         yield
     except (JobError, ReadError, torch.cuda.OutOfMemoryError):
         raise
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         found = blame(own, objective, side, start, stop)
         if found is None:
             raise
@@ -43,7 +43,7 @@ def blaming_loss(own: Session, objective: Objective, side: str, count: int) -> I
             yield
         except (JobError, torch.OutOfMemoryError):
             raise
-        except (Exception, SystemExit) as error:
+        except OF_THE_TASK as error:
             found = _loss_blamed(own, objective, side, count)
             if found is None:
                 raise
@@ -69,11 +69,11 @@ def _fault_of_loss(own: Session, objective: Objective, side: str, index: int) ->
     try:
         batch = _read(own, side, index, index + 1)
         outputs = objective.outputs(batch, parameters)
-    except (Exception, SystemExit):
+    except OF_THE_TASK:
         return None
     try:
         loss = objective.loss(outputs, batch)
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         return f"raised {type(error).__name__}: {error}"
     if not isinstance(loss, Tensor):
         return f"returned {loss!r:.40}"
@@ -108,14 +108,14 @@ def not_finite(side: str, index: int) -> PermanentError:
 def _is_sound(own: Session, objective: Objective, side: str, start: int, stop: int) -> bool:
     try:
         return _has_finite_gradient(objective, _read(own, side, start, stop))
-    except (Exception, SystemExit):
+    except OF_THE_TASK:
         return False
 
 
 def _error_of(own: Session, objective: Objective, side: str, index: int) -> PermanentError | None:
     try:
         finite = _has_finite_gradient(objective, _read(own, side, index, index + 1))
-    except (Exception, SystemExit) as error:
+    except OF_THE_TASK as error:
         return PermanentError(
             Reason.INVALID_DATA,
             f"{side} example {index}: the model or the loss raised {type(error).__name__}: {error}; mend or "

@@ -176,8 +176,7 @@ def rows_info(spec: InfluenceJobSpec, store: Store, path: str, block: str, width
     if field is None:
         field, cure = "spec.output.url", "start anew with output.onExisting: Overwrite"
     else:
-        maker = "a TrainingGradients" if spec.factors is None else "an InfluenceFactors"
-        cure = f"take the store of {maker} job with the same task and method"
+        cure = f"take the store of {spec.earlier_maker} with the same task and method"
     raise PermanentError(
         Reason.STORE_MISMATCH,
         f"{field}: {store.url}/{path} holds {kept[1]} columns of block {kept[0]!r}, this job has {width} of "

@@ -13,7 +13,7 @@ from distributed import get_worker
 
 from influence_calculator.maths.errors import CalculatorError, NotFiniteError
 from influence_job.data import ReadError
-from influence_job.errors import JobError, PermanentError, Reason
+from influence_job.errors import OF_THE_TASK, JobError, PermanentError, Reason
 from influence_job.plan.memory import CUDA_BUDGET
 from influence_job.storage.ledger import Row
 from influence_job.units import in_words
@@ -81,7 +81,7 @@ class Outcome:
         except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             self.failure = _failure(kind, index, what, error, _TOO_SMALL)
-        except (Exception, SystemExit) as error:
+        except OF_THE_TASK as error:
             self.failure = _failure(kind, index, what, error)
         return self.failure is None
 

@@ -30,10 +30,10 @@ def store(tmp_path: Path) -> Store:
     return made
 
 
-def session(widths: dict[str, int], factors: bool | None = None) -> Any:
+def session(widths: dict[str, int], maker: str = "") -> Any:
     """As far as rows are read by it."""
-    layout = SimpleNamespace(factor_widths=widths)
-    return SimpleNamespace(spec=SimpleNamespace(factors=factors), layout=layout, result_dtype=torch.float32)
+    layout, spec = SimpleNamespace(factor_widths=widths), SimpleNamespace(earlier_maker=maker)
+    return SimpleNamespace(spec=spec, layout=layout, result_dtype=torch.float32)
 
 
 def test_rows_are_read_across_chunks(store: Store) -> None:
@@ -46,7 +46,7 @@ def test_rows_are_read_across_chunks(store: Store) -> None:
 )
 def test_columns_of_another_block_or_number_are_refused(store: Store, block: str, width: int) -> None:
     """What they lack would be whatever lay in memory."""
-    own = session({block: width})
+    own = session({block: width}, "a TrainingGradients job")
     arrays.of_earlier_job(store, "spec.gradients.url")
     with pytest.raises(PermanentError) as caught:
         read_rows(own, store, "gradients/0", block, 0, 4)
@@ -64,4 +64,4 @@ def test_of_factors_and_of_its_own_rows_a_job_says_another_cure(store: Store) ->
     with pytest.raises(
         PermanentError, match=r"spec.factors.url: .*take the store of an InfluenceFactors job"
     ):
-        read_rows(session({"body": 7}, factors=True), store, "gradients/0", "body", 0, 4)
+        read_rows(session({"body": 7}, "an InfluenceFactors job"), store, "gradients/0", "body", 0, 4)
